@@ -1,0 +1,2941 @@
+#!/usr/bin/env python3
+"""Train a language model of your own: one file, from raw text to a model in LLaMA format.
+
+Quick start
+  pip install torch sentencepiece numpy tqdm
+  python standalone_transformer_lm.py demo                                # a trial in minutes
+  python standalone_transformer_lm.py prep  --text_path docs.txt --out_dir data --vocab_size 8192
+  python standalone_transformer_lm.py train --data_dir data --out_dir run --preset 138m
+  torchrun --nproc_per_node=8 standalone_transformer_lm.py train --data_dir data --out_dir run
+  python standalone_transformer_lm.py generate --ckpt run/ckpt_best.pt --prompt "Once upon a time"
+  python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
+
+Every command explains its flags with --help, and @FILE reads flags from a file; each run writes
+OUT/args.txt, so `train @OUT/args.txt --max_steps 300000` repeats it with one change. The same
+--out_dir resumes.
+
+Rooms, each using only what stands above it
+  Ground       constants, errors a user can act on, safe writing, progress
+  Settings     every setting once: flags, checkpoint config and args.txt come from here
+  Machine      device, number format, seeds, signals, and everything distributed
+  Text         the tokenizer and the chat format
+  Prep         text in any packing becomes token files
+  Batches      which tokens make up which step
+  Model        the transformer; it touches no file and prints nothing
+  Engine       sampling and cached generation; token ids only
+  Losses       tensors in, tensors out
+  Optimisers   parameter groups and schedules
+  Checkpoints  the only place that saves and loads
+  Gauges       metrics to files and services, and the progress line
+  Loop         the one training loop
+  Judges       how good is a model
+  Commands     one cmd_* for each subcommand: wiring only
+  Front door   the table of commands and main
+
+Shape legend
+  B batch   T query positions   S cached positions   V vocabulary   L layers
+  d d_model   F feed-forward width   H query heads   K key/value heads   D head size   N B*T
+
+File formats
+  data folder   tokenizer.model, train.bin, val.bin (little-endian uint16, or uint32 above 65,535
+                ids), meta.json, written last; a document is <s> ids </s>
+  checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
+                tokenizer; whole, unwrapped fp32 weights; read with weights_only=True
+  metrics.jsonl one object a line: step tokens time, train/*, val/*, perf/*, gpu/*, cost/*
+
+Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback;
+128 + signal after a signal, when the step was finished and saved.
+"""
+
+import argparse
+import ast
+import bz2
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import errno
+import functools
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import lzma
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import typing
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+# ==================================================================================================
+# Ground: constants, errors a user can act on, safe writing, progress
+# ==================================================================================================
+
+PROGRAM = "standalone_transformer_lm.py"
+DATA_FORMAT = 1  # of meta.json; raised when an older reader would misread the folder
+CHECKPOINT_FORMAT = 1
+IGNORE = -100  # a target that is no target, torch's own convention
+OTHER_RANKS_WAIT_S = 2.0  # before they tell an error that rank 0 has told and ended the job for
+LINE_EVERY_S = 10.0  # between two progress lines when stderr is no terminal
+DISK_FAULTS = {
+    errno.ENOSPC: ("no space left on the device", "free some space, or name a folder elsewhere"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or name a folder elsewhere"),
+    errno.EFBIG: ("the file grew beyond the size allowed", "raise `ulimit -f`"),
+    errno.EACCES: ("permission denied", "name a folder you may write, or mend its permissions"),
+    errno.EPERM: ("operation not permitted", "name a folder you may write"),
+    errno.EROFS: ("the file system is read-only", "name a folder elsewhere"),
+    errno.ENOENT: ("no such file or folder", "check the path"),
+    errno.ENOTDIR: ("a part of the path is no folder", "check the path"),
+    errno.EISDIR: ("that is a folder, not a file", "name a file in it"),
+    errno.EEXIST: ("something of that name is in the way", "name another path"),
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong and how to fix it, a sentence each.
+
+    Several faults found together travel in one error, as further (what, fix) pairs.
+    """
+
+    def __init__(self, what: str, fix: str, *more: tuple[str, str]):
+        super().__init__(what, fix, *more)  # so that it crosses process borders whole
+        self.faults = [(what, fix), *more]
+
+    def __str__(self) -> str:
+        return "\n".join(f"error: {what}\nfix: {fix}" for what, fix in self.faults)
+
+
+def disk_error(fault: OSError, path: str | Path = "") -> UserError | None:
+    """The sentence for an OSError of the user's disk or path, or None where it is a bug."""
+    if fault.errno not in DISK_FAULTS:
+        return None
+    what, fix = DISK_FAULTS[fault.errno]
+    return UserError(f"{fault.filename or path}: {what}" if fault.filename or path else what, fix)
+
+
+def raise_all(faults: list[tuple[str, str]]) -> None:
+    """Raise every fault found as one UserError; nothing happens when there is none."""
+    if faults:
+        raise UserError(*faults[0], *faults[1:])
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb"):
+    """Open `path` for writing so that it holds, at every moment, its old or its new content.
+
+    The bytes go to a hidden neighbour, are fsynced and renamed; a failure removes the neighbour.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut; a no-op where folders cannot be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; raises UserError where it is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path} is not valid JSON ({fault})", "make the folder anew") from fault
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", "make the folder anew")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def short(number: float) -> str:
+    """12345678 -> '12.3M'."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725.0 -> '1h02m'."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def say(*lines: str) -> None:
+    """Print for the person: on stdout, at once, and on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
+class Progress:
+    """How far something is: a tqdm bar on a terminal, a plain line every few seconds elsewhere.
+
+    Args: total in `unit`s (None where unknown), where it starts, and whether this process talks.
+    """
+
+    def __init__(self, what: str, total: float | None, unit: str, start: float = 0,
+                 talks: bool = True):
+        self.what, self.total, self.unit, self.done, self.start = what, total, unit, start, start
+        self.began = self.last_line = time.monotonic()
+        self.talks = talks
+        self.bar = None
+        if talks and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=what, unit=unit, unit_scale=True,
+                            dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, done: float, note: str = "") -> None:
+        """`done` units of the total are finished; `note` stands behind the figures."""
+        step, self.done = done - self.done, done
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(step)
+        elif self.talks and time.monotonic() - self.last_line >= LINE_EVERY_S:
+            self.last_line = time.monotonic()
+            print(self.line(note), file=sys.stderr, flush=True)
+
+    def line(self, note: str = "") -> str:
+        share = f" of {short(self.total)} ({self.done / self.total:.0%})" if self.total else ""
+        eta = f", {duration(self.eta())} left" if self.total else ""
+        note = f"  {note}" if note else ""
+        return f"{self.what}: {short(self.done)}{share} {self.unit}{eta}{note}"
+
+    def eta(self) -> float:
+        """Seconds left at the mean speed so far; infinity before anything is done."""
+        rate = (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
+        return (self.total - self.done) / rate if self.total and rate else math.inf
+
+    def close(self, note: str = "") -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.talks and note:
+            print(self.line(note), file=sys.stderr, flush=True)
+
+
+# ==================================================================================================
+# Settings: every setting once: flags, checkpoint config and args.txt come from here
+# ==================================================================================================
+
+PRESETS = {  # name -> values of settings fields; a flag given beside --preset wins
+    "138m": {"n_layer": 12, "d_model": 768, "n_head": 12, "ffn_mult": 4.0},
+    "350m": {"n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_mult": 4.0},
+    "700m": {"n_layer": 32, "d_model": 1280, "n_head": 20, "ffn_mult": 4.0},
+}
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def setting(default, help: str, *, choices: Iterable = (), least=None, below=None,
+            positional: bool = False, flag: bool = True):
+    """A dataclass field that is also a flag.
+
+    Args: its default, its help, the allowed `choices`, its `least` value, the bound it must stay
+    `below`, whether it is given without its name, and whether it is a flag at all.
+    """
+    return field(default=default, metadata={
+        "help": help, "choices": tuple(choices), "least": least, "below": below,
+        "positional": positional, "flag": flag})
+
+
+@dataclass
+class PrepSettings:
+    """Input, tokenizer and output of prep."""
+
+    text_path: tuple[str, ...] = setting(
+        (), "files, folders or globs of text, .jsonl or .parquet, plain or .gz .xz .bz2 .zst; "
+        "- is stdin")
+    out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
+    vocab_size: int = setting(32000, "size of the tokenizer to train", least=280)
+    val_split: float = setting(
+        0.01, "share of documents held out for validation", least=0.0, below=1.0)
+    document: str = setting("line", "what a document is in a text file",
+                            choices=("line", "blank", "file"))
+    text_key: str = setting("text", "key of the text in .jsonl and .parquet rows")
+    errors: str = setting("strict", "invalid UTF-8: stop, or put U+FFFD in its place",
+                          choices=("strict", "replace"))
+    spm: str = setting("", "use this SentencePiece model instead of training one")
+    sample_mb: float = setting(
+        100.0, "megabytes of text the tokenizer is trained on, picked by hash", least=0.01)
+    workers: int = setting(0, "encoding processes; 0 means one a core", least=0)
+    shard: str = setting("", "do part i of n, as i/n counted from 0; --merge joins the parts")
+    merge: bool = setting(False, "join the shards found in --out_dir")
+    overwrite: bool = setting(False, "replace the data that --out_dir holds")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.out_dir:
+            yield "--out_dir is missing", "name the folder to write, --out_dir data"
+        if not self.text_path and not self.merge:
+            yield "--text_path is missing", "name your text, --text_path docs.txt"
+        if self.shard and not re.fullmatch(r"\d+/\d+", self.shard):
+            yield f"--shard {self.shard} is not of the form i/n", "the first of four is --shard 0/4"
+        elif self.shard and not self.part()[0] < self.part()[1]:
+            yield f"--shard {self.shard} counts past its end", "i/n runs from 0/n to (n-1)/n"
+        if self.shard and not self.spm:
+            yield ("--shard needs --spm: all parts must share one tokenizer",
+                   "prep a sample of the text first and pass its tokenizer.model")
+
+    def part(self) -> tuple[int, int]:
+        """(i, n) of --shard; (0, 1) where the work is not split."""
+        return tuple(map(int, self.shard.split("/"))) if self.shard else (0, 1)
+
+
+@dataclass
+class DataSettings:
+    """Data to train on."""
+
+    data_dir: str = setting("data", "folder that prep wrote")
+
+
+@dataclass
+class DeviceSettings:
+    """Device and numbers."""
+
+    seed: int = setting(1337, "seed of every random draw", least=0)
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting("auto", "matmul precision; auto takes bf16 where the hardware has it, "
+                         "fp16 on older CUDA, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    threads: int = setting(0, "CPU threads; 0 shares the cores among the processes", least=0)
+
+
+@dataclass
+class RunSettings:
+    """The run."""
+
+    out_dir: str = setting("runs/lm", "folder of checkpoints and metrics; the same one resumes")
+    preset: str = setting("", "a published size by name", choices=("", *PRESETS))
+    resume: bool = setting(True, "go on from ckpt_last.pt; 0 refuses to touch an existing run")
+    compile: str = setting("auto", "torch.compile; auto does where the run is long enough to repay "
+                           "the wait", choices=("auto", "0", "1"))
+    batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
+    grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
+    max_steps: int = setting(1000, "optimiser steps in all", least=1)
+    log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
+    eval_interval: int = setting(250, "steps between evaluations", least=1)
+    eval_tokens: int = setting(2_000_000, "most validation tokens an evaluation reads", least=1)
+    ckpt_interval: int = setting(250, "steps between checkpoints", least=1)
+    keep_last: int = setting(2, "numbered checkpoints kept", least=1)
+    usd_per_hour: float = setting(0.0, "price of the machine; shows the money spent", least=0.0)
+    wandb: str = setting("", "Weights & Biases project to log to")
+    tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.out_dir:
+            yield "--out_dir is empty", "name the folder of the run, --out_dir runs/lm"
+
+
+@dataclass
+class OptimSettings:
+    """Optimiser and schedule."""
+
+    lr: float = setting(6e-4, "peak learning rate", least=0.0)
+    min_lr: float = setting(0.1, "final learning rate, as a share of --lr", least=0.0)
+    schedule: str = setting("cosine", "course of the learning rate after the warm-up; wsd is "
+                            "warm-up, stable, decay", choices=("cosine", "wsd", "constant"))
+    warmup_steps: int = setting(100, "steps of linear warm-up", least=0)
+    decay_share: float = setting(
+        0.2, "share of --max_steps that wsd decays over", least=0.0, below=1.0)
+    weight_decay: float = setting(0.1, "on matrices; never on norms and embeddings", least=0.0)
+    beta1: float = setting(0.9, "AdamW's first moment", least=0.0, below=1.0)
+    beta2: float = setting(0.95, "AdamW's second moment", least=0.0, below=1.0)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 never clips", least=0.0)
+
+
+@dataclass
+class ModelSettings:
+    """Architecture."""
+
+    seq_len: int = setting(512, "context length in tokens", least=2)
+    n_layer: int = setting(12, "layers", least=1)
+    d_model: int = setting(768, "width of the residual stream", least=2)
+    n_head: int = setting(12, "query heads", least=1)
+    n_kv_head: int = setting(0, "key/value heads; 0 means as many as query heads", least=0)
+    head_dim: int = setting(0, "head size; 0 means d_model / n_head", least=0)
+    ffn_mult: float = setting(4.0, "feed-forward width over d_model", least=0.01)
+    ffn_hidden: int = setting(0, "feed-forward width, instead of --ffn_mult", least=0)
+    dropout: float = setting(0.0, "dropout, attention included", least=0.0, below=1.0)
+    tie: bool = setting(True, "the output head shares the embedding")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", least=1.0)
+    norm_eps: float = setting(1e-6, "epsilon of RMSNorm", least=0.0)
+    vocab_size: int = setting(0, "token ids, read off the tokenizer", flag=False)
+    rope_layout: str = setting("half", "pairing of rotary dimensions", flag=False)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def hidden(self) -> int:
+        return self.ffn_hidden or int(self.ffn_mult * self.d_model)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.n_head < 1 or self.d_model < 2:
+            return
+        if not self.head_dim and self.d_model % self.n_head:
+            yield (f"--n_head {self.n_head} does not divide --d_model {self.d_model}",
+                   self.nearest_heads())
+        elif self.head_size % 2:
+            yield (f"the head size {self.head_size} is odd, and rotary positions turn pairs",
+                   self.nearest_heads())
+        if self.kv_heads > 0 and self.n_head % self.kv_heads:
+            yield (f"--n_kv_head {self.n_kv_head} does not divide --n_head {self.n_head}",
+                   f"use {either(divisors(self.n_head))}")
+
+    def nearest_heads(self) -> str:
+        """Heads and widths near the ones asked for that do divide."""
+        heads = [h for h in divisors(self.d_model) if self.d_model // h % 2 == 0]
+        near = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:2])
+        unit = 2 * self.n_head
+        widths = {max(unit, self.d_model // unit * unit), -(-self.d_model // unit) * unit}
+        choice = f"--n_head {either(near)}, or " if near else ""
+        return f"use {choice}--d_model {either(sorted(widths))}, or name --head_dim"
+
+
+@dataclass
+class SamplingSettings:
+    """Sampling."""
+
+    max_new_tokens: int = setting(200, "most tokens to generate", least=1)
+    temperature: float = setting(0.8, "0 takes the likeliest token", least=0.0)
+    top_k: int = setting(0, "sample among the k likeliest; 0 is off", least=0)
+    top_p: float = setting(0.95, "sample among the likeliest that hold this probability; 1 is off",
+                           least=0.0)
+    repetition_penalty: float = setting(1.0, "divides the logits of ids already seen; 1 is off",
+                                        least=1e-6)
+    no_repeat_ngram_size: int = setting(0, "no n-gram of this length twice; 0 is off", least=0)
+
+
+@dataclass
+class GenerateSettings:
+    """Prompts and output of generate."""
+
+    ckpt: str = setting("", "checkpoint, or the folder of a run")
+    spm: str = setting("", "tokenizer, for a checkpoint that carries none")
+    prompt: str = setting("", "text to continue")
+    prompt_file: str = setting("", "file with a prompt a line")
+    num_samples: int = setting(1, "continuations of each prompt", least=1)
+    stop_at_eos: bool = setting(True, "a continuation ends at </s>")
+    out: str = setting("", "write {prompt, completion} rows to this .jsonl instead of the terminal")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.ckpt:
+            yield "--ckpt is missing", "name a checkpoint, --ckpt runs/lm/ckpt_best.pt"
+        if self.prompt and self.prompt_file:
+            yield "--prompt and --prompt_file are both given", "keep one of them"
+
+
+@dataclass
+class InfoSettings:
+    """What to describe."""
+
+    path: str = setting("", "checkpoint, run folder or data folder", positional=True)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.path:
+            yield "nothing to describe", "name a checkpoint, a run or a data folder"
+
+
+@dataclass
+class DemoSettings:
+    """The demo."""
+
+    out_dir: str = setting("demo", "folder of the demo's data and run")
+    quick: bool = setting(False, "the same in about a minute, with a worse model")
+    max_steps: int = setting(0, "training steps; 0 means as many as a few minutes hold", least=0)
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def either(options: Iterable) -> str:
+    """[16, 32] -> '16 or 32'."""
+    return " or ".join(map(str, options))
+
+
+def parse_value(kind, text: str):
+    """`text` as a value of the field type `kind`; raises ValueError where it is none."""
+    if kind is bool:
+        if text.lower() not in TRUE + FALSE:
+            raise ValueError("1 or 0")
+        return text.lower() in TRUE
+    if kind is int:
+        value = float(text)  # 1e6 and 1_000_000 are whole numbers too
+        if value != int(value):
+            raise ValueError("a whole number")
+        return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else int(value)
+    if kind is float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    return text
+
+
+def field_faults(settings) -> Iterator[tuple[str, str]]:
+    """Values outside their choices and bounds, each with a sentence."""
+    for f in fields(settings):
+        value, meta = getattr(settings, f.name), f.metadata
+        if not meta["flag"]:
+            continue
+        if meta["choices"] and value not in meta["choices"]:
+            near = difflib.get_close_matches(str(value), meta["choices"], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield (f"--{f.name} {value} is not known",
+                   f"{hint}choose {either(c for c in meta['choices'] if c)}")
+        if meta["least"] is not None and value < meta["least"]:
+            yield f"--{f.name} {value} is too small", f"use at least {meta['least']}"
+        if meta["below"] is not None and value >= meta["below"]:
+            yield f"--{f.name} {value} is too large", f"stay below {meta['below']}"
+
+
+def check(*groups) -> list[tuple[str, str]]:
+    """Every fault of the given settings, not the first alone."""
+    found = []
+    for settings in groups:
+        found += field_faults(settings)
+        found += settings.faults() if hasattr(settings, "faults") else ()
+    return found
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse with flags read from @FILE, a line each, and errors as UserError."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        raise UserError(message, f"see {self.prog} --help")
+
+
+def flag_help(f: dataclasses.Field) -> str:
+    choices = " | ".join(c for c in f.metadata["choices"] if c)
+    default = " ".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+    text = f"{f.metadata['help']}" + (f": {choices}" if choices else "")
+    return f"{text} (default: {default or 'none'})".replace("%", "%%")
+
+
+def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
+    """One command's parser: a group of flags a dataclass, a flag a field."""
+    parser = FlagParser(
+        prog=f"{PROGRAM} {command}", description=about, epilog=f"example:\n  {example}",
+        fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for group in groups:
+        topic = parser.add_argument_group(group.__doc__.rstrip("."))
+        for f in fields(group):
+            if not f.metadata["flag"]:
+                continue
+            if f.metadata["positional"]:
+                topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
+                continue
+            many = typing.get_origin(f.type) is tuple
+            arity = {"nargs": "+"} if many else {}
+            if f.type is bool:
+                arity = {"nargs": "?", "const": "1"}
+            topic.add_argument(f"--{f.name}", metavar=metavar(f), help=flag_help(f), **arity)
+    return parser
+
+
+def metavar(f: dataclasses.Field) -> str:
+    if f.metadata["choices"] or f.type is str:
+        return "NAME" if f.metadata["choices"] else "TEXT"
+    return {int: "N", float: "X", bool: "0|1"}.get(f.type, "PATH")
+
+
+def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
+    """Settings objects from the command line: defaults, then --preset, then the flags given.
+
+    Raises UserError that lists every unknown flag, unreadable value and fault of the whole.
+    """
+    known, unknown = parser.parse_known_args(argv)
+    given, found = vars(known), unknown_flags(unknown, groups)
+    values = dict(PRESETS.get(given.get("preset", ""), {}))
+    for f in (f for group in groups for f in fields(group) if f.name in given):
+        try:
+            text = given[f.name]
+            values[f.name] = tuple(text) if isinstance(text, list) else parse_value(f.type, text)
+        except (ValueError, OverflowError):
+            kind = {int: "a whole number", float: "a number", bool: "1 or 0"}[f.type]
+            found.append((f"--{f.name} {given[f.name]} is not {kind}", f"give {kind}"))
+    made = [group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+            for group in groups]
+    raise_all(found + check(*made))
+    return made
+
+
+def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> list[tuple[str, str]]:
+    names = [f"--{f.name}" for group in groups for f in fields(group) if f.metadata["flag"]]
+    found = []
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], names, 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
+        if word.startswith("--") or not found:
+            found.append((f"{word} is not known here", hint))
+    return found
+
+
+def settings_text(*groups) -> str:
+    """The settings as lines that @FILE reads back; what a preset gave is spelled out."""
+    lines = []
+    for settings in groups:
+        lines.append(f"# {type(settings).__doc__}")
+        for f in fields(settings):
+            value = getattr(settings, f.name)
+            if not f.metadata["flag"] or f.name == "preset" or value in ("", ()):
+                continue
+            value = int(value) if isinstance(value, bool) else value
+            words = value if isinstance(value, tuple) else (str(value),)
+            lines.append(shlex.join((f"--{f.name}", *words)))
+    return "\n".join(lines) + "\n"
+
+
+def settings_dict(*groups) -> dict:
+    """One flat dict of all fields, for the checkpoint."""
+    return {k: v for settings in groups for k, v in dataclasses.asdict(settings).items()}
+
+
+# ==================================================================================================
+# Machine: device, number format, seeds, signals, and everything distributed
+# ==================================================================================================
+
+PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of the device's name
+    ("B200", 2250e12), ("B100", 1750e12), ("GH200", 989e12), ("H200", 989e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
+    ("H20", 148e12), ("A100", 312e12), ("A800", 312e12), ("A40", 150e12), ("A10G", 70e12), ("A10", 125e12),
+    ("A30", 165e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
+    ("RTX A6000", 155e12), ("RTX 5090", 210e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
+    ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12), ("MI250", 181e12))
+BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")  # as /proc/cpuinfo spells them
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process computes and its place among its ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        """Matmuls in the machine's precision; a null context in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy on the device that overlaps with computing on CUDA."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over all ranks, through the CPU, so that no device waits."""
+        if self.world == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def from_main(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.total(0.0)
+
+
+def bf16_cpu() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return any(flag in words for flag in BF16_CPU_FLAGS)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; raises UserError where this machine has none such."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    if name == "auto":
+        name = next(n for n in have if have[n])
+    if not have[name]:
+        raise UserError(f"--device {name} is not available here",
+                        f"use --device {either(n for n in have if have[n])}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The autocast precision of --dtype for a device."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and bf16_cpu() else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks: a training step frees and asks for the same ones.
+
+    Returning them to the kernel costs a page fault for each 4 KiB of every step.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_TOP_PAD, 64 << 20)
+
+
+def open_machine(settings: DeviceSettings) -> Machine:
+    """Choose device and precision, seed, and join the process group where torchrun made one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(settings.threads or max(1, cores // local))
+        keep_freed_memory()
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Machine(device, pick_dtype(settings.dtype, device), rank, world)
+
+
+def close_machine() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank, so that a resumed step draws what it would have."""
+    key = f"{seed}/{step}/{rank}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS if part in name), None)
+
+
+def memory_gb(device: torch.device) -> float | None:
+    """Most memory the device has held, in GB; None where it is not counted."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+
+
+def distribute(module: nn.Module, machine: Machine) -> nn.Module:
+    """The module with gradients averaged over ranks; itself on one rank."""
+    if machine.world == 1:
+        return module
+    ids = [machine.device.index] if machine.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
+def no_sync(module: nn.Module, last: bool):
+    """Hold the averaging of gradients back until the `last` micro-batch of a step."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+class Signals:
+    """Remembers SIGTERM, SIGINT or SIGUSR1 instead of dying of it; a second one kills as usual."""
+
+    def __init__(self):
+        self.received = 0
+        self.previous = {}
+
+    def __enter__(self) -> "Signals":
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, _frame) -> None:
+        self.received = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *_fault) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ==================================================================================================
+# Text: the tokenizer and the chat format
+# ==================================================================================================
+
+UNK, BOS, EOS, PAD = 0, 1, 2, 3
+ROLES = ("system", "user", "assistant")
+CONTROL = tuple(f"<|{role}|>" for role in ROLES) + tuple(f"<|reserved_{i}|>" for i in range(13))
+SPACE = "\u2581"  # how SentencePiece spells a space
+WORDS_CACHED = 1 << 18  # most words a WordEncoder remembers
+LONGEST_CACHED = 48  # characters
+
+
+class Tokenizer:
+    """A SentencePiece model with the ids this program needs; `data` are its bytes."""
+
+    def __init__(self, data: bytes, name: str = "tokenizer"):
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as fault:
+            raise UserError(f"{name} is no SentencePiece model",
+                            "name a tokenizer.model made by prep or by SentencePiece") from fault
+        self.data, self.sha256, self.vocab_size = data, sha256(data), len(self.sp)
+        self.bos, self.eos, self.pad = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()
+        if min(self.bos, self.eos) < 0:
+            raise UserError(f"{name} has no <s> or no </s>", "use a tokenizer with both")
+        roles = {role: self.sp.piece_to_id(f"<|{role}|>") for role in ROLES}
+        self.roles = roles if all(map(self.sp.is_control, roles.values())) else {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        try:
+            return cls(Path(path).read_bytes(), str(path))
+        except OSError as fault:
+            raise disk_error(fault, path) or fault from fault
+
+    def encode(self, text: str) -> list[int]:
+        return self.sp.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model that spells every string: decode(encode(s)) == s.
+
+    Lines are trained on apart, so that no piece but the newline itself holds one.
+    Raises UserError where the text is too small for the vocabulary.
+    """
+    lines = (line for text in texts for line in text.split("\n") if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            unk_id=UNK, bos_id=BOS, eos_id=EOS, pad_id=PAD, control_symbols=list(CONTROL),
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_digits=True, required_chars="\n", character_coverage=0.9999,
+            max_sentence_length=1 << 30, minloglevel=2)
+    except RuntimeError as fault:
+        raise vocabulary_error(str(fault), vocab_size) from fault
+    return model.getvalue()
+
+
+def vocabulary_error(message: str, vocab_size: int) -> Exception:
+    """SentencePiece's complaint about the vocabulary's size as a sentence; else as it is."""
+    largest = re.search(r"set it to a value <= (\d+)", message)
+    least = re.search(r"is smaller than required_chars\. \d+ vs (\d+)", message)
+    if largest:
+        return UserError(f"--vocab_size {vocab_size} is more than this text can fill",
+                         f"use --vocab_size {largest[1]} or less, or give more text")
+    if least:
+        return UserError(f"--vocab_size {vocab_size} cannot hold the characters of this text",
+                         f"use --vocab_size {int(least[1]) + 256} or more")
+    if "empty" in message.lower() or "sentences_" in message:
+        return UserError("there is no text to train a tokenizer on", "give text with words in it")
+    return RuntimeError(message)
+
+
+def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether this model encodes a text as the ids of its words, one after the other.
+
+    True of BPE (whole scores), without normalisation, with the dummy prefix, where no piece
+    crosses a space or a newline; prep's own models are such, imported ones often are not.
+    """
+    pieces = [sp.id_to_piece(i) for i in range(len(sp))
+              if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
+    plain = all(SPACE not in p[1:] and ("\n" not in p or p == "\n") for p in pieces)
+    bpe = all(float(sp.get_score(sp.piece_to_id(p))).is_integer() for p in pieces)
+    odd = " \uff21\u2460\ufb01e\u0301  \u00a0\t\u3000x "
+    return (plain and bpe and {SPACE, "\n"} <= set(pieces)
+            and sp.normalize(odd) == SPACE + odd.replace(" ", SPACE))
+
+
+class WordEncoder(dict):
+    """Text -> packed ids, word by word through a dictionary, as SentencePiece would encode it.
+
+    The keys are what stands between spaces, and a newline opens a key of its own; the values are
+    ids packed as `dtype`. A missing word is encoded by SentencePiece and remembered.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
+        super().__init__()
+        self.sp, self.dtype = tokenizer.sp, dtype
+        self.by_word = splits_at_spaces(self.sp)
+
+    def pack(self, ids: list[int]) -> bytes:
+        return np.array(ids, dtype=self.dtype).tobytes()
+
+    def __missing__(self, word: str) -> bytes:
+        if word.startswith("\n"):
+            ids = self.sp.encode(word)[1:]  # no space stands before this word
+        else:
+            ids = self.sp.encode(word) if word else [self.sp.piece_to_id(SPACE)]
+        packed = self.pack(ids)
+        if len(self) < WORDS_CACHED and len(word) <= LONGEST_CACHED:
+            self[word] = packed
+        return packed
+
+    def encode(self, text: str) -> bytes:
+        """The packed ids of a text, without <s> and </s>."""
+        if not text or not self.by_word:
+            return self.pack(self.sp.encode(text))
+        return b"".join(map(self.__getitem__, text.replace("\n", " \n").split(" ")))
+
+
+# ==================================================================================================
+# Prep: text in any packing becomes token files
+# ==================================================================================================
+
+BLOCK = 4 << 20  # bytes read at once; a longer document is still read whole
+SUFFIXES = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+DATA_FILES = ("tokenizer.model", "train.bin", "val.bin", "meta.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: how it is packed and how its documents are found."""
+
+    path: Path
+    kind: str  # line, blank, file, jsonl or parquet
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """Whole documents, as raw bytes of one source, or as rows where the packing gives rows."""
+
+    name: str
+    kind: str
+    line: int  # of the source at which the block begins, from 1
+    data: bytes | list
+    read: int  # bytes of the source read up to the block's end
+
+
+def find_sources(paths: Iterable[str], document: str) -> list[Source]:
+    """The files that the paths, folders and globs name, sorted within each.
+
+    Raises UserError that lists every path which names no file.
+    """
+    found, faults = [], []
+    for path in paths:
+        named = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        matches = [Path(name) for name in named]
+        files = [f for m in matches for f in (sorted(visible_files(m)) if m.is_dir() else [m])]
+        if not files:
+            what = "holds no file" if matches else "does not exist"
+            faults.append((f"--text_path {path} {what}", "name a file, folder or glob with text"))
+        found += files
+    raise_all(faults)
+    return [Source(f, kind_of(f, document)) for f in found]
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in inside):
+            yield path
+
+
+def kind_of(path: Path, document: str) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in (*SUFFIXES, ".zst"):
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(last, document)
+
+
+def open_packed(path: Path, raw) -> typing.BinaryIO:
+    """The unpacked bytes of an open file, by its suffix; .zst needs its package."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        return io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw))
+    return SUFFIXES[suffix](raw) if suffix in SUFFIXES else raw
+
+
+def need(package: str):
+    """An optional package; raises UserError that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as fault:
+        name = package.partition(".")[0]
+        raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
+
+
+def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
+    """A source's documents, cut at document boundaries into blocks of about BLOCK bytes."""
+    name, line = str(source.path), 1
+    if source.kind == "parquet":
+        yield from read_parquet(source, text_key)
+        return
+    with open(source.path, "rb") as raw:
+        try:
+            file = open_packed(source.path, raw)
+            while data := file.read(-1 if source.kind == "file" else BLOCK):
+                data += rest_of_document(file, data, source.kind)
+                start = 3 if line == 1 and data.startswith(b"\xef\xbb\xbf") else 0
+                yield TextBlock(name, source.kind, line, data[start:], raw.tell())
+                line += data.count(b"\n")
+        except DAMAGED as fault:
+            raise UserError(f"{name} is damaged after line {line} ({fault})",
+                            "fetch or pack it again") from fault
+        except OSError as fault:
+            if fault.errno is None:  # bz2 raises bare OSErrors
+                raise UserError(f"{name} is damaged after line {line} ({fault})",
+                                "fetch or pack it again") from fault
+            raise
+
+
+def rest_of_document(file, data: bytes, kind: str) -> bytes:
+    """The bytes from where `data` was cut off to the end of its last document."""
+    if kind == "file":
+        return b""
+    rest = [] if data.endswith(b"\n") else [file.readline()]
+    if kind == "blank":
+        while line := file.readline():
+            rest.append(line)
+            if not line.strip():
+                break
+    return b"".join(rest)
+
+
+def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
+    table = need("pyarrow.parquet").ParquetFile(source.path)
+    if text_key not in table.schema_arrow.names:
+        raise UserError(f"{source.path} has no column {text_key}",
+                        f"use --text_key with one of {', '.join(table.schema_arrow.names)}")
+    rows = 0
+    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+        rows += len(batch)
+        texts = [text for text in batch.column(0).to_pylist() if text is not None]
+        read = source.size * rows // max(1, table.metadata.num_rows)
+        yield TextBlock(str(source.path), "parquet", rows - len(batch) + 1, texts, read)
+
+
+def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
+    """The documents of a block; those without a word are passed over.
+
+    Raises UserError with file and line for invalid UTF-8 and for rows that are no rows.
+    """
+    if block.kind == "parquet":
+        texts = block.data
+    else:
+        text = decode_block(block, errors)
+        if block.kind == "jsonl":
+            texts = jsonl_texts(block, text, text_key)
+        elif block.kind == "line":
+            texts = (line.removesuffix("\r") for line in text.split("\n"))
+        elif block.kind == "blank":
+            texts = (part.strip("\r\n") for part in re.split(r"\n[ \t\r]*\n", text))
+        else:
+            texts = [text]
+    return (text for text in texts if text and not text.isspace())
+
+
+def decode_block(block: TextBlock, errors: str) -> str:
+    try:
+        return block.data.decode("utf-8", errors)
+    except UnicodeDecodeError as fault:
+        line = block.line + block.data.count(b"\n", 0, fault.start)
+        raise UserError(f"{block.name}, line {line}: invalid UTF-8 ({fault.reason})",
+                        "mend the file, or use --errors replace") from fault
+
+
+def jsonl_texts(block: TextBlock, text: str, text_key: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), block.line):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as fault:
+            raise UserError(f"{block.name}, line {number}: not JSON ({fault})",
+                            "mend or remove the line") from fault
+        if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+            keys = ", ".join(row) if isinstance(row, dict) else "no object"
+            raise UserError(f"{block.name}, line {number}: no text under {text_key} ({keys})",
+                            "name the key of the text with --text_key")
+        yield row[text_key].encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+
+
+def content_hash(text: bytes, salt: bytes = b"") -> float:
+    """A document's place in [0, 1), by its content alone."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7, salt=salt).digest(), "big") / 2 ** 56
+
+
+def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[str]:
+    """Documents worth about --sample_mb, picked evenly over all sources by their hash."""
+    total = sum(s.size * (4 if s.path.suffix.lower() in (*SUFFIXES, ".zst", ".parquet") else 1)
+                for s in sources)
+    budget = settings.sample_mb * 1e6
+    share = budget / max(total, 1)
+    progress = Progress("sampling text", sum(s.size for s in sources), "B")
+    done = 0
+    for source in sources:
+        for block in read_blocks(source, settings.text_key):
+            progress.update(done + block.read)
+            for text in block_documents(block, settings.text_key, settings.errors):
+                data = text.encode()
+                if content_hash(data, b"sample") < share and budget > 0:
+                    budget -= len(data)
+                    yield text
+            if budget <= 0:
+                progress.close()
+                return
+        done += source.size
+    progress.close()
+
+
+@dataclass
+class Split:
+    """Counts of one split, and the packed tokens of a block of it."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    packed: list = field(default_factory=list)
+
+    def add(self, tokens: int, documents: int, size: int) -> None:
+        self.tokens += tokens
+        self.documents += documents
+        self.bytes += size
+
+    def counts(self) -> dict:
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+
+
+@functools.lru_cache(maxsize=1)
+def word_encoder(spm: str, dtype: str) -> WordEncoder:
+    """The encoder of this process; its dictionary outlives the blocks."""
+    return WordEncoder(Tokenizer.load(spm), np.dtype(dtype))
+
+
+def encode_block(block: TextBlock, spm: str, dtype: str, val_split: float, text_key: str,
+                 errors: str) -> dict[str, Split]:
+    """Encode a block's documents as <s> ids </s>, each to train or val by its content."""
+    encoder = word_encoder(spm, dtype)
+    bos, eos = encoder.pack([encoder.sp.bos_id()]), encoder.pack([encoder.sp.eos_id()])
+    splits = {"train": Split(), "val": Split()}
+    for text in block_documents(block, text_key, errors):
+        data = text.encode()
+        split = splits["val" if content_hash(data) < val_split else "train"]
+        packed = bos + encoder.encode(text) + eos
+        split.packed.append(packed)
+        split.add(len(packed) // encoder.dtype.itemsize, 1, len(data))
+    for split in splits.values():
+        split.packed = [b"".join(split.packed)]
+    return splits
+
+
+def in_order(pool: ProcessPoolExecutor, work: Callable, jobs: Iterable, ahead: int) -> Iterator:
+    """(job, result) in the order of the jobs, never more than `ahead` of them in memory."""
+    waiting: deque[tuple[object, Future]] = deque()
+    for job in jobs:
+        waiting.append((job, pool.submit(work, job)))
+        if len(waiting) >= ahead:
+            job, future = waiting.popleft()
+            yield job, future.result()
+    for job, future in waiting:
+        yield job, future.result()
+
+
+def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[TextBlock]:
+    """This shard's blocks: whole files where there are enough of them, else every n-th block."""
+    part, parts = settings.part()
+    by_file = len(sources) >= parts
+    for i, source in enumerate(sources):
+        if by_file and i % parts != part:
+            continue
+        for j, block in enumerate(read_blocks(source, settings.text_key)):
+            if by_file or j % parts == part:
+                yield block
+
+
+def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dtype: np.dtype,
+                   out: Path) -> dict[str, Split]:
+    """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory."""
+    workers = settings.workers or os.cpu_count() or 1
+    work = functools.partial(
+        encode_block, spm=str(spm), dtype=dtype.str, val_split=settings.val_split,
+        text_key=settings.text_key, errors=settings.errors)
+    totals = {"train": Split(), "val": Split()}
+    progress = Progress("encoding", sum(s.size for s in sources), "B")
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with (pool,
+          open(out / "train.bin", "wb") as train, open(out / "val.bin", "wb") as val):
+        files = {"train": train, "val": val}
+        try:
+            done, last = 0, None
+            for name, read, splits in encoded_blocks(pool, work, sources, settings, 2 * workers):
+                done += last[1] if last and last[0] != name else 0
+                last = (name, read)
+                for key, split in splits.items():
+                    files[key].write(split.packed[0])
+                    totals[key].add(split.tokens, split.documents, split.bytes)
+                progress.update(done + read, f"{short(totals['train'].tokens)} tokens")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    progress.close("encoded")
+    return totals
+
+
+def encoded_blocks(pool, work: Callable, sources: list[Source], settings: PrepSettings,
+                   ahead: int) -> Iterator[tuple[str, int, dict[str, Split]]]:
+    for block, splits in in_order(pool, work, shard_blocks(sources, settings), ahead):
+        yield block.name, block.read, splits
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+
+
+def write_meta(out: Path, tokenizer: Tokenizer, splits: dict[str, dict], val_split: float) -> dict:
+    """meta.json, the last file of a data folder: without it the folder is unfinished."""
+    meta = {"format": DATA_FORMAT, "dtype": token_dtype(tokenizer.vocab_size).name,
+            "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256,
+            "val_split": val_split, "splits": splits}
+    with atomic_write(out / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+    return meta
+
+
+def prepare(settings: PrepSettings) -> dict:
+    """Text -> a data folder; returns its meta. A failure leaves nothing that looks finished.
+
+    Raises UserError for missing, empty, damaged or undecodable input and for a bad vocabulary.
+    """
+    out = Path(settings.out_dir)
+    refuse_finished(out, settings.overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.merge:
+        return merge_shards(out)
+    part, parts = settings.part()
+    final = out / f"shard-{part:05d}-of-{parts:05d}" if settings.shard else out
+    refuse_finished(final, settings.overwrite)
+    building = out / f".building-{part:05d}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        meta = build_data(settings, building)
+        install(building, final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return meta
+
+
+def refuse_finished(folder: Path, overwrite: bool) -> None:
+    if (folder / "meta.json").exists() and not overwrite:
+        raise UserError(f"{folder} already holds prepared data",
+                        "name another --out_dir, or add --overwrite")
+
+
+def install(building: Path, final: Path) -> None:
+    """Move finished files to their place; the old meta.json goes first, the new one comes last."""
+    final.mkdir(parents=True, exist_ok=True)
+    (final / "meta.json").unlink(missing_ok=True)
+    for name in DATA_FILES:
+        os.replace(building / name, final / name)
+    fsync_folder(final)
+
+
+def build_data(settings: PrepSettings, out: Path) -> dict:
+    """Tokenizer, token files and meta.json into the folder `out`."""
+    with spooled(settings, out) as paths:
+        sources = find_sources(paths, settings.document)
+        if settings.spm:
+            tokenizer = Tokenizer.load(settings.spm)
+        else:
+            say(f"training a tokenizer of {settings.vocab_size} pieces")
+            texts = sample_documents(sources, settings)
+            tokenizer = Tokenizer(train_tokenizer(some(texts, sources), settings.vocab_size))
+        (out / "tokenizer.model").write_bytes(tokenizer.data)
+        dtype = token_dtype(tokenizer.vocab_size)
+        splits = encode_sources(sources, settings, out / "tokenizer.model", dtype, out)
+    if not splits["train"].documents and not settings.shard:
+        raise UserError("no document came into the training split",
+                        "give more text, or a smaller --val_split")
+    counts = {name: split.counts() for name, split in splits.items()}
+    return write_meta(out, tokenizer, counts, settings.val_split)
+
+
+@contextlib.contextmanager
+def spooled(settings: PrepSettings, out: Path):
+    """The input paths, with stdin (-) first written to a file, since it is read twice."""
+    spool = out / "stdin.txt"
+    if "-" in settings.text_path:
+        with open(spool, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    try:
+        yield [str(spool) if path == "-" else path for path in settings.text_path]
+    finally:
+        spool.unlink(missing_ok=True)
+
+
+def some(texts: Iterator[str], sources: list[Source]) -> Iterator[str]:
+    """The texts; raises UserError where there is not one."""
+    first = next(texts, None)
+    if first is None:
+        names = ", ".join(str(s.path) for s in sources[:3])
+        raise UserError(f"there is no text in {names}", "give files with words in them")
+    yield first
+    yield from texts
+
+
+def merge_shards(out: Path) -> dict:
+    """Join out/shard-*-of-n into one data folder; raises UserError where a part is missing."""
+    shards = sorted(out.glob("shard-*-of-*"))
+    parts = int(shards[0].name.rsplit("-", 1)[1]) if shards else 0
+    wanted = [out / f"shard-{i:05d}-of-{parts:05d}" for i in range(parts)]
+    missing = [w.name for w in wanted if not (w / "meta.json").exists()]
+    if missing or not wanted:
+        raise UserError(f"{out} lacks {', '.join(missing) or 'any shard'}",
+                        "run prep --shard i/n for every i, then --merge")
+    data = [TokenFolder(folder) for folder in wanted]
+    if len({d.tokenizer.sha256 for d in data}) > 1:
+        raise UserError("the shards do not share one tokenizer", "prep them with the same --spm")
+    building = out / ".building-merge"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    splits = {}
+    for split in ("train", "val"):
+        with open(building / f"{split}.bin", "wb") as file:
+            for folder in wanted:
+                with open(folder / f"{split}.bin", "rb") as part:
+                    shutil.copyfileobj(part, file, BLOCK)
+        counts = [d.meta["splits"][split] for d in data]
+        splits[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
+    shutil.copyfile(wanted[0] / "tokenizer.model", building / "tokenizer.model")
+    meta = write_meta(building, data[0].tokenizer, splits, data[0].meta["val_split"])
+    install(building, out)
+    for folder in (building, *wanted):
+        shutil.rmtree(folder)
+    return meta
+
+
+class TokenFolder:
+    """A prepared data folder, checked: meta, tokenizer, and its splits as memory maps.
+
+    Raises UserError where the folder is missing, unfinished, damaged or of another tokenizer.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").exists():
+            here = "is not finished" if self.folder.is_dir() else "does not exist"
+            raise UserError(f"the data folder {folder} {here}",
+                            f"run: python {PROGRAM} prep --text_path TEXT --out_dir {folder}")
+        self.meta = read_json(self.folder / "meta.json")
+        if self.meta.get("format") != DATA_FORMAT:
+            raise UserError(f"{folder} is of data format {self.meta.get('format')}, "
+                            f"this program reads {DATA_FORMAT}", "run prep again")
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.model")
+        if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
+            raise UserError(f"{folder}/tokenizer.model is not the one the data was encoded with",
+                            "put the original back, or run prep again")
+        self.train, self.val = self.tokens("train"), self.tokens("val")
+
+    def tokens(self, split: str) -> np.ndarray:
+        """A split's ids as a read-only memory map, its size and ids checked."""
+        path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
+        count = self.meta["splits"][split]["tokens"]
+        size = path.stat().st_size if path.exists() else -1
+        if size != count * dtype.itemsize:
+            raise UserError(f"{path} holds {max(size, 0)} bytes where meta.json promises "
+                            f"{count * dtype.itemsize}", "copy it again whole, or run prep again")
+        ids = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+        probe = ids if count <= 1 << 26 else ids[::max(1, count >> 22)]
+        if count and int(probe.max()) >= self.meta["vocab_size"]:
+            raise UserError(f"{path} holds an id beyond the vocabulary of "
+                            f"{self.meta['vocab_size']}", "run prep again")
+        return ids
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes for each target of the split's stream, the measure behind bits per byte."""
+        counts = self.meta["splits"][split]
+        return counts["bytes"] / max(1, counts["tokens"] - 1)
+
+
+# ==================================================================================================
+# Batches: which tokens make up which step
+# ==================================================================================================
+
+FEISTEL_ROUNDS = 4
+
+
+def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
+    """A pseudo-random permutation of range(size), evaluated at `index` without a table.
+
+    A Feistel network over the next even power of two, walked until it falls inside
+    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    keys = np.frombuffer(digest, "<u8")
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> np.uint64(half), x & mask
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << np.uint64(half)) | right
+
+    x = network(np.asarray(index, np.uint64))
+    while (outside := x >= np.uint64(size)).any():
+        x[outside] = network(x[outside])
+    return x.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's share of one step: its micro-batches and what the whole step counts.
+
+    micros: tuples of tensors, on the CPU; targets: target tokens of this rank; samples, tokens:
+    sequences and positions of the whole step, all ranks.
+    """
+
+    micros: list[tuple[Tensor, ...]]
+    targets: int
+    samples: int
+    tokens: int
+
+
+class Windows:
+    """The training stream cut into windows of seq_len + 1 ids, stride seq_len.
+
+    Sample i is a pure function of (seed, i): each epoch is a permutation of all windows. So what
+    a step sees depends neither on batch size, accumulation and ranks nor on restarts.
+    """
+
+    def __init__(self, ids: np.ndarray, seq_len: int, seed: int):
+        self.ids, self.seq_len, self.seed = ids, seq_len, seed
+        self.count = (len(ids) - 1) // seq_len
+        if self.count < 1:
+            raise UserError(
+                f"the training split holds {len(ids)} tokens, too few for --seq_len {seq_len}",
+                f"use --seq_len {max(2, len(ids) - 1)} or less, or prepare more text")
+
+    def window(self, samples: np.ndarray) -> np.ndarray:
+        """Which window each sample number is."""
+        epochs, places = np.divmod(samples, self.count)
+        chosen = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
+        return chosen
+
+    def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T) of the given sample numbers; a target is the next id."""
+        starts = self.window(samples) * self.seq_len
+        rows = np.stack([self.ids[s:s + self.seq_len + 1] for s in starts]).astype(np.int64)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def step(self, first: int, batch_size: int, accum: int, rank: int, world: int) -> StepBatch:
+        """This rank's micro-batches of the step whose first sample number is `first`."""
+        numbers = first + np.arange(batch_size * accum * world).reshape(accum, world, batch_size)
+        micros = [self.batch(numbers[m, rank]) for m in range(accum)]
+        return StepBatch(micros, batch_size * accum * self.seq_len, numbers.size,
+                         numbers.size * self.seq_len)
+
+
+def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int,
+                       world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of a split in order, up to `most` tokens, every batch of full shape.
+
+    The ragged end is filled with PAD inputs and IGNOREd targets, so each target counts once.
+    """
+    targets = min(len(ids) - 1, most)
+    windows = -(-targets // seq_len)
+    mine = list(range(rank, windows, world))
+    for i in range(0, len(mine), batch_size):
+        x = torch.full((batch_size, seq_len), PAD)
+        y = torch.full((batch_size, seq_len), IGNORE)
+        for row, window in enumerate(mine[i:i + batch_size]):
+            start = window * seq_len
+            length = min(seq_len, targets - start)
+            piece = torch.from_numpy(ids[start:start + length + 1].astype(np.int64))
+            x[row, :length], y[row, :length] = piece[:-1], piece[1:]
+        yield x, y
+
+
+# ==================================================================================================
+# Model: the transformer; it touches no file and prints nothing
+# ==================================================================================================
+
+INIT_STD = 0.02
+
+
+def rope_tables(head_size: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta ** -exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of (B, heads, T, D); cos and sin broadcast to D/2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, a row each its own length.
+
+    A row's tokens lie at 0..length-1, so positions need no shift and prompts of unequal length
+    share a batch: what a longer neighbour's padding wrote is overwritten before it is seen.
+    """
+
+    def __init__(self, config: ModelSettings, rows: int, size: int, device: torch.device,
+                 dtype: torch.dtype):
+        shape = (config.n_layer, rows, config.kv_heads, size, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * rows
+
+    @property
+    def size(self) -> int:
+        return self.k.shape[3]
+
+    def positions(self, new: int) -> Tensor:
+        """Where `new` tokens a row will lie: (B, new)."""
+        starts = torch.tensor(self.lengths).unsqueeze(1)
+        return (starts + torch.arange(new)).to(self.k.device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row."""
+        end = max(self.lengths) + k.shape[2]
+        if min(self.lengths) == max(self.lengths):
+            span = slice(self.lengths[0], end)
+            self.k[layer, :, :, span], self.v[layer, :, :, span] = k, v
+        else:
+            rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+            self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def take(self, rows: list[int]) -> "KVCache":
+        """A cache of the given rows, which may repeat."""
+        taken = object.__new__(KVCache)
+        index = torch.tensor(rows, device=self.k.device)
+        taken.k, taken.v = self.k.index_select(1, index), self.v.index_select(1, index)
+        taken.lengths = [self.lengths[r] for r in rows]
+        return taken
+
+
+def cache_mask(cache: KVCache | None, positions: Tensor | None, new: int) -> Tensor | None:
+    """Which cached keys a query sees: (B, 1, T, S), or None where causal order says it all."""
+    if cache is None or (new == 1 and min(cache.lengths) == max(cache.lengths)):
+        return None
+    if max(cache.lengths) == 0:
+        return None
+    keys = torch.arange(max(cache.lengths) + new, device=positions.device)
+    return (keys <= positions.unsqueeze(-1)).unsqueeze(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of q (B, H, T, D) over k, v (B, K, S, D); the one place that picks a kernel.
+
+    Without a mask it is causal, a single query seeing every key.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=q.shape[1] != k.shape[1])
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, config: ModelSettings, layer: int):
+        super().__init__()
+        self.layer, self.D, self.dropout = layer, config.head_size, config.dropout
+        self.H, self.K = config.n_head, config.kv_heads
+        self.qkv = nn.Linear(config.d_model, (self.H + 2 * self.K) * self.D, bias=False)
+        self.proj = nn.Linear(self.H * self.D, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
+                positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
+        q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, positions)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): w1 gate, w2 up, w3 down."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.w1 = nn.Linear(config.d_model, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.d_model, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.hidden, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: ModelSettings, layer: int):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config, layer)
+        self.norm2, self.mlp = RMSNorm(config.d_model, config.norm_eps), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), *context))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """A LLaMA-style decoder. `config.vocab_size` must be set."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie:
+            self.lm_head.weight = self.tok_emb.weight
+        cos, sin = rope_tables(config.head_size, config.seq_len, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)  # (seq_len, D/2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_emb.weight.device
+
+    def init_weights(self, seed: int) -> None:
+        """Normal weights; the two maps into the residual stream smaller by sqrt(2 L), as GPT-2."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                nn.init.ones_(weight)
+                continue
+            into_stream = name.endswith(("attn.proj.weight", "mlp.w3.weight"))
+            std = INIT_STD / math.sqrt(2 * self.config.n_layer) if into_stream else INIT_STD
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, d) of ids (B, T), which follow what the cache holds.
+
+        The caller moves cache.lengths on (a padded row grows by less than T).
+        """
+        T = ids.shape[1]
+        x = self.drop(self.tok_emb(ids))
+        positions = None if cache is None else cache.positions(T)
+        if positions is None:
+            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
+        else:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        mask = cache_mask(cache, positions, T)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, positions, mask)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
+        return self.lm_head(self.hidden(ids, cache))
+
+
+def parameter_counts(config: ModelSettings) -> dict[str, int]:
+    """Parameters by part: embedding, head (0 where tied), blocks (norms included), total."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    embedding, head = sizes["tok_emb.weight"], sizes.get("lm_head.weight", 0)
+    total = sum(sizes.values())
+    blocks = total - embedding - head
+    return {"embedding": embedding, "head": head, "blocks": blocks, "total": total}
+
+
+def flops_per_token(config: ModelSettings) -> int:
+    """Training FLOPs a token: 6 for each multiplied weight, 12 L H D T for attention.
+
+    Chowdhery et al. 2022 (PaLM), appendix B; the head multiplies, the embedding looks up.
+    """
+    counts = parameter_counts(config)
+    weights = counts["blocks"] + config.vocab_size * config.d_model
+    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * config.seq_len
+
+
+# ==================================================================================================
+# Engine: sampling and cached generation; token ids only
+# ==================================================================================================
+
+DROP_WHEN = 0.25  # share of finished rows at which a batch is made smaller
+
+
+def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSettings) -> Tensor:
+    """Repetition penalty (Keskar et al. 2019, section 4.1) and banned n-grams, on (B, V)."""
+    if settings.repetition_penalty != 1.0:
+        for row, history in zip(logits, histories, strict=True):
+            seen = torch.tensor(sorted(set(history)), device=logits.device)
+            scores = row[seen]
+            row[seen] = torch.where(scores > 0, scores / settings.repetition_penalty,
+                                    scores * settings.repetition_penalty)
+    if settings.no_repeat_ngram_size:
+        for row, history in zip(logits, histories, strict=True):
+            row[banned(history, settings.no_repeat_ngram_size)] = -math.inf
+    return logits
+
+
+def banned(history: list[int], n: int) -> list[int]:
+    """Ids that would end an n-gram which the history already holds."""
+    prefix = tuple(history[len(history) - n + 1:])
+    if len(prefix) < n - 1:
+        return []
+    return [history[i + n - 1] for i in range(len(history) - n + 1)
+            if tuple(history[i:i + n - 1]) == prefix]
+
+
+def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
+    """An id a row of logits (B, V), by inverting the cumulative distribution at uniform (B, 1).
+
+    Temperature, then top-k, then top-p; the likeliest id stays whatever top_p is.
+    """
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, order = logits.float() / settings.temperature, None
+    if settings.top_k and settings.top_k < logits.shape[-1]:
+        logits, order = logits.topk(settings.top_k, dim=-1)
+    elif settings.top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True)
+    weights = logits.softmax(dim=-1)
+    if settings.top_p < 1:
+        before = weights.cumsum(dim=-1) - weights
+        weights = weights.masked_fill((before >= settings.top_p) & (before > 0), 0.0)
+    mass = weights.cumsum(dim=-1)
+    point = torch.minimum(uniform * mass[:, -1:], mass[:, -1:].nextafter(torch.zeros_like(uniform)))
+    choice = torch.searchsorted(mass, point, right=True)
+    return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
+
+
+def uniforms(seed: int, row: int, count: int) -> Tensor:
+    """The uniform numbers that row draws with, whatever stands beside it in a batch."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
+
+
+def prefill(model: Transformer, histories: list[list[int]],
+            dtype: torch.dtype) -> tuple[Tensor, KVCache]:
+    """Run prompts of any lengths through the model: logits (B, V) after each, and their cache."""
+    lengths = [len(h) for h in histories]
+    ids = torch.full((len(histories), max(lengths)), PAD)
+    for row, history in zip(ids, histories, strict=True):
+        row[:len(history)] = torch.tensor(history)
+    ids = ids.clamp_(max=model.config.vocab_size - 1).to(model.device)
+    cache = KVCache(model.config, len(histories), model.config.seq_len, model.device, dtype)
+    hidden = model.hidden(ids, cache)  # (B, T, d)
+    cache.lengths = lengths
+    last = torch.tensor(lengths, device=ids.device) - 1
+    hidden = hidden[torch.arange(len(histories), device=ids.device), last]
+    return model.lm_head(hidden).float(), cache
+
+
+class Decoder:
+    """A batch of rows under generation: their histories, their cache, and the next logits."""
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.context = model.config.seq_len
+        self.histories = [list(p) for p in prompts]
+        unique = list(dict.fromkeys(tuple(self.tail(p)) for p in prompts))
+        self.logits, self.cache = prefill(model, [list(p) for p in unique], dtype)
+        if len(unique) < len(prompts):
+            self.keep([unique.index(tuple(self.tail(p))) for p in prompts], self.histories)
+
+    def tail(self, history: list[int]) -> list[int]:
+        """What of a history is read again when it does not fit: its newest half context."""
+        return history if len(history) < self.context else history[-max(1, self.context // 2):]
+
+    def keep(self, rows: list[int], histories: list[list[int]]) -> None:
+        self.cache, self.histories = self.cache.take(rows), histories
+        self.logits = self.logits[rows]
+
+    def push(self, tokens: list[int]) -> None:
+        """Append one id a row and compute the logits after it."""
+        for history, token in zip(self.histories, tokens, strict=True):
+            history.append(token)
+        if max(self.cache.lengths) >= self.cache.size:
+            self.logits, self.cache = prefill(self.model, [self.tail(h) for h in self.histories],
+                                              self.dtype)
+            return
+        ids = torch.tensor(tokens, device=self.model.device).unsqueeze(1)  # (B, 1)
+        self.logits = self.model(ids, self.cache)[:, -1].float()
+        self.cache.lengths = [n + 1 for n in self.cache.lengths]
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSettings, seed: int,
+             stop: frozenset[int] = frozenset(), dtype: torch.dtype = torch.float32,
+             ) -> Iterator[tuple[int, int]]:
+    """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
+
+    Each distinct prompt is read once and finished rows leave the batch. A row draws the same ids
+    alone as in any batch. Beyond the context the oldest half is forgotten.
+    """
+    rows = list(range(len(prompts)))
+    chance = torch.stack([uniforms(seed, r, settings.max_new_tokens) for r in rows])
+    decoder = Decoder(model, prompts, dtype)
+    done: set[int] = set()
+    for t in range(settings.max_new_tokens):
+        logits = penalise(decoder.logits.clone(), decoder.histories, settings)
+        point = chance[rows, t].unsqueeze(1).to(logits.device)
+        tokens = draw(logits, point, settings).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            if row not in done:
+                yield row, token
+                if token in stop:
+                    done.add(row)
+        if len(done) == len(prompts) or t + 1 == settings.max_new_tokens:
+            return
+        finished = sum(row in done for row in rows)
+        if finished and finished >= DROP_WHEN * len(rows):
+            live = [i for i, row in enumerate(rows) if row not in done]
+            decoder.keep(live, [decoder.histories[i] for i in live])
+            rows, tokens = [rows[i] for i in live], [tokens[i] for i in live]
+        decoder.push(tokens)
+
+
+def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
+    """All continuations at once; arguments as of generate."""
+    rows = [[] for _ in prompts]
+    for row, token in generate(model, prompts, *args, **kwargs):
+        rows[row].append(token)
+    return rows
+
+
+# ==================================================================================================
+# Losses: tensors in, tensors out
+# ==================================================================================================
+
+LOGITS_AT_ONCE = 1 << 27  # logits held at a time on CUDA; more are computed in parts, twice
+
+
+def some_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target (B, T) given hidden (B, T, d) and head (V, d): (N,).
+
+    An IGNOREd target costs 0. Where the logits would be large they are made in parts, and again
+    in the backward pass, so that they never stand in memory whole.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    parts = -(-targets.numel() * weight.shape[0] // LOGITS_AT_ONCE)
+    if parts == 1 or hidden.device.type == "cpu":
+        return some_token_losses(hidden, weight, targets)
+    size = -(-targets.numel() // parts)
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([recompute(some_token_losses, h, weight, t, use_reentrant=False)
+                      for h, t in pieces])
+
+
+def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of a micro-batch (B, T), in nats."""
+    return token_losses(model.hidden(ids), model.lm_head.weight, targets).sum()
+
+
+class Objective(nn.Module):
+    """A model and its loss as one module, so that compile, DDP and FSDP wrap every gradient."""
+
+    def __init__(self, model: Transformer, loss: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss(self.model, *batch)
+
+
+# ==================================================================================================
+# Optimisers: parameter groups and schedules
+# ==================================================================================================
+
+
+def cosine_scale(step: int, s: OptimSettings, max_steps: int) -> float:
+    span = max(1, max_steps - s.warmup_steps)
+    turned = math.cos(math.pi * min(1.0, (step - s.warmup_steps) / span))
+    return s.min_lr + (1 - s.min_lr) * 0.5 * (1 + turned)
+
+
+def wsd_scale(step: int, s: OptimSettings, max_steps: int) -> float:
+    """Stable, then a linear decay over the last decay_share (Hu et al. 2024, MiniCPM)."""
+    begin = max_steps * (1 - s.decay_share)
+    share = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
+    return 1 - (1 - s.min_lr) * share
+
+
+def constant_scale(step: int, s: OptimSettings, max_steps: int) -> float:
+    return 1.0
+
+
+SCHEDULES = {"cosine": cosine_scale, "wsd": wsd_scale, "constant": constant_scale}
+
+
+def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
+    """Share of the peak learning rate for a step counted from 0: warm-up, then the schedule."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    return SCHEDULES[settings.schedule](step, settings, max_steps)
+
+
+def make_optimizer(model: nn.Module, settings: OptimSettings, device: torch.device):
+    """Fused AdamW; weight decay on matrices, none on norms and embeddings."""
+    decayed, spared = [], []
+    for name, weight in model.named_parameters():
+        spare = weight.dim() < 2 or name.endswith("tok_emb.weight")
+        (spared if spare else decayed).append(weight)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay},
+              {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2),
+                             fused=device.type in ("cpu", "cuda"))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ==================================================================================================
+# Checkpoints: the only place that saves and loads
+# ==================================================================================================
+
+WRAPPERS = ("_orig_mod.", "module.", "model.")  # prefixes that compile and DDP leave in names
+OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
+OLD_BUFFERS = ("rope", "inv_freq", "mask", "cos", "sin", "freqs")  # of the original program
+BROKEN = (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint so that `path` is at every moment whole: the old one or the new one.
+
+    Raises OSError where the disk refuses; the old file is then untouched.
+    """
+    with atomic_write(Path(path)) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as fault:
+            if isinstance(fault.__context__, OSError):  # torch hides the disk's own words
+                raise fault.__context__ from None
+            raise
+
+
+def read_checkpoint(path: Path, verify: bool = False) -> dict:
+    """The dict in a file, no code run; with `verify`, every byte held against its checksum.
+
+    Raises UserError where the file is missing, damaged, of another program, or unsafe.
+    """
+    if not path.exists():
+        raise UserError(f"the checkpoint {path} does not exist", "check the path")
+    try:
+        if verify and zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise UserError(f"{path} is damaged (in {bad})", "use an earlier checkpoint")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as fault:
+        if "Weights only load failed" not in str(fault) or "GLOBAL" not in str(fault):
+            raise UserError(f"{path} is no checkpoint, or a damaged one", "name another") from fault
+        raise UserError(f"{path} holds code besides numbers, and was not loaded",
+                        "use only checkpoints of this program") from fault
+    except BROKEN as fault:
+        raise UserError(f"{path} is damaged or no checkpoint", "use an earlier one") from fault
+    except OSError as fault:
+        raise disk_error(fault, path) or fault from fault
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
+        raise UserError(f"{path} is a file of some other program", "name a ckpt_*.pt of this one")
+    if checkpoint.get("format", 0) > CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was written by a newer version", "update this program")
+    return checkpoint
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """A checkpoint's file; for the folder of a run its best one, or else its last."""
+    path = Path(path)
+    if path.is_dir():
+        best, last = path / "ckpt_best.pt", path / "ckpt_last.pt"
+        return best if best.exists() else last
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of any age, ready to build from: names unwrapped, rotary pairs half-split.
+
+    "config" is a whole dict of ModelSettings fields, "tokenizer" the model's bytes or None.
+    Raises UserError where it cannot be used.
+    """
+    path = checkpoint_path(path)
+    checkpoint = read_checkpoint(path)
+    original = "rope_layout" not in checkpoint["config"]
+    weights = {unwrapped(name): weight for name, weight in checkpoint["model"].items()}
+    if original:
+        weights = {n: w for n, w in weights.items() if not any(b in n for b in OLD_BUFFERS)}
+    try:
+        config = whole_config(checkpoint["config"], weights, path)
+        check_weights(config, weights, path)
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise UserError(f"{path} is a file of some other program ({fault})",
+                        "name a ckpt_*.pt of this one") from fault
+    if original:
+        weights = {name: half_split(weight, config) if name.endswith("attn.qkv.weight") else weight
+                   for name, weight in weights.items()}
+    return {**checkpoint, "model": weights, "config": dataclasses.asdict(config),
+            "tokenizer": checkpoint.get("tokenizer"), "original": original}
+
+
+def unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelSettings:
+    """ModelSettings from a stored config; what an old one lacks is read off the weights."""
+    names = {f.name for f in fields(ModelSettings)}
+    config = {OLD_NAMES.get(k, k): v for k, v in stored.items()}
+    strange = sorted(set(config) - names)
+    if strange and "rope_layout" in config:
+        raise UserError(f"{path} uses {', '.join(strange)}, unknown to this version",
+                        "update this program")
+    config = {k: v for k, v in config.items() if k in names and v is not None}
+    config["vocab_size"] = weights["tok_emb.weight"].shape[0]
+    config["ffn_hidden"] = weights["blocks.0.mlp.w1.weight"].shape[0]
+    if "rope_layout" not in config:
+        head = weights.get("lm_head.weight")
+        config["tie"] = head is None or torch.equal(head, weights["tok_emb.weight"])
+    return ModelSettings(**{**config, "rope_layout": "half"})
+
+
+def check_weights(config: ModelSettings, weights: dict[str, Tensor], path: Path) -> None:
+    with torch.device("meta"):
+        wanted = {name: w.shape for name, w in Transformer(config).state_dict().items()}
+    if config.tie:
+        weights.setdefault("lm_head.weight", weights["tok_emb.weight"])
+    wrong = [n for n in wanted if n not in weights or weights[n].shape != wanted[n]]
+    wrong += [n for n in weights if n not in wanted]
+    if wrong:
+        raise UserError(f"{path}: its weights do not fit its config ({', '.join(wrong[:3])})",
+                        "use a checkpoint that is whole and of this program")
+
+
+def half_split(qkv: Tensor, config: ModelSettings) -> Tensor:
+    """Rows of an interleaved (x0 x1)(x2 x3)… projection as (x0 x2 …)(x1 x3 …), q and k alone."""
+    turned = (config.n_head + config.kv_heads) * config.head_size
+    rows = qkv[:turned].view(-1, config.head_size // 2, 2, qkv.shape[1])
+    return torch.cat((rows.transpose(1, 2).reshape(turned, qkv.shape[1]), qkv[turned:]))
+
+
+def build_model(checkpoint: dict, device: torch.device) -> Transformer:
+    """The model of a loaded checkpoint, in evaluation mode."""
+    with torch.device("meta"):
+        model = Transformer(ModelSettings(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"], strict=True, assign=True)
+    if model.config.tie:
+        model.lm_head.weight = model.tok_emb.weight
+    model.cos, model.sin = rope_tables(
+        model.config.head_size, model.config.seq_len, model.config.rope_theta)
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, or --spm; raises UserError where neither fits."""
+    if spm:
+        tokenizer = Tokenizer.load(spm)
+    elif checkpoint["tokenizer"]:
+        tokenizer = Tokenizer(bytes(checkpoint["tokenizer"]), f"the tokenizer in {path}")
+    else:
+        raise UserError(f"{path} carries no tokenizer", "name its tokenizer.model with --spm")
+    ids = checkpoint["config"]["vocab_size"]
+    if tokenizer.vocab_size > ids:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {ids}",
+            "name the tokenizer.model that this model was trained with")
+    return tokenizer
+
+
+def numbered(out: Path) -> list[Path]:
+    """The numbered checkpoints of a run, newest first."""
+    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+
+
+def save_step(out: Path, checkpoint: dict, keep_last: int) -> None:
+    """Write ckpt_NNNNNNNN.pt, make it ckpt_last.pt too, and drop the oldest beyond keep_last."""
+    path = out / f"ckpt_{checkpoint['step']:08d}.pt"
+    save_checkpoint(path, checkpoint)
+    twin = out / ".ckpt_last.pt.tmp"
+    twin.unlink(missing_ok=True)
+    try:
+        os.link(path, twin)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, twin)
+    os.replace(twin, out / "ckpt_last.pt")
+    fsync_folder(out)
+    for old in numbered(out)[keep_last:]:
+        old.unlink()
+
+
+def resume_point(out: Path, resume: bool) -> dict | None:
+    """The newest whole checkpoint of a run, or None where there is none to go on from.
+
+    A damaged one is named and the one before it taken. Raises UserError where --resume 0 meets a
+    run, or where every checkpoint is damaged.
+    """
+    last = out / "ckpt_last.pt"
+    candidates = ([last] if last.exists() else []) + numbered(out)
+    if candidates and not resume:
+        raise UserError(f"{out} already holds a run", "name another --out_dir, or drop --resume 0")
+    for path in candidates:
+        try:
+            return read_checkpoint(path, verify=True)
+        except UserError as fault:
+            say(f"warning: {fault.faults[0][0]}; trying the one before it")
+    if candidates:
+        raise UserError(f"every checkpoint in {out} is damaged", "start in another --out_dir")
+    return None
+
+
+def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """pytorch_model.bin, config.json and tokenizer.model, for programs that want plain weights."""
+    save_checkpoint(out / "pytorch_model.bin",
+                    {name: w.detach().cpu() for name, w in model.state_dict().items()})
+    with atomic_write(out / "config.json", "w") as file:
+        json.dump(dataclasses.asdict(model.config), file, indent=1)
+    with atomic_write(out / "tokenizer.model") as file:
+        file.write(tokenizer.data)
+
+
+# ==================================================================================================
+# Gauges: metrics to files and services, and the progress line
+# ==================================================================================================
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line cut short, so that a run's log goes on."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
+
+
+def wandb_sink(project: str, out: Path, config: dict) -> Callable[[dict], None]:
+    run = need("wandb").init(project=project, dir=str(out), config=config, resume="allow",
+                             name=out.name, id=sha256(str(out.resolve()).encode())[:16])
+    return lambda row: run.log(row, step=row["step"])
+
+
+def tensorboard_sink(out: Path) -> Callable[[dict], None]:
+    writer = need("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+
+    def write(row: dict) -> None:
+        for key, value in row.items():
+            if "/" in key and value is not None:
+                writer.add_scalar(key, value, row["step"])
+    return write
+
+
+class Gauges:
+    """What a run tells: metrics.jsonl, optional services, and the progress line.
+
+    Losses and gradient norms gather on the device and are read when a line is written.
+    """
+
+    def __init__(self, out: Path, run: RunSettings, machine: Machine, flops: int, state: dict):
+        self.out, self.run, self.machine, self.flops = out, run, machine, flops
+        self.sums = torch.tensor(state.get("sums", (0.0, 0.0)), device=machine.device)
+        self.steps, self.tokens = state.get("steps", 0), state.get("tokens", 0)
+        self.seconds_before = state.get("seconds", 0.0)
+        self.began, self.stopwatch, self.timed_tokens = time.monotonic(), time.monotonic(), 0
+        self.step = state.get("step", 0)
+        self.progress = Progress("training", run.max_steps, "steps", self.step, machine.main)
+        self.note = ""
+        self.file, self.sinks = None, []
+        if machine.main:
+            cut_log(out / "metrics.jsonl", self.step)
+            self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+            self.sinks += [wandb_sink(run.wandb, out, dataclasses.asdict(run))] if run.wandb else []
+            self.sinks += [tensorboard_sink(out)] if run.tensorboard else []
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, tokens: int) -> None:
+        """One step: its mean loss and gradient norm, still on the device, and its tokens."""
+        self.sums += torch.stack((loss.detach().float(), norm.detach().float()))
+        self.step, self.steps = step, self.steps + 1
+        self.tokens += tokens
+        self.timed_tokens += tokens
+        self.progress.update(step, self.note)
+
+    def means(self) -> tuple[float, float]:
+        """Mean loss and gradient norm since the last line, over all ranks.
+
+        Raises UserError where the loss is no longer a number.
+        """
+        loss, norm = self.sums.tolist()
+        loss = self.machine.total(loss)[0] / self.machine.world
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is no longer a number at step {self.step}",
+                "resume with a lower --lr, more --warmup_steps, or --dtype fp32; the last "
+                "checkpoint is whole")
+        return loss / max(1, self.steps), norm / max(1, self.steps)
+
+    def row(self, lr: float) -> dict:
+        """The figures since the last row, which starts the next."""
+        loss, norm = self.means()
+        seconds = max(time.monotonic() - self.stopwatch, 1e-9)
+        speed = self.timed_tokens / seconds
+        peak = peak_flops(self.machine.device)
+        mfu = speed * self.flops / (peak * self.machine.world) if peak else None
+        row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr,
+               "perf/tok_per_s": round(speed, 1), "perf/mfu": mfu}
+        if (memory := memory_gb(self.machine.device)) is not None:
+            row["gpu/memory_gb"] = memory
+        if self.run.usd_per_hour:
+            row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
+        self.note = self.describe(row)
+        self.sums.zero_()
+        self.steps = self.timed_tokens = 0
+        self.stopwatch = time.monotonic()
+        return row
+
+    def describe(self, row: dict) -> str:
+        mfu = "unknown" if row["perf/mfu"] is None else f"{row['perf/mfu']:.1%}"
+        cost = f" ${row['cost/usd']:.2f}" if "cost/usd" in row else ""
+        return (f"loss {row['train/loss']:.4f} lr {row['train/lr']:.2e} "
+                f"{short(row['perf/tok_per_s'])} tok/s mfu {mfu}{cost}")
+
+    def elapsed(self) -> float:
+        """Seconds of the whole run, earlier sessions included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def write(self, row: dict) -> None:
+        """One line of metrics.jsonl, and the services."""
+        if not self.file:
+            return
+        row = {"step": self.step, "tokens": self.tokens, "time": round(self.elapsed(), 3), **row}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink(row)
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Time spent here, in evaluation or saving, does not count as training speed."""
+        began = time.monotonic()
+        yield
+        self.stopwatch += time.monotonic() - began
+
+    def state(self) -> dict:
+        """What a resumed run needs so that its log goes on as if never interrupted."""
+        return {"sums": self.sums.tolist(), "steps": self.steps, "tokens": self.tokens,
+                "seconds": self.elapsed(), "step": self.step}
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.file:
+            self.file.close()
+
+
+# ==================================================================================================
+# Loop: the one training loop
+# ==================================================================================================
+
+COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
+ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
+SAME_ON_RESUME = ("seed", "seq_len")
+
+
+@dataclass
+class Job:
+    """What one trainer gives the loop.
+
+    batches(first sample, batch_size, grad_accum_steps, rank, world) is one step's share;
+    evaluate(module) runs on every rank and returns metrics with val/loss among them.
+    """
+
+    kind: str
+    model: Transformer
+    loss: Callable[..., Tensor]
+    batches: Callable[..., StepBatch]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    tokenizer: Tokenizer
+    sequence_tokens: int
+
+
+def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
+    """Whether to compile: as told, or by the run's estimated length, and said either way.
+
+    A pure function of settings and machine, so that a resumed run decides the same.
+    """
+    if choice != "auto":
+        return choice == "1"
+    key = (machine.device.type, machine.dtype)
+    speed = ASSUMED_FLOPS.get(key) or 0.3 * (peak_flops(machine.device) or 1e14)
+    seconds = flops / speed / machine.world
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
+    able = machine.device.type != "mps" and any(map(shutil.which, compilers))
+    worth = seconds >= COMPILE_REPAYS_S
+    say(f"about {duration(seconds)} of training if not compiled: "
+        + ("compiling first (--compile 0 skips it)" if worth and able else "not compiling"
+           + (", no C++ compiler is found" if worth else "")))
+    return worth and able
+
+
+class Trainer:
+    """One run: its model, optimiser and counters, and the steps that move them."""
+
+    def __init__(self, job: Job, machine: Machine, run: RunSettings, optim: OptimSettings,
+                 args: dict, saved: dict | None):
+        self.job, self.machine, self.run, self.optim, self.args = job, machine, run, optim, args
+        self.out = Path(run.out_dir)
+        self.step, self.samples, self.best_val = 0, 0, math.inf
+        self.optimizer = make_optimizer(job.model, optim, machine.device)
+        half = machine.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        if saved:
+            self.restore(saved)
+        flops = flops_per_token(job.model.config)
+        objective = Objective(job.model, job.loss)
+        total = float(flops) * run.max_steps * run.batch_size * run.grad_accum_steps * machine.world
+        if wants_compile(run.compile, total * job.sequence_tokens, machine):
+            objective = torch.compile(objective, dynamic=False)
+        self.objective, self.wrapped = objective, distribute(objective, machine)
+        self.gauges = Gauges(self.out, run, machine, flops, saved["gauges"] if saved else {})
+
+    def restore(self, saved: dict) -> None:
+        """Continue from a checkpoint's counters and optimiser; the model has its weights."""
+        self.step, self.samples, self.best_val = saved["step"], saved["samples"], saved["best_val"]
+        self.optimizer.load_state_dict(saved["optim"])
+        self.scaler.load_state_dict(saved["scaler"])
+
+    def checkpoint(self) -> dict:
+        weights = self.job.model.state_dict()
+        return {
+            "format": CHECKPOINT_FORMAT, "kind": self.job.kind, "step": self.step,
+            "samples": self.samples, "best_val": self.best_val,
+            "model": {name: weight.detach() for name, weight in weights.items()},
+            "config": dataclasses.asdict(self.job.model.config),
+            "optim": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
+            "args": {**self.args, "world": self.machine.world}, "gauges": self.gauges.state(),
+            "tokenizer": self.job.tokenizer.data}
+
+    def lr(self) -> float:
+        return self.optim.lr * lr_scale(self.step, self.optim, self.run.max_steps)
+
+    def due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.run.max_steps
+
+    def train_step(self, stop: int) -> bool:
+        """One optimiser step over all ranks; whether any rank was told to stop."""
+        run, machine = self.run, self.machine
+        batch = self.job.batches(self.samples, run.batch_size, run.grad_accum_steps, machine.rank,
+                                 machine.world)
+        targets, stops = machine.total(batch.targets, stop)
+        seed_step(self.args["seed"], self.step, machine.rank)
+        lr = self.lr()
+        set_lr(self.optimizer, lr)
+        loss = self.gradients(batch, machine.world / targets)
+        norm = self.update()
+        self.step += 1
+        self.samples += batch.samples
+        self.gauges.add(self.step, loss, norm, batch.tokens)
+        row = self.gauges.row(lr) if self.due(run.log_interval) else {}
+        if self.due(run.eval_interval):
+            row |= self.evaluate()
+        if row:
+            self.gauges.write(row)
+        return bool(stops)
+
+    def gradients(self, batch: StepBatch, scale: float) -> Tensor:
+        """Accumulate the gradient of the step's mean token loss; this rank's share of the loss."""
+        total = torch.zeros((), device=self.machine.device)
+        for i, micro in enumerate(batch.micros):
+            tensors = [self.machine.to_device(t) for t in micro]
+            with no_sync(self.wrapped, i + 1 == len(batch.micros)):
+                with self.machine.autocast():
+                    loss = self.wrapped(*tensors) * scale
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def update(self) -> Tensor:
+        """Clip, step and clear; the gradient norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        most = self.optim.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.job.model.parameters(), most)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics; a new best is saved at once."""
+        with self.gauges.aside():
+            self.objective.eval()
+            with torch.no_grad(), self.machine.autocast():
+                row = self.job.evaluate(self.objective)
+            self.objective.train()
+            if row.get("val/loss", math.inf) < self.best_val:
+                self.best_val = row["val/loss"]
+                if self.machine.main:
+                    save_checkpoint(self.out / "ckpt_best.pt", self.checkpoint())
+        if self.machine.main and not self.gauges.progress.bar and row:
+            print(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
+                  file=sys.stderr, flush=True)
+        return row
+
+    def save(self) -> None:
+        with self.gauges.aside():
+            self.gauges.means()  # refuses to save a model whose loss is no number
+            if self.machine.main:
+                save_step(self.out, self.checkpoint(), self.run.keep_last)
+            self.machine.wait()
+
+    def fit(self) -> int:
+        """Train to max_steps or to a signal; the exit code."""
+        self.objective.train()
+        with Signals() as signals:
+            saved = self.step
+            while self.step < self.run.max_steps:
+                stop = self.train_step(signals.received)
+                if stop or self.due(self.run.ckpt_interval):
+                    self.save()
+                    saved = self.step
+                if stop:
+                    break
+        assert saved == self.step, "a run ends with its last step saved"
+        self.gauges.close()
+        if self.step < self.run.max_steps:
+            say(f"stopped at step {self.step}, saved; go on with:\n  {self.again()}")
+            return 128 + (signals.received or signal.SIGTERM)
+        if self.machine.main:
+            save_weights(self.out, self.job.model, self.job.tokenizer)
+        return 0
+
+    def again(self) -> str:
+        world = self.machine.world
+        launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+        return f"{launcher} {PROGRAM} {self.job.kind} @{shlex.quote(str(self.out / 'args.txt'))}"
+
+
+def keep_step_size(run: RunSettings, saved: dict, world: int) -> None:
+    """On another number of ranks, set accumulation and batch so that a step stays what it was.
+
+    Only where the flags are as they were: new ones are taken at their word.
+    """
+    old = saved["args"]
+    same = (old["batch_size"], old["grad_accum_steps"]) == (run.batch_size, run.grad_accum_steps)
+    if old["world"] == world or not same:
+        return
+    share, rest = divmod(run.batch_size * run.grad_accum_steps * old["world"], world)
+    if rest:
+        raise UserError(
+            f"a step of {share * world + rest} sequences cannot be shared by {world} ranks",
+                        "give new --batch_size and --grad_accum_steps, or another number of ranks")
+    run.batch_size = max(b for b in divisors(share) if b <= run.batch_size)
+    run.grad_accum_steps = share // run.batch_size
+    say(f"resuming on {world} ranks instead of {old['world']}: --batch_size {run.batch_size} "
+        f"--grad_accum_steps {run.grad_accum_steps} keeps the step as it was")
+
+
+def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tokenizer, args: dict,
+                   out: Path) -> None:
+    """Raise UserError where the run in `out` is of another model, tokenizer or trainer."""
+    again = f"name another --out_dir, or repeat the run's own flags: {kind} @{out}/args.txt"
+    if saved.get("kind") != kind or "gauges" not in saved:
+        raise UserError(f"{out} holds a run of {saved.get('kind', 'the original program')}, not of "
+                        f"{kind}", "name another --out_dir")
+    if sha256(saved["tokenizer"]) != tokenizer.sha256:
+        raise UserError(f"{out} was trained with another tokenizer than this data's", again)
+    new = {**dataclasses.asdict(config), **{key: args[key] for key in SAME_ON_RESUME}}
+    old = {**saved["config"], **{key: saved["args"][key] for key in SAME_ON_RESUME}}
+    unlike = [f"--{k} {old.get(k)} (now {new[k]})" for k in new
+              if old.get(k) != new[k] and k != "dropout"]
+    if unlike:
+        raise UserError(f"{out} holds another model: {', '.join(unlike)}", again)
+
+
+def open_run(out: Path, args_text: str, machine: Machine) -> None:
+    """Make the run's folder and write args.txt; raises OSError before any hour is paid for."""
+    if machine.main:
+        with atomic_write(out / "args.txt", "w") as file:
+            file.write(args_text)
+    machine.wait()
+
+
+# ==================================================================================================
+# Judges: how good is a model
+# ==================================================================================================
+
+
+def perplexity(module: nn.Module, folder: TokenFolder, batch_size: int, machine: Machine,
+               seq_len: int, most: int) -> dict[str, float]:
+    """val/loss (nats a token), val/ppl and val/bpb of the validation split, over all ranks.
+
+    `module` is an Objective of pretrain_loss; the figures do not depend on batch size or ranks.
+    """
+    losses, targets = [], 0
+    ranks = machine.rank, machine.world
+    for x, y in evaluation_batches(folder.val, seq_len, batch_size, most, *ranks):
+        losses.append(module(machine.to_device(x), machine.to_device(y)))
+        targets += int((y != IGNORE).sum())
+    loss, targets = machine.total(sum(float(part) for part in losses), targets)
+    if not targets:
+        return {}
+    mean = loss / targets
+    return {"val/loss": mean, "val/ppl": math.exp(min(mean, 700.0)),
+            "val/bpb": mean / math.log(2) / max(folder.bytes_per_token("val"), 1e-9)}
+
+
+# ==================================================================================================
+# Commands: one cmd_* for each subcommand: wiring only
+# ==================================================================================================
+
+
+def cmd_prep(settings: PrepSettings) -> int:
+    began = time.monotonic()
+    meta = prepare(settings)
+    seconds = max(time.monotonic() - began, 1e-9)
+    for name, counts in meta["splits"].items():
+        say(f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)")
+    total = sum(counts["bytes"] for counts in meta["splits"].values())
+    say(f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
+        f"{total / 1e6 / seconds:.1f} MB/s",
+        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}")
+    return 0
+
+
+def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim: OptimSettings,
+              device: DeviceSettings) -> int:
+    machine = open_machine(device)
+    folder = TokenFolder(data.data_dir)
+    config = dataclasses.replace(model, vocab_size=folder.tokenizer.vocab_size)
+    windows = Windows(folder.train, config.seq_len, device.seed)
+    groups = (run, data, model, optim, device)
+    args, text, out = settings_dict(*groups), settings_text(*groups), Path(run.out_dir)
+    saved = resume_point(out, run.resume)
+    if saved:
+        check_same_run(saved, "train", config, folder.tokenizer, args, out)
+        keep_step_size(run, saved, machine.world)
+    open_run(out, text, machine)
+    network = Transformer(config)
+    network.init_weights(device.seed)
+    if saved:
+        network.load_state_dict(saved["model"])
+    job = Job("train", network.to(machine.device), pretrain_loss, windows.step, functools.partial(
+        perplexity, folder=folder, batch_size=run.batch_size, machine=machine,
+        seq_len=config.seq_len, most=run.eval_tokens), folder.tokenizer, config.seq_len)
+    announce(job, machine, run, windows, saved)
+    return finish(Trainer(job, machine, run, optim, args, saved))
+
+
+def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
+             saved: dict | None) -> None:
+    """What is about to be trained, on what, and from where."""
+    counts, world = parameter_counts(job.model.config), machine.world
+    step_tokens = run.batch_size * run.grad_accum_steps * world * job.sequence_tokens
+    embedded = short(counts["embedding"] + counts["head"])
+    say(f"model: {short(counts['total'])} parameters ({embedded} in embeddings), "
+        f"{job.model.config.n_layer} layers, context {job.sequence_tokens}",
+        f"machine: {world} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}",
+        f"data: {short(len(windows.ids))} training tokens; a step has {step_tokens:,}, "
+        f"the run {short(step_tokens * run.max_steps)} "
+        f"({step_tokens * run.max_steps / (windows.count * job.sequence_tokens):.2g} epochs)")
+    if saved:
+        say(f"resuming {run.out_dir} after step {saved['step']}")
+
+
+def finish(trainer: Trainer) -> int:
+    """Train, and say what came of it and what to do next."""
+    code, out = trainer.fit(), shlex.quote(str(trainer.out))
+    if code == 0:
+        seconds, best = trainer.gauges.elapsed(), trainer.best_val
+        best = f"best validation loss {best:.4f}; " if best < math.inf else ""
+        say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
+            f"  python {PROGRAM} generate --ckpt {out}/ckpt_best.pt --prompt \"…\"",
+            f"  python convert_to_llama.py --ckpt {out}/ckpt_best.pt --out {out}/hf")
+    return code
+
+
+def read_prompts(settings: GenerateSettings) -> list[str]:
+    if not settings.prompt_file:
+        return [settings.prompt]
+    text = Path(settings.prompt_file).read_text(encoding="utf-8")
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"{settings.prompt_file} holds no prompt", "write one a line")
+    return prompts
+
+
+def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
+                 device: DeviceSettings) -> int:
+    machine = open_machine(device)
+    saved = load_checkpoint(settings.ckpt)
+    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    model = build_model(saved, machine.device)
+    prompts = [p for p in read_prompts(settings) for _ in range(settings.num_samples)]
+    ids = [[tokenizer.bos, *tokenizer.encode(p)] for p in prompts]
+    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
+    with machine.autocast():
+        stream = generate(model, ids, sampling, device.seed, stop, machine.dtype)
+        if len(prompts) == 1 and not settings.out:
+            print_stream(stream, prompts[0], ids[0], tokenizer)
+        else:
+            write_samples(stream, prompts, ids, tokenizer, settings.out)
+    return 0
+
+
+def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
+                 tokenizer: Tokenizer) -> None:
+    """Print a continuation as it comes; a character cut in the middle waits for its rest."""
+    print(prompt, end="", flush=True)
+    new, shown = [], ""
+    for _, token in stream:
+        new.append(token)
+        text = continuation(ids, new, tokenizer)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(continuation(ids, new, tokenizer)[len(shown):])
+
+
+def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
+    """The text that `new` adds behind `ids`."""
+    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
+
+
+def write_samples(stream: Iterator[tuple[int, int]], prompts: list[str], ids: list[list[int]],
+                  tokenizer: Tokenizer, out: str) -> None:
+    """All continuations: to the terminal, or as rows of a .jsonl file."""
+    rows = [[] for _ in prompts]
+    for row, token in stream:
+        rows[row].append(token)
+    texts = [continuation(i, new, tokenizer) for i, new in zip(ids, rows, strict=True)]
+    if not out:
+        say(*(f"--- {i + 1} of {len(texts)}\n{prompt}{text}"
+              for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))))
+        return
+    with atomic_write(Path(out), "w") as file:
+        for prompt, text in zip(prompts, texts, strict=True):
+            row = {"prompt": prompt, "completion": text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    say(f"{len(texts)} completions in {out}")
+
+
+def cmd_info(settings: InfoSettings) -> int:
+    path = Path(settings.path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")
+    is_data = path.is_dir() and not list(path.glob("ckpt_*.pt"))
+    say(*(describe_data(path) if is_data else describe_checkpoint(checkpoint_path(path))))
+    return 0
+
+
+def describe_data(path: Path) -> Iterator[str]:
+    folder = TokenFolder(path)
+    yield (f"{path}: prepared data, {folder.meta['dtype']} ids, "
+           f"vocabulary {folder.tokenizer.vocab_size:,}")
+    for split in ("train", "val"):
+        counts = folder.meta["splits"][split]
+        yield (f"{split}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
+               f"{counts['bytes']:,} bytes, {folder.bytes_per_token(split):.2f} bytes a token")
+    start = folder.tokenizer.decode(folder.train[:60].tolist())
+    yield f"begins: {start!r}"
+
+
+def describe_checkpoint(path: Path) -> Iterator[str]:
+    saved = load_checkpoint(path)
+    config = ModelSettings(**saved["config"])
+    counts = parameter_counts(config)
+    kind = "of the original program" if saved["original"] else saved.get("kind", "model")
+    yield f"{path}: {kind}, step {saved.get('step', '?')}, {path.stat().st_size / 1e6:.1f} MB"
+    yield (f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
+           f"{counts['head'] or 'tied'}, layers {counts['blocks']:,})")
+    yield "config: " + " ".join(f"{k}={v}" for k, v in saved["config"].items())
+    yield f"compute: {short(flops_per_token(config))} training FLOPs a token"
+    if saved.get("best_val", math.inf) < math.inf:
+        yield f"best validation loss: {saved['best_val']:.4f}"
+    if saved["tokenizer"]:
+        yield f"tokenizer: {Tokenizer(bytes(saved['tokenizer'])).vocab_size:,} pieces, inside"
+    else:
+        yield "tokenizer: none inside, use --spm"
+
+
+def python_documentation() -> Iterator[str]:
+    """The interpreter's own prose: its help topics and the docstrings of its library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        if path.name == "topics.py":
+            yield from (n.value for n in ast.walk(tree)
+                        if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        yield from (text for node in ast.walk(tree) if isinstance(node, kinds)
+                    if (text := ast.get_docstring(node)))
+
+
+def demo_corpus(path: Path) -> None:
+    texts = [text for text in dict.fromkeys(python_documentation()) if len(text) >= 200]
+    if sum(map(len, texts)) < 200_000:
+        raise UserError("this Python was installed without its documentation",
+                        f"bring your own: python {PROGRAM} prep --text_path FILE --out_dir data")
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def demo_step(command: str, *flags: object) -> None:
+    """Run one of our own commands as its user would, shown before it runs."""
+    argv = [str(flag) for flag in flags]
+    say("", f"$ python {PROGRAM} {command} {shlex.join(argv)}")
+    about = COMMANDS[command]
+    code = about.run(*read_flags(about.parser(command), about.groups, argv))
+    if code:
+        raise UserError(f"the demo stopped at {command}", "run the line above again by hand")
+
+
+def cmd_demo(settings: DemoSettings) -> int:
+    out = Path(settings.out_dir)
+    data, run = out / "data", out / "run"
+    steps = settings.max_steps or (60 if settings.quick else 400)
+    vocab, layers, width, batch = (1024, 2, 128, 8) if settings.quick else (4096, 4, 256, 16)
+    shutil.rmtree(run, ignore_errors=True)
+    say("This demo trains a small model on the documentation of your Python interpreter.")
+    demo_corpus(out / "corpus.jsonl")
+    demo_step("prep", "--text_path", out / "corpus.jsonl", "--out_dir", data, "--vocab_size", vocab,
+              "--val_split", 0.05, "--overwrite")
+    shape = ("--n_layer", layers, "--d_model", width, "--n_head", 4, "--ffn_mult", 3,
+             "--seq_len", 256)
+    train = ("--data_dir", data, "--out_dir", run, "--batch_size", batch, "--lr", 2e-3,
+             "--warmup_steps", steps // 10, "--eval_interval", max(1, steps // 4), "--compile", 0)
+    sample = ("--prompt", "Return a", "--max_new_tokens", 60, "--ckpt")
+    say("", "An untrained model of this size writes:")
+    demo_untrained(data, shape)
+    demo_step("train", *train, *shape, "--max_steps", steps)
+    demo_step("generate", *sample, run / "ckpt_best.pt")
+    say("", f"The model is {run}/ckpt_best.pt. What you may do next:",
+        f"  python {PROGRAM} train @{run}/args.txt --max_steps {steps * 4}",
+        f"  python {PROGRAM} info {run}",
+        f"  python convert_to_llama.py --ckpt {run}/ckpt_best.pt --out {out}/hf",
+        f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data")
+    return 0
+
+
+def demo_untrained(data: Path, shape: tuple) -> None:
+    folder = TokenFolder(data)
+    parser = make_parser("train", "", "", (ModelSettings,))
+    [config] = read_flags(parser, (ModelSettings,), [str(flag) for flag in shape])
+    config.vocab_size = folder.tokenizer.vocab_size
+    model = Transformer(config).eval()
+    model.init_weights(0)
+    ids = [folder.tokenizer.bos, *folder.tokenizer.encode("Return a")]
+    print_stream(generate(model, [ids], SamplingSettings(max_new_tokens=20), 0), "Return a", ids,
+                 folder.tokenizer)
+
+
+# ==================================================================================================
+# Front door: the table of commands and main
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what runs, the settings it takes, its one-line purpose and an example."""
+
+    run: Callable[..., int]
+    groups: tuple[type, ...]
+    about: str
+    example: str
+
+    def parser(self, name: str) -> FlagParser:
+        return make_parser(name, self.about, self.example, self.groups)
+
+
+COMMANDS = {
+    "demo": Command(cmd_demo, (DemoSettings,), "text to trained model in minutes, on any machine",
+                    f"python {PROGRAM} demo"),
+    "prep": Command(cmd_prep, (PrepSettings,), "text becomes a tokenizer and token files",
+                    f"python {PROGRAM} prep --text_path docs.txt --out_dir data --vocab_size 8192"),
+    "train": Command(cmd_train,
+                     (RunSettings, DataSettings, ModelSettings, OptimSettings, DeviceSettings),
+                     "pretrain a model on prepared data",
+                     f"python {PROGRAM} train --data_dir data --out_dir runs/lm --preset 138m"),
+    "generate": Command(cmd_generate, (GenerateSettings, SamplingSettings, DeviceSettings),
+                        "continue prompts with a trained model",
+                        f'python {PROGRAM} generate --ckpt runs/lm --prompt "Once upon a time"'),
+    "info": Command(cmd_info, (InfoSettings,), "say what a checkpoint or a data folder is",
+                    f"python {PROGRAM} info runs/lm"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:10}{command.about}" for name, command in COMMANDS.items())
+    return (f"usage: python {PROGRAM} COMMAND [--flag value …] [@FILE]\n\n{rows}\n\n"
+            f"python {PROGRAM} COMMAND --help explains the flags of a command.")
+
+
+def run_command(name: str, command: Command, argv: list[str]) -> int:
+    """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
+    try:
+        return command.run(*read_flags(command.parser(name), command.groups, argv))
+    except UserError as fault:
+        return complain(fault)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `generate | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as fault:
+        sentence = disk_error(fault)
+        if sentence is None:
+            raise
+        return complain(sentence)
+    finally:
+        close_machine()
+
+
+def complain(fault: UserError) -> int:
+    """Print a fault, once where all ranks share it: rank 0 ends the others before they speak."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    print(f"{f'rank {rank}: ' if rank else ''}{fault}", file=sys.stderr, flush=True)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {either(COMMANDS)}"
+        return complain(UserError(f"{name} is no command", hint))
+    return run_command(name, COMMANDS[name], rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
