@@ -14,7 +14,9 @@ Every command explains its flags with --help, and @FILE reads flags from a file;
 OUT/args.txt, so `train @OUT/args.txt --max_steps 300000` repeats it with one change. The same
 --out_dir resumes.
 
-Rooms, each using only what stands above it
+Each room uses only what stands above it.
+
+Rooms
   Ground       constants, errors a user can act on, safe writing, progress
   Settings     every setting once: flags, checkpoint config and args.txt come from here
   Machine      device, number format, seeds, signals, and everything distributed
@@ -146,6 +148,17 @@ def raise_all(faults: list[tuple[str, str]]) -> None:
         raise UserError(*faults[0], *faults[1:])
 
 
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut; a no-op where folders cannot be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "wb"):
     """Open `path` for writing so that it holds, at every moment, its old or its new content.
@@ -165,17 +178,6 @@ def atomic_write(path: Path, mode: str = "wb"):
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut; a no-op where folders cannot be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_json(path: Path) -> dict:
@@ -237,6 +239,8 @@ class Progress:
 
     def update(self, done: float, note: str = "") -> None:
         """`done` units of the total are finished; `note` stands behind the figures."""
+        if self.done == self.start:  # the first unit warms up, and would spoil the estimate
+            self.began, self.start = time.monotonic(), done
         step, self.done = done - self.done, done
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
@@ -390,6 +394,15 @@ class OptimSettings:
     grad_clip: float = setting(1.0, "largest gradient norm; 0 never clips", least=0.0)
 
 
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def either(options: Iterable) -> str:
+    """[16, 32] -> '16 or 32'."""
+    return " or ".join(map(str, options))
+
+
 @dataclass
 class ModelSettings:
     """Architecture."""
@@ -497,15 +510,6 @@ class DemoSettings:
     max_steps: int = setting(0, "training steps; 0 means as many as a few minutes hold", least=0)
 
 
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def either(options: Iterable) -> str:
-    """[16, 32] -> '16 or 32'."""
-    return " or ".join(map(str, options))
-
-
 def parse_value(kind, text: str):
     """`text` as a value of the field type `kind`; raises ValueError where it is none."""
     if kind is bool:
@@ -568,6 +572,12 @@ def flag_help(f: dataclasses.Field) -> str:
     return f"{text} (default: {default or 'none'})".replace("%", "%%")
 
 
+def metavar(f: dataclasses.Field) -> str:
+    if f.metadata["choices"] or f.type is str:
+        return "NAME" if f.metadata["choices"] else "TEXT"
+    return {int: "N", float: "X", bool: "0|1"}.get(f.type, "PATH")
+
+
 def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
     """One command's parser: a group of flags a dataclass, a flag a field."""
     parser = FlagParser(
@@ -590,10 +600,20 @@ def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]
     return parser
 
 
-def metavar(f: dataclasses.Field) -> str:
-    if f.metadata["choices"] or f.type is str:
-        return "NAME" if f.metadata["choices"] else "TEXT"
-    return {int: "N", float: "X", bool: "0|1"}.get(f.type, "PATH")
+def settings_of(command: Callable) -> tuple[type, ...]:
+    """The settings dataclasses that a cmd_* function takes, as its annotations say."""
+    return tuple(kind for name, kind in typing.get_type_hints(command).items() if name != "return")
+
+
+def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> list[tuple[str, str]]:
+    names = [f"--{f.name}" for group in groups for f in fields(group) if f.metadata["flag"]]
+    found = []
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], names, 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
+        if word.startswith("--") or not found:
+            found.append((f"{word} is not known here", hint))
+    return found
 
 
 def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
@@ -617,15 +637,11 @@ def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) ->
     return made
 
 
-def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> list[tuple[str, str]]:
-    names = [f"--{f.name}" for group in groups for f in fields(group) if f.metadata["flag"]]
-    found = []
-    for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], names, 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
-        if word.startswith("--") or not found:
-            found.append((f"{word} is not known here", hint))
-    return found
+def read_command(command: Callable, argv: list[str], about: str = "", example: str = "") -> list:
+    """The settings that a cmd_* function takes, read from its flags."""
+    groups = settings_of(command)
+    name = command.__name__.removeprefix("cmd_")
+    return read_flags(make_parser(name, about, example, groups), groups, argv)
 
 
 def settings_text(*groups) -> str:
@@ -655,8 +671,8 @@ def settings_dict(*groups) -> dict:
 PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of the device's name
     ("B200", 2250e12), ("B100", 1750e12), ("GH200", 989e12), ("H200", 989e12),
     ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12),
-    ("H20", 148e12), ("A100", 312e12), ("A800", 312e12), ("A40", 150e12), ("A10G", 70e12), ("A10", 125e12),
-    ("A30", 165e12),
+    ("H20", 148e12), ("A100", 312e12), ("A800", 312e12), ("A40", 150e12), ("A10G", 70e12),
+    ("A10", 125e12), ("A30", 165e12),
     ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
     ("RTX A6000", 155e12), ("RTX 5090", 210e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
     ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12), ("MI250", 181e12))
@@ -878,6 +894,21 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
 
 
+def vocabulary_error(message: str, vocab_size: int) -> Exception:
+    """SentencePiece's complaint about the vocabulary's size as a sentence; else as it is."""
+    largest = re.search(r"set it to a value <= (\d+)", message)
+    least = re.search(r"is smaller than required_chars\. \d+ vs (\d+)", message)
+    if largest:
+        return UserError(f"--vocab_size {vocab_size} is more than this text can fill",
+                         f"use --vocab_size {largest[1]} or less, or give more text")
+    if least:
+        return UserError(f"--vocab_size {vocab_size} cannot hold the characters of this text",
+                         f"use --vocab_size {int(least[1]) + 256} or more")
+    if "empty" in message.lower() or "sentences_" in message:
+        return UserError("there is no text to train a tokenizer on", "give text with words in it")
+    return RuntimeError(message)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model that spells every string: decode(encode(s)) == s.
 
@@ -896,21 +927,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as fault:
         raise vocabulary_error(str(fault), vocab_size) from fault
     return model.getvalue()
-
-
-def vocabulary_error(message: str, vocab_size: int) -> Exception:
-    """SentencePiece's complaint about the vocabulary's size as a sentence; else as it is."""
-    largest = re.search(r"set it to a value <= (\d+)", message)
-    least = re.search(r"is smaller than required_chars\. \d+ vs (\d+)", message)
-    if largest:
-        return UserError(f"--vocab_size {vocab_size} is more than this text can fill",
-                         f"use --vocab_size {largest[1]} or less, or give more text")
-    if least:
-        return UserError(f"--vocab_size {vocab_size} cannot hold the characters of this text",
-                         f"use --vocab_size {int(least[1]) + 256} or more")
-    if "empty" in message.lower() or "sentences_" in message:
-        return UserError("there is no text to train a tokenizer on", "give text with words in it")
-    return RuntimeError(message)
 
 
 def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
@@ -993,6 +1009,21 @@ class TextBlock:
     read: int  # bytes of the source read up to the block's end
 
 
+def kind_of(path: Path, document: str) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in (*SUFFIXES, ".zst"):
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(last, document)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in inside):
+            yield path
+
+
 def find_sources(paths: Iterable[str], document: str) -> list[Source]:
     """The files that the paths, folders and globs name, sorted within each.
 
@@ -1011,19 +1042,13 @@ def find_sources(paths: Iterable[str], document: str) -> list[Source]:
     return [Source(f, kind_of(f, document)) for f in found]
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") for part in inside):
-            yield path
-
-
-def kind_of(path: Path, document: str) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in (*SUFFIXES, ".zst"):
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(last, document)
+def need(package: str):
+    """An optional package; raises UserError that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as fault:
+        name = package.partition(".")[0]
+        raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
 
 
 def open_packed(path: Path, raw) -> typing.BinaryIO:
@@ -1034,13 +1059,30 @@ def open_packed(path: Path, raw) -> typing.BinaryIO:
     return SUFFIXES[suffix](raw) if suffix in SUFFIXES else raw
 
 
-def need(package: str):
-    """An optional package; raises UserError that says what to install."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as fault:
-        name = package.partition(".")[0]
-        raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
+def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
+    table = need("pyarrow.parquet").ParquetFile(source.path)
+    if text_key not in table.schema_arrow.names:
+        raise UserError(f"{source.path} has no column {text_key}",
+                        f"use --text_key with one of {', '.join(table.schema_arrow.names)}")
+    rows = 0
+    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+        rows += len(batch)
+        texts = [text for text in batch.column(0).to_pylist() if text is not None]
+        read = source.size * rows // max(1, table.metadata.num_rows)
+        yield TextBlock(str(source.path), "parquet", rows - len(batch) + 1, texts, read)
+
+
+def rest_of_document(file, data: bytes, kind: str) -> bytes:
+    """The bytes from where `data` was cut off to the end of its last document."""
+    if kind == "file":
+        return b""
+    rest = [] if data.endswith(b"\n") else [file.readline()]
+    if kind == "blank":
+        while line := file.readline():
+            rest.append(line)
+            if not line.strip():
+                break
+    return b"".join(rest)
 
 
 def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
@@ -1067,52 +1109,6 @@ def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
             raise
 
 
-def rest_of_document(file, data: bytes, kind: str) -> bytes:
-    """The bytes from where `data` was cut off to the end of its last document."""
-    if kind == "file":
-        return b""
-    rest = [] if data.endswith(b"\n") else [file.readline()]
-    if kind == "blank":
-        while line := file.readline():
-            rest.append(line)
-            if not line.strip():
-                break
-    return b"".join(rest)
-
-
-def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
-    table = need("pyarrow.parquet").ParquetFile(source.path)
-    if text_key not in table.schema_arrow.names:
-        raise UserError(f"{source.path} has no column {text_key}",
-                        f"use --text_key with one of {', '.join(table.schema_arrow.names)}")
-    rows = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-        rows += len(batch)
-        texts = [text for text in batch.column(0).to_pylist() if text is not None]
-        read = source.size * rows // max(1, table.metadata.num_rows)
-        yield TextBlock(str(source.path), "parquet", rows - len(batch) + 1, texts, read)
-
-
-def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
-    """The documents of a block; those without a word are passed over.
-
-    Raises UserError with file and line for invalid UTF-8 and for rows that are no rows.
-    """
-    if block.kind == "parquet":
-        texts = block.data
-    else:
-        text = decode_block(block, errors)
-        if block.kind == "jsonl":
-            texts = jsonl_texts(block, text, text_key)
-        elif block.kind == "line":
-            texts = (line.removesuffix("\r") for line in text.split("\n"))
-        elif block.kind == "blank":
-            texts = (part.strip("\r\n") for part in re.split(r"\n[ \t\r]*\n", text))
-        else:
-            texts = [text]
-    return (text for text in texts if text and not text.isspace())
-
-
 def decode_block(block: TextBlock, errors: str) -> str:
     try:
         return block.data.decode("utf-8", errors)
@@ -1136,6 +1132,26 @@ def jsonl_texts(block: TextBlock, text: str, text_key: str) -> Iterator[str]:
             raise UserError(f"{block.name}, line {number}: no text under {text_key} ({keys})",
                             "name the key of the text with --text_key")
         yield row[text_key].encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+
+
+def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
+    """The documents of a block; those without a word are passed over.
+
+    Raises UserError with file and line for invalid UTF-8 and for rows that are no rows.
+    """
+    if block.kind == "parquet":
+        texts = block.data
+    else:
+        text = decode_block(block, errors)
+        if block.kind == "jsonl":
+            texts = jsonl_texts(block, text, text_key)
+        elif block.kind == "line":
+            texts = (line.removesuffix("\r") for line in text.split("\n"))
+        elif block.kind == "blank":
+            texts = (part.strip("\r\n") for part in re.split(r"\n[ \t\r]*\n", text))
+        else:
+            texts = [text]
+    return (text for text in texts if text and not text.isspace())
 
 
 def content_hash(text: bytes, salt: bytes = b"") -> float:
@@ -1247,27 +1263,21 @@ def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dty
         files = {"train": train, "val": val}
         try:
             done, last = 0, None
-            for name, read, splits in encoded_blocks(pool, work, sources, settings, 2 * workers):
-                done += last[1] if last and last[0] != name else 0
-                last = (name, read)
+            blocks = shard_blocks(sources, settings)
+            for block, splits in in_order(pool, work, blocks, ahead=2 * workers):
+                done += last.read if last and last.name != block.name else 0
+                last = block
                 for key, split in splits.items():
                     files[key].write(split.packed[0])
                     totals[key].add(split.tokens, split.documents, split.bytes)
-                progress.update(done + read, f"{short(totals['train'].tokens)} tokens")
-        except BaseException:
+                progress.update(done + block.read, f"{short(totals['train'].tokens)} tokens")
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     progress.close("encoded")
     return totals
-
-
-def encoded_blocks(pool, work: Callable, sources: list[Source], settings: PrepSettings,
-                   ahead: int) -> Iterator[tuple[str, int, dict[str, Split]]]:
-    for block, splits in in_order(pool, work, shard_blocks(sources, settings), ahead):
-        yield block.name, block.read, splits
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -1284,30 +1294,6 @@ def write_meta(out: Path, tokenizer: Tokenizer, splits: dict[str, dict], val_spl
     return meta
 
 
-def prepare(settings: PrepSettings) -> dict:
-    """Text -> a data folder; returns its meta. A failure leaves nothing that looks finished.
-
-    Raises UserError for missing, empty, damaged or undecodable input and for a bad vocabulary.
-    """
-    out = Path(settings.out_dir)
-    refuse_finished(out, settings.overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    if settings.merge:
-        return merge_shards(out)
-    part, parts = settings.part()
-    final = out / f"shard-{part:05d}-of-{parts:05d}" if settings.shard else out
-    refuse_finished(final, settings.overwrite)
-    building = out / f".building-{part:05d}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        meta = build_data(settings, building)
-        install(building, final)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return meta
-
-
 def refuse_finished(folder: Path, overwrite: bool) -> None:
     if (folder / "meta.json").exists() and not overwrite:
         raise UserError(f"{folder} already holds prepared data",
@@ -1321,80 +1307,6 @@ def install(building: Path, final: Path) -> None:
     for name in DATA_FILES:
         os.replace(building / name, final / name)
     fsync_folder(final)
-
-
-def build_data(settings: PrepSettings, out: Path) -> dict:
-    """Tokenizer, token files and meta.json into the folder `out`."""
-    with spooled(settings, out) as paths:
-        sources = find_sources(paths, settings.document)
-        if settings.spm:
-            tokenizer = Tokenizer.load(settings.spm)
-        else:
-            say(f"training a tokenizer of {settings.vocab_size} pieces")
-            texts = sample_documents(sources, settings)
-            tokenizer = Tokenizer(train_tokenizer(some(texts, sources), settings.vocab_size))
-        (out / "tokenizer.model").write_bytes(tokenizer.data)
-        dtype = token_dtype(tokenizer.vocab_size)
-        splits = encode_sources(sources, settings, out / "tokenizer.model", dtype, out)
-    if not splits["train"].documents and not settings.shard:
-        raise UserError("no document came into the training split",
-                        "give more text, or a smaller --val_split")
-    counts = {name: split.counts() for name, split in splits.items()}
-    return write_meta(out, tokenizer, counts, settings.val_split)
-
-
-@contextlib.contextmanager
-def spooled(settings: PrepSettings, out: Path):
-    """The input paths, with stdin (-) first written to a file, since it is read twice."""
-    spool = out / "stdin.txt"
-    if "-" in settings.text_path:
-        with open(spool, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-    try:
-        yield [str(spool) if path == "-" else path for path in settings.text_path]
-    finally:
-        spool.unlink(missing_ok=True)
-
-
-def some(texts: Iterator[str], sources: list[Source]) -> Iterator[str]:
-    """The texts; raises UserError where there is not one."""
-    first = next(texts, None)
-    if first is None:
-        names = ", ".join(str(s.path) for s in sources[:3])
-        raise UserError(f"there is no text in {names}", "give files with words in them")
-    yield first
-    yield from texts
-
-
-def merge_shards(out: Path) -> dict:
-    """Join out/shard-*-of-n into one data folder; raises UserError where a part is missing."""
-    shards = sorted(out.glob("shard-*-of-*"))
-    parts = int(shards[0].name.rsplit("-", 1)[1]) if shards else 0
-    wanted = [out / f"shard-{i:05d}-of-{parts:05d}" for i in range(parts)]
-    missing = [w.name for w in wanted if not (w / "meta.json").exists()]
-    if missing or not wanted:
-        raise UserError(f"{out} lacks {', '.join(missing) or 'any shard'}",
-                        "run prep --shard i/n for every i, then --merge")
-    data = [TokenFolder(folder) for folder in wanted]
-    if len({d.tokenizer.sha256 for d in data}) > 1:
-        raise UserError("the shards do not share one tokenizer", "prep them with the same --spm")
-    building = out / ".building-merge"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    splits = {}
-    for split in ("train", "val"):
-        with open(building / f"{split}.bin", "wb") as file:
-            for folder in wanted:
-                with open(folder / f"{split}.bin", "rb") as part:
-                    shutil.copyfileobj(part, file, BLOCK)
-        counts = [d.meta["splits"][split] for d in data]
-        splits[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
-    shutil.copyfile(wanted[0] / "tokenizer.model", building / "tokenizer.model")
-    meta = write_meta(building, data[0].tokenizer, splits, data[0].meta["val_split"])
-    install(building, out)
-    for folder in (building, *wanted):
-        shutil.rmtree(folder)
-    return meta
 
 
 class TokenFolder:
@@ -1438,6 +1350,104 @@ class TokenFolder:
         """UTF-8 bytes for each target of the split's stream, the measure behind bits per byte."""
         counts = self.meta["splits"][split]
         return counts["bytes"] / max(1, counts["tokens"] - 1)
+
+
+def merge_shards(out: Path) -> dict:
+    """Join out/shard-*-of-n into one data folder; raises UserError where a part is missing."""
+    shards = sorted(out.glob("shard-*-of-*"))
+    parts = int(shards[0].name.rsplit("-", 1)[1]) if shards else 0
+    wanted = [out / f"shard-{i:05d}-of-{parts:05d}" for i in range(parts)]
+    missing = [w.name for w in wanted if not (w / "meta.json").exists()]
+    if missing or not wanted:
+        raise UserError(f"{out} lacks {', '.join(missing) or 'any shard'}",
+                        "run prep --shard i/n for every i, then --merge")
+    data = [TokenFolder(folder) for folder in wanted]
+    if len({d.tokenizer.sha256 for d in data}) > 1:
+        raise UserError("the shards do not share one tokenizer", "prep them with the same --spm")
+    building = out / ".building-merge"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    splits = {}
+    for split in ("train", "val"):
+        with open(building / f"{split}.bin", "wb") as file:
+            for folder in wanted:
+                with open(folder / f"{split}.bin", "rb") as part:
+                    shutil.copyfileobj(part, file, BLOCK)
+        counts = [d.meta["splits"][split] for d in data]
+        splits[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
+    shutil.copyfile(wanted[0] / "tokenizer.model", building / "tokenizer.model")
+    meta = write_meta(building, data[0].tokenizer, splits, data[0].meta["val_split"])
+    install(building, out)
+    for folder in (building, *wanted):
+        shutil.rmtree(folder)
+    return meta
+
+
+@contextlib.contextmanager
+def spooled(settings: PrepSettings, out: Path):
+    """The input paths, with stdin (-) first written to a file, since it is read twice."""
+    spool = out / "stdin.txt"
+    if "-" in settings.text_path:
+        with open(spool, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    try:
+        yield [str(spool) if path == "-" else path for path in settings.text_path]
+    finally:
+        spool.unlink(missing_ok=True)
+
+
+def some(texts: Iterator[str], sources: list[Source]) -> Iterator[str]:
+    """The texts; raises UserError where there is not one."""
+    first = next(texts, None)
+    if first is None:
+        names = ", ".join(str(s.path) for s in sources[:3])
+        raise UserError(f"there is no text in {names}", "give files with words in them")
+    yield first
+    yield from texts
+
+
+def build_data(settings: PrepSettings, out: Path) -> dict:
+    """Tokenizer, token files and meta.json into the folder `out`."""
+    with spooled(settings, out) as paths:
+        sources = find_sources(paths, settings.document)
+        if settings.spm:
+            tokenizer = Tokenizer.load(settings.spm)
+        else:
+            say(f"training a tokenizer of {settings.vocab_size} pieces")
+            texts = sample_documents(sources, settings)
+            tokenizer = Tokenizer(train_tokenizer(some(texts, sources), settings.vocab_size))
+        (out / "tokenizer.model").write_bytes(tokenizer.data)
+        dtype = token_dtype(tokenizer.vocab_size)
+        splits = encode_sources(sources, settings, out / "tokenizer.model", dtype, out)
+    if not splits["train"].documents and not settings.shard:
+        raise UserError("no document came into the training split",
+                        "give more text, or a smaller --val_split")
+    counts = {name: split.counts() for name, split in splits.items()}
+    return write_meta(out, tokenizer, counts, settings.val_split)
+
+
+def prepare(settings: PrepSettings) -> dict:
+    """Text -> a data folder; returns its meta. A failure leaves nothing that looks finished.
+
+    Raises UserError for missing, empty, damaged or undecodable input and for a bad vocabulary.
+    """
+    out = Path(settings.out_dir)
+    refuse_finished(out, settings.overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.merge:
+        return merge_shards(out)
+    part, parts = settings.part()
+    final = out / f"shard-{part:05d}-of-{parts:05d}" if settings.shard else out
+    refuse_finished(final, settings.overwrite)
+    building = out / f".building-{part:05d}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        meta = build_data(settings, building)
+        install(building, final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return meta
 
 
 # ==================================================================================================
@@ -1694,6 +1704,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
+        assert config.rope_layout == "half", "load_checkpoint turns other layouts into this one"
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -1775,6 +1786,15 @@ def flops_per_token(config: ModelSettings) -> int:
 DROP_WHEN = 0.25  # share of finished rows at which a batch is made smaller
 
 
+def banned(history: list[int], n: int) -> list[int]:
+    """Ids that would end an n-gram which the history already holds."""
+    prefix = tuple(history[len(history) - n + 1:])
+    if len(prefix) < n - 1:
+        return []
+    return [history[i + n - 1] for i in range(len(history) - n + 1)
+            if tuple(history[i:i + n - 1]) == prefix]
+
+
 def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSettings) -> Tensor:
     """Repetition penalty (Keskar et al. 2019, section 4.1) and banned n-grams, on (B, V)."""
     if settings.repetition_penalty != 1.0:
@@ -1787,15 +1807,6 @@ def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSetti
         for row, history in zip(logits, histories, strict=True):
             row[banned(history, settings.no_repeat_ngram_size)] = -math.inf
     return logits
-
-
-def banned(history: list[int], n: int) -> list[int]:
-    """Ids that would end an n-gram which the history already holds."""
-    prefix = tuple(history[len(history) - n + 1:])
-    if len(prefix) < n - 1:
-        return []
-    return [history[i + n - 1] for i in range(len(history) - n + 1)
-            if tuple(history[i:i + n - 1]) == prefix]
 
 
 def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
@@ -2067,31 +2078,6 @@ def checkpoint_path(path: str | Path) -> Path:
     return path
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of any age, ready to build from: names unwrapped, rotary pairs half-split.
-
-    "config" is a whole dict of ModelSettings fields, "tokenizer" the model's bytes or None.
-    Raises UserError where it cannot be used.
-    """
-    path = checkpoint_path(path)
-    checkpoint = read_checkpoint(path)
-    original = "rope_layout" not in checkpoint["config"]
-    weights = {unwrapped(name): weight for name, weight in checkpoint["model"].items()}
-    if original:
-        weights = {n: w for n, w in weights.items() if not any(b in n for b in OLD_BUFFERS)}
-    try:
-        config = whole_config(checkpoint["config"], weights, path)
-        check_weights(config, weights, path)
-    except (KeyError, TypeError, AttributeError) as fault:
-        raise UserError(f"{path} is a file of some other program ({fault})",
-                        "name a ckpt_*.pt of this one") from fault
-    if original:
-        weights = {name: half_split(weight, config) if name.endswith("attn.qkv.weight") else weight
-                   for name, weight in weights.items()}
-    return {**checkpoint, "model": weights, "config": dataclasses.asdict(config),
-            "tokenizer": checkpoint.get("tokenizer"), "original": original}
-
-
 def unwrapped(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name.split(".", 1)[1]
@@ -2132,6 +2118,31 @@ def half_split(qkv: Tensor, config: ModelSettings) -> Tensor:
     turned = (config.n_head + config.kv_heads) * config.head_size
     rows = qkv[:turned].view(-1, config.head_size // 2, 2, qkv.shape[1])
     return torch.cat((rows.transpose(1, 2).reshape(turned, qkv.shape[1]), qkv[turned:]))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of any age, ready to build from: names unwrapped, rotary pairs half-split.
+
+    "config" is a whole dict of ModelSettings fields, "tokenizer" the model's bytes or None.
+    Raises UserError where it cannot be used.
+    """
+    path = checkpoint_path(path)
+    checkpoint = read_checkpoint(path)
+    original = "rope_layout" not in checkpoint["config"]
+    weights = {unwrapped(name): weight for name, weight in checkpoint["model"].items()}
+    if original:
+        weights = {n: w for n, w in weights.items() if not any(b in n for b in OLD_BUFFERS)}
+    try:
+        config = whole_config(checkpoint["config"], weights, path)
+        check_weights(config, weights, path)
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise UserError(f"{path} is a file of some other program ({fault})",
+                        "name a ckpt_*.pt of this one") from fault
+    if original:
+        weights = {name: half_split(weight, config) if name.endswith("attn.qkv.weight") else weight
+                   for name, weight in weights.items()}
+    return {**checkpoint, "model": weights, "config": dataclasses.asdict(config),
+            "tokenizer": checkpoint.get("tokenizer"), "original": original}
 
 
 def build_model(checkpoint: dict, device: torch.device) -> Transformer:
@@ -2621,6 +2632,35 @@ def cmd_prep(settings: PrepSettings) -> int:
     return 0
 
 
+def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
+             saved: dict | None) -> None:
+    """What is about to be trained, on what, and from where."""
+    counts, world = parameter_counts(job.model.config), machine.world
+    step_tokens = run.batch_size * run.grad_accum_steps * world * job.sequence_tokens
+    embedded = short(counts["embedding"] + counts["head"])
+    preset = f"{run.preset}, " if run.preset else ""
+    say(f"model: {preset}{short(counts['total'])} parameters ({embedded} in embeddings), "
+        f"{job.model.config.n_layer} layers, context {job.sequence_tokens}",
+        f"machine: {world} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}",
+        f"data: {short(len(windows.ids))} training tokens; a step has {step_tokens:,}, "
+        f"the run {short(step_tokens * run.max_steps)} "
+        f"({step_tokens * run.max_steps / (windows.count * job.sequence_tokens):.2g} epochs)")
+    if saved:
+        say(f"resuming {run.out_dir} after step {saved['step']}")
+
+
+def finish(trainer: Trainer) -> int:
+    """Train, and say what came of it and what to do next."""
+    code, out = trainer.fit(), shlex.quote(str(trainer.out))
+    if code == 0:
+        seconds, best = trainer.gauges.elapsed(), trainer.best_val
+        best = f"best validation loss {best:.4f}; " if best < math.inf else ""
+        say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
+            f"  python {PROGRAM} generate --ckpt {out}/ckpt_best.pt --prompt \"…\"",
+            f"  python convert_to_llama.py --ckpt {out}/ckpt_best.pt --out {out}/hf")
+    return code
+
+
 def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim: OptimSettings,
               device: DeviceSettings) -> int:
     machine = open_machine(device)
@@ -2645,34 +2685,6 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
     return finish(Trainer(job, machine, run, optim, args, saved))
 
 
-def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
-             saved: dict | None) -> None:
-    """What is about to be trained, on what, and from where."""
-    counts, world = parameter_counts(job.model.config), machine.world
-    step_tokens = run.batch_size * run.grad_accum_steps * world * job.sequence_tokens
-    embedded = short(counts["embedding"] + counts["head"])
-    say(f"model: {short(counts['total'])} parameters ({embedded} in embeddings), "
-        f"{job.model.config.n_layer} layers, context {job.sequence_tokens}",
-        f"machine: {world} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}",
-        f"data: {short(len(windows.ids))} training tokens; a step has {step_tokens:,}, "
-        f"the run {short(step_tokens * run.max_steps)} "
-        f"({step_tokens * run.max_steps / (windows.count * job.sequence_tokens):.2g} epochs)")
-    if saved:
-        say(f"resuming {run.out_dir} after step {saved['step']}")
-
-
-def finish(trainer: Trainer) -> int:
-    """Train, and say what came of it and what to do next."""
-    code, out = trainer.fit(), shlex.quote(str(trainer.out))
-    if code == 0:
-        seconds, best = trainer.gauges.elapsed(), trainer.best_val
-        best = f"best validation loss {best:.4f}; " if best < math.inf else ""
-        say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
-            f"  python {PROGRAM} generate --ckpt {out}/ckpt_best.pt --prompt \"…\"",
-            f"  python convert_to_llama.py --ckpt {out}/ckpt_best.pt --out {out}/hf")
-    return code
-
-
 def read_prompts(settings: GenerateSettings) -> list[str]:
     if not settings.prompt_file:
         return [settings.prompt]
@@ -2683,22 +2695,9 @@ def read_prompts(settings: GenerateSettings) -> list[str]:
     return prompts
 
 
-def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
-                 device: DeviceSettings) -> int:
-    machine = open_machine(device)
-    saved = load_checkpoint(settings.ckpt)
-    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
-    model = build_model(saved, machine.device)
-    prompts = [p for p in read_prompts(settings) for _ in range(settings.num_samples)]
-    ids = [[tokenizer.bos, *tokenizer.encode(p)] for p in prompts]
-    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
-    with machine.autocast():
-        stream = generate(model, ids, sampling, device.seed, stop, machine.dtype)
-        if len(prompts) == 1 and not settings.out:
-            print_stream(stream, prompts[0], ids[0], tokenizer)
-        else:
-            write_samples(stream, prompts, ids, tokenizer, settings.out)
-    return 0
+def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
+    """The text that `new` adds behind `ids`."""
+    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
 
 
 def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
@@ -2713,11 +2712,6 @@ def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
             print(text[len(shown):], end="", flush=True)
             shown = text
     print(continuation(ids, new, tokenizer)[len(shown):])
-
-
-def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
-    """The text that `new` adds behind `ids`."""
-    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
 
 
 def write_samples(stream: Iterator[tuple[int, int]], prompts: list[str], ids: list[list[int]],
@@ -2738,12 +2732,21 @@ def write_samples(stream: Iterator[tuple[int, int]], prompts: list[str], ids: li
     say(f"{len(texts)} completions in {out}")
 
 
-def cmd_info(settings: InfoSettings) -> int:
-    path = Path(settings.path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")
-    is_data = path.is_dir() and not list(path.glob("ckpt_*.pt"))
-    say(*(describe_data(path) if is_data else describe_checkpoint(checkpoint_path(path))))
+def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
+                 device: DeviceSettings) -> int:
+    machine = open_machine(device)
+    saved = load_checkpoint(settings.ckpt)
+    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    model = build_model(saved, machine.device)
+    prompts = [p for p in read_prompts(settings) for _ in range(settings.num_samples)]
+    ids = [[tokenizer.bos, *tokenizer.encode(p)] for p in prompts]
+    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
+    with machine.autocast():
+        stream = generate(model, ids, sampling, device.seed, stop, machine.dtype)
+        if len(prompts) == 1 and not settings.out:
+            print_stream(stream, prompts[0], ids[0], tokenizer)
+        else:
+            write_samples(stream, prompts, ids, tokenizer, settings.out)
     return 0
 
 
@@ -2777,6 +2780,15 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         yield "tokenizer: none inside, use --spm"
 
 
+def cmd_info(settings: InfoSettings) -> int:
+    path = Path(settings.path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")
+    is_data = path.is_dir() and not list(path.glob("ckpt_*.pt"))
+    say(*(describe_data(path) if is_data else describe_checkpoint(checkpoint_path(path))))
+    return 0
+
+
 def python_documentation() -> Iterator[str]:
     """The interpreter's own prose: its help topics and the docstrings of its library."""
     library = Path(sysconfig.get_path("stdlib"))
@@ -2804,14 +2816,23 @@ def demo_corpus(path: Path) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def demo_step(command: str, *flags: object) -> None:
+def demo_step(command: Callable[..., int], *flags: object) -> None:
     """Run one of our own commands as its user would, shown before it runs."""
-    argv = [str(flag) for flag in flags]
-    say("", f"$ python {PROGRAM} {command} {shlex.join(argv)}")
-    about = COMMANDS[command]
-    code = about.run(*read_flags(about.parser(command), about.groups, argv))
-    if code:
-        raise UserError(f"the demo stopped at {command}", "run the line above again by hand")
+    name, argv = command.__name__.removeprefix("cmd_"), [str(flag) for flag in flags]
+    say("", f"$ python {PROGRAM} {name} {shlex.join(argv)}")
+    if command(*read_command(command, argv)):
+        raise UserError(f"the demo stopped at {name}", "run the line above again by hand")
+
+
+def demo_untrained(data: Path, shape: tuple) -> None:
+    folder = TokenFolder(data)
+    config = read_command(cmd_train, [str(flag) for flag in shape])[2]
+    config.vocab_size = folder.tokenizer.vocab_size
+    model = Transformer(config).eval()
+    model.init_weights(0)
+    ids = [folder.tokenizer.bos, *folder.tokenizer.encode("Return a")]
+    print_stream(generate(model, [ids], SamplingSettings(max_new_tokens=20), 0), "Return a", ids,
+                 folder.tokenizer)
 
 
 def cmd_demo(settings: DemoSettings) -> int:
@@ -2822,8 +2843,8 @@ def cmd_demo(settings: DemoSettings) -> int:
     shutil.rmtree(run, ignore_errors=True)
     say("This demo trains a small model on the documentation of your Python interpreter.")
     demo_corpus(out / "corpus.jsonl")
-    demo_step("prep", "--text_path", out / "corpus.jsonl", "--out_dir", data, "--vocab_size", vocab,
-              "--val_split", 0.05, "--overwrite")
+    demo_step(cmd_prep, "--text_path", out / "corpus.jsonl", "--out_dir", data,
+              "--vocab_size", vocab, "--val_split", 0.05, "--overwrite")
     shape = ("--n_layer", layers, "--d_model", width, "--n_head", 4, "--ffn_mult", 3,
              "--seq_len", 256)
     train = ("--data_dir", data, "--out_dir", run, "--batch_size", batch, "--lr", 2e-3,
@@ -2831,26 +2852,14 @@ def cmd_demo(settings: DemoSettings) -> int:
     sample = ("--prompt", "Return a", "--max_new_tokens", 60, "--ckpt")
     say("", "An untrained model of this size writes:")
     demo_untrained(data, shape)
-    demo_step("train", *train, *shape, "--max_steps", steps)
-    demo_step("generate", *sample, run / "ckpt_best.pt")
+    demo_step(cmd_train, *train, *shape, "--max_steps", steps)
+    demo_step(cmd_generate, *sample, run / "ckpt_best.pt")
     say("", f"The model is {run}/ckpt_best.pt. What you may do next:",
         f"  python {PROGRAM} train @{run}/args.txt --max_steps {steps * 4}",
         f"  python {PROGRAM} info {run}",
         f"  python convert_to_llama.py --ckpt {run}/ckpt_best.pt --out {out}/hf",
         f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data")
     return 0
-
-
-def demo_untrained(data: Path, shape: tuple) -> None:
-    folder = TokenFolder(data)
-    parser = make_parser("train", "", "", (ModelSettings,))
-    [config] = read_flags(parser, (ModelSettings,), [str(flag) for flag in shape])
-    config.vocab_size = folder.tokenizer.vocab_size
-    model = Transformer(config).eval()
-    model.init_weights(0)
-    ids = [folder.tokenizer.bos, *folder.tokenizer.encode("Return a")]
-    print_stream(generate(model, [ids], SamplingSettings(max_new_tokens=20), 0), "Return a", ids,
-                 folder.tokenizer)
 
 
 # ==================================================================================================
@@ -2860,30 +2869,23 @@ def demo_untrained(data: Path, shape: tuple) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what runs, the settings it takes, its one-line purpose and an example."""
+    """A subcommand: what runs, its one-line purpose and an example that works."""
 
     run: Callable[..., int]
-    groups: tuple[type, ...]
     about: str
     example: str
 
-    def parser(self, name: str) -> FlagParser:
-        return make_parser(name, self.about, self.example, self.groups)
-
 
 COMMANDS = {
-    "demo": Command(cmd_demo, (DemoSettings,), "text to trained model in minutes, on any machine",
+    "demo": Command(cmd_demo, "text to trained model in minutes, on any machine",
                     f"python {PROGRAM} demo"),
-    "prep": Command(cmd_prep, (PrepSettings,), "text becomes a tokenizer and token files",
+    "prep": Command(cmd_prep, "text becomes a tokenizer and token files",
                     f"python {PROGRAM} prep --text_path docs.txt --out_dir data --vocab_size 8192"),
-    "train": Command(cmd_train,
-                     (RunSettings, DataSettings, ModelSettings, OptimSettings, DeviceSettings),
-                     "pretrain a model on prepared data",
+    "train": Command(cmd_train, "pretrain a model on prepared data",
                      f"python {PROGRAM} train --data_dir data --out_dir runs/lm --preset 138m"),
-    "generate": Command(cmd_generate, (GenerateSettings, SamplingSettings, DeviceSettings),
-                        "continue prompts with a trained model",
+    "generate": Command(cmd_generate, "continue prompts with a trained model",
                         f'python {PROGRAM} generate --ckpt runs/lm --prompt "Once upon a time"'),
-    "info": Command(cmd_info, (InfoSettings,), "say what a checkpoint or a data folder is",
+    "info": Command(cmd_info, "say what a checkpoint or a data folder is",
                     f"python {PROGRAM} info runs/lm"),
 }
 
@@ -2894,10 +2896,19 @@ def usage() -> str:
             f"python {PROGRAM} COMMAND --help explains the flags of a command.")
 
 
-def run_command(name: str, command: Command, argv: list[str]) -> int:
+def complain(fault: UserError) -> int:
+    """Print a fault, once where all ranks share it: rank 0 ends the others before they speak."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    print(f"{f'rank {rank}: ' if rank else ''}{fault}", file=sys.stderr, flush=True)
+    return 2
+
+
+def run_command(command: Command, argv: list[str]) -> int:
     """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
     try:
-        return command.run(*read_flags(command.parser(name), command.groups, argv))
+        return command.run(*read_command(command.run, argv, command.about, command.example))
     except UserError as fault:
         return complain(fault)
     except KeyboardInterrupt:
@@ -2914,15 +2925,6 @@ def run_command(name: str, command: Command, argv: list[str]) -> int:
         close_machine()
 
 
-def complain(fault: UserError) -> int:
-    """Print a fault, once where all ranks share it: rank 0 ends the others before they speak."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(OTHER_RANKS_WAIT_S)
-    print(f"{f'rank {rank}: ' if rank else ''}{fault}", file=sys.stderr, flush=True)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     """The program; the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -2934,7 +2936,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose {either(COMMANDS)}"
         return complain(UserError(f"{name} is no command", hint))
-    return run_command(name, COMMANDS[name], rest)
+    return run_command(COMMANDS[name], rest)
 
 
 if __name__ == "__main__":

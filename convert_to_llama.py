@@ -1,0 +1,757 @@
+"""A checkpoint becomes a Hugging Face folder, and a LLaMA folder becomes a checkpoint.
+
+    python convert_to_llama.py --ckpt out/ckpt_best.pt --out my_model
+    python convert_to_llama.py --reverse some_llama_folder --out imported.pt
+
+The folder holds model.safetensors, config.json, generation_config.json, tokenizer.model,
+tokenizer.json and tokenizer_config.json (BOS on, chat template). transformers, vLLM, llama.cpp and
+their like read it; AutoTokenizer needs neither protobuf nor sentencepiece for it. Where
+transformers is installed, the folder is loaded and compared with the checkpoint before it gets its
+name. A conversion that is interrupted or fails leaves no folder.
+
+The tokens are SentencePiece's own, with one difference that every AutoTokenizer has: text that
+spells a control symbol (`<|user|>`, `</s>`) becomes that symbol, for only so can a chat template
+write one, whereas this program never lets text become a symbol. For text of strangers use
+`tokenizer(text, split_special_tokens=True)`, which gives this program's ids, and, in recent
+versions of transformers, `tokenizer.apply_chat_template(..., sanitize_control_tokens=True)`.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import standalone_transformer_lm as lm
+
+# ==================================================================================================
+# SentencePiece: a tokenizer.model read without protobuf
+# ==================================================================================================
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a piece
+BPE_MODEL = 2  # TrainerSpec.model_type
+
+
+class Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class PieceModel:
+    """What a tokenizer.model says. Fields not written in it have SentencePiece's defaults."""
+
+    pieces: list[Piece]
+    model_type: int
+    byte_fallback: bool
+    space_as_suffix: bool
+    charsmap: bytes
+    dummy_prefix: bool
+    strip_spaces: bool
+    escape_spaces: bool
+
+    def of_kind(self, *kinds: int) -> list[tuple[int, str]]:
+        """(id, text) of every piece that is of one of `kinds`."""
+        return [(i, p.text) for i, p in enumerate(self.pieces) if p.kind in kinds]
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at `at` in base 128, lowest digit first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of a protobuf message: an int for a varint, else raw bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, at = read_varint(data, at)
+        else:
+            size, at = read_varint(data, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+            value, at = data[at : at + size], at + size
+        yield tag >> 3, value
+
+
+def read_piece(data: bytes) -> Piece:
+    field = dict(read_fields(data))
+    score = struct.unpack("<f", field.get(2, bytes(4)))[0]
+    return Piece(field[1].decode(), score, field.get(3, NORMAL))
+
+
+def read_piece_model(data: bytes) -> PieceModel:
+    """Parse `data`, a tokenizer.model that SentencePiece itself has accepted."""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in read_fields(data):
+        if number == 1:
+            pieces.append(read_piece(value))
+        elif number == 2:
+            trainer = dict(read_fields(value))
+        elif number == 3:
+            normalizer = dict(read_fields(value))
+    return PieceModel(
+        pieces=pieces,
+        model_type=trainer.get(3, 1),
+        byte_fallback=bool(trainer.get(35, 0)),
+        space_as_suffix=bool(trainer.get(24, 0)),
+        charsmap=normalizer.get(2, b""),
+        dummy_prefix=bool(normalizer.get(3, 1)),
+        strip_spaces=bool(normalizer.get(4, 1)),
+        escape_spaces=bool(normalizer.get(5, 1)),
+    )
+
+
+# ==================================================================================================
+# Tokenizer: the same tokenizer as tokenizer.json
+# ==================================================================================================
+
+
+def last_merge(piece: str, rank: dict[str, float]) -> tuple[str, str] | None:
+    """The pair that SentencePiece joins last to make `piece`, None if it never makes it.
+
+    Of all neighbours whose union is a piece it joins the best-ranked, the leftmost of equals.
+    """
+    parts = list(piece)
+    while True:
+        unions = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        ranked = [(rank[union], at) for at, union in enumerate(unions) if union in rank]
+        if not ranked:
+            return None
+        at = min(ranked)[1]
+        if len(parts) == 2:
+            return parts[0], parts[1]
+        parts[at : at + 2] = [unions[at]]
+
+
+def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+    """The pairs that make Hugging Face's BPE equal to SentencePiece's, the first to join first.
+
+    SentencePiece ranks a union by its score, Hugging Face each pair by its place in this list. One
+    pair a piece is enough: what happens inside a stretch of text that ends as one piece depends on
+    nothing outside it (a join across its edge would end it), so a piece is made by the same last
+    pair wherever it is made. Pairs that SentencePiece never joins are left out, and the order of
+    two pairs with one union cannot matter. Two pieces of equal score would be ambiguous.
+    """
+    rank = {p.text: -p.score for p in pieces if p.kind == NORMAL}
+    longer = sorted((text for text in rank if len(text) > 1), key=rank.__getitem__)
+    return [pair for text in longer if (pair := last_merge(text, rank))]
+
+
+def tied_scores(model: PieceModel) -> int:
+    """How many pieces of two or more characters share their score with another such piece."""
+    scores = [p.score for p in model.pieces if p.kind == NORMAL and len(p.text) > 1]
+    return len(scores) - len(set(scores))
+
+
+def refuse_tokenizer(model: PieceModel) -> None:
+    """Raise UserError for a SentencePiece model that tokenizer.json has no words for."""
+    faults = []
+    if model.model_type != BPE_MODEL:
+        faults.append("it is not a BPE model")
+    if model.space_as_suffix:
+        faults.append("it puts the space at the end of words (treat_whitespace_as_suffix)")
+    if not model.escape_spaces:
+        faults.append("it keeps the space as it is (escape_whitespaces=false)")
+    if model.of_kind(UNUSED):
+        faults.append("it has unused pieces")
+    if faults:
+        what = f"this tokenizer cannot become a tokenizer.json: {'; '.join(faults)}"
+        raise lm.UserError(what, "train one with `prep`, or use a LLaMA tokenizer")
+
+
+def replace_step(pattern: dict[str, str], content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def normalizer(model: PieceModel) -> dict:
+    """Text → SentencePiece's normalised text, for each stretch between two control symbols.
+
+    SentencePiece's own clean-up, where a model asks for it, knows only the plain space.
+    """
+    steps = []
+    if model.charsmap:
+        charsmap = base64.b64encode(model.charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if model.strip_spaces:
+        steps.append(replace_step({"Regex": r"\A +"}, ""))
+        steps.append(replace_step({"Regex": " {2,}"}, " "))
+        steps.append(replace_step({"Regex": rf"[ {lm.SPACE}]+\z"}, ""))
+    if model.dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": lm.SPACE})
+    steps.append(replace_step({"String": " "}, lm.SPACE))
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def user_symbol_splitter(model: PieceModel) -> dict | None:
+    """The step that cuts out user-defined symbols, which SentencePiece joins to nothing.
+
+    They are whole words to BPE then, so `ignore_merges` must find them. It finds as well, wrongly,
+    the name of a byte (`<0x41>`) that stands alone between two of them.
+    """
+    symbols = sorted((text for _, text in model.of_kind(USER_DEFINED)), key=len, reverse=True)
+    if not symbols:
+        return None
+    pattern = {"Regex": "|".join(map(re.escape, symbols))}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def decoder(model: PieceModel) -> dict:
+    """Tokens → text: spaces, bytes, and without the prefix that encoding put in front."""
+    steps = [replace_step({"String": lm.SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if model.dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def bos_first(token: str, token_id: int) -> dict:
+    """The post-processor that puts `token` before each text of one or of a pair."""
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, bos, second],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def added_token(token_id: int, text: str) -> dict:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": text, **plain, "special": True}
+
+
+def tokenizer_json(model: PieceModel, bos_id: int) -> dict:
+    """The contents of tokenizer.json. Raises UserError where `model` cannot be written so."""
+    refuse_tokenizer(model)
+    unknown = model.of_kind(UNKNOWN)
+    splitter = user_symbol_splitter(model)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(*piece) for piece in model.of_kind(UNKNOWN, CONTROL)],
+        "normalizer": normalizer(model),
+        "pre_tokenizer": splitter,
+        "post_processor": bos_first(model.pieces[bos_id].text, bos_id) if bos_id >= 0 else None,
+        "decoder": decoder(model),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown[0][1] if unknown else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": model.byte_fallback,
+            "ignore_merges": splitter is not None,
+            "vocab": {piece.text: i for i, piece in enumerate(model.pieces)},
+            "merges": merges(model.pieces),
+        },
+    }
+
+
+# ==================================================================================================
+# Families: which published architecture holds which model, and under which names
+# ==================================================================================================
+
+
+LLAMA_LAYER = {
+    "norm1.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "attn.proj.weight": ("self_attn.o_proj.weight",),
+    "norm2.weight": ("post_attention_layernorm.weight",),
+    "mlp.w1.weight": ("mlp.gate_proj.weight",),
+    "mlp.w2.weight": ("mlp.up_proj.weight",),
+    "mlp.w3.weight": ("mlp.down_proj.weight",),
+}
+LLAMA_NEEDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers
+num_attention_heads""".split()
+LLAMA_ONLY = {  # config key: the one value that our model computes
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+    "quantization_config": None,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: one architecture of transformers.
+
+    `options` names the settings beyond a plain LLaMA that it can hold. `config` makes the keys of
+    config.json from our settings, `settings` the reverse. `names` yields, for some settings, (our
+    key, their keys): one of ours that is several of theirs is those stacked by rows, as q, k, v.
+    """
+
+    architecture: str
+    options: frozenset[str]
+    config: Callable[[lm.ModelSettings], dict]
+    settings: Callable[[dict], dict]
+    names: Callable[[lm.ModelSettings], Iterator[tuple[str, tuple[str, ...]]]]
+
+
+def llama_config(model: lm.ModelSettings) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.hidden,
+        "num_hidden_layers": model.n_layer,
+        "num_attention_heads": model.n_head,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,  # where transformers 4 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},  # and 5
+        "tie_word_embeddings": model.tie,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def llama_settings(config: dict) -> dict:
+    """Our settings for a LLaMA's config.json. Raises UserError with all that they cannot say."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    faults = [
+        f"{key} is {config[key]!r}, not {wanted!r}"
+        for key, wanted in LLAMA_ONLY.items()
+        if config.get(key) not in (None, wanted)
+    ]
+    if rope_type != "default":
+        faults.append(f"rope_scaling is of type {rope_type!r}")
+    faults += [f"{key} is missing" for key in LLAMA_NEEDS if not config.get(key)]
+    if faults:
+        raise lm.UserError(
+            f"config.json describes a model that is not ours: {'; '.join(faults)}",
+            "give the folder of a LLaMA without these",
+        )
+    heads = config["num_attention_heads"]
+    return {
+        "vocab_size": config["vocab_size"],
+        "d_model": config["hidden_size"],
+        "ffn_hidden": config["intermediate_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "seq_len": config.get("max_position_embeddings", 2048),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "tie": bool(config.get("tie_word_embeddings", False)),
+    }
+
+
+def llama_names(model: lm.ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "tok_emb.weight", ("model.embed_tokens.weight",)
+    for i in range(model.n_layer):
+        for ours, theirs in LLAMA_LAYER.items():
+            yield f"blocks.{i}.{ours}", tuple(f"model.layers.{i}.{name}" for name in theirs)
+    yield "norm.weight", ("model.norm.weight",)
+    if not model.tie:
+        yield "lm_head.weight", ("lm_head.weight",)
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", frozenset(), llama_config, llama_settings, llama_names),
+)
+PLAIN = frozenset(
+    """seq_len n_layer d_model n_head n_kv_head head_dim ffn_mult ffn_hidden dropout tie rope_theta
+    norm_eps vocab_size rope_layout""".split()
+)  # the settings that every family can hold, or that do not outlive training
+
+
+def family_of(model: lm.ModelSettings) -> Family:
+    """The first family that holds `model`. Raises UserError with the flags that none holds."""
+    used = {f.name for f in fields(model) if getattr(model, f.name) != f.default} - PLAIN
+    for family in FAMILIES:
+        if used <= family.options:
+            return family
+    flags = ", ".join(f"--{name}" for name in sorted(used))
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise lm.UserError(
+        f"no architecture that this converter knows ({known}) has {flags}",
+        "keep this model in the program's own format, or train one without",
+    )
+
+
+def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
+    """Our weights under the family's names, each in memory of its own."""
+    heads = (model.n_head, model.kv_heads, model.kv_heads)
+    renamed = {}
+    for ours, theirs in family.names(model):
+        rows = [n * model.head_size for n in heads] if len(theirs) == 3 else [len(weights[ours])]
+        renamed |= zip(theirs, weights[ours].split(rows), strict=True)
+    return {name: weight.clone(memory_format=torch.contiguous_format)
+            for name, weight in renamed.items()}
+
+
+def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
+    """The reverse, in fp32. Raises UserError for weights that are missing or left over."""
+    names = dict(family.names(model))
+    wanted = {name for theirs in names.values() for name in theirs}
+    tied = {"lm_head.weight"} if model.tie else set()
+    derived = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
+    faults = [f"it lacks {name}" for name in sorted(wanted - set(weights))]
+    faults += [f"it has {name}" for name in sorted(set(weights) - wanted - tied - derived)]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise lm.UserError(
+            f"the weights are not those of its config.json: {'; '.join(faults[:3])}{more}",
+            "download the folder again, or name another",
+        )
+    return {ours: torch.cat([weights[name] for name in theirs]).float()
+            for ours, theirs in names.items()}
+
+
+# ==================================================================================================
+# Folder: everything that transformers reads, whole or not at all
+# ==================================================================================================
+
+FOLDER_FILES = frozenset(
+    """config.json generation_config.json model.safetensors pytorch_model.bin tokenizer.model
+    tokenizer.json tokenizer_config.json""".split()
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    f"{{% if message['role'] not in {list(lm.ROLES)} %}}"
+    "{{ raise_exception('there is no role ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which gets the name `target` when the block ends without a fault.
+
+    An earlier conversion at `target` is replaced. Raises UserError for a folder with other files.
+    """
+    if target.exists() and not (target.is_dir() and set(os.listdir(target)) <= FOLDER_FILES):
+        raise lm.UserError(f"{target} holds other things than a conversion", "name another --out")
+    work = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside = work.with_suffix(".old")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        flush_folder(work)
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(work, target)
+        lm.fsync_folder(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the files of a folder survive a power cut."""
+    for path in folder.iterdir():
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+    lm.fsync_folder(folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def special_names(tokenizer: lm.Tokenizer) -> dict[str, str]:
+    """The names of the special tokens that this tokenizer has, under transformers' keys."""
+    ids = {"unk": tokenizer.sp.unk_id(), "bos": tokenizer.bos, "eos": tokenizer.eos,
+           "pad": tokenizer.pad}
+    return {f"{key}_token": tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i >= 0}
+
+
+def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None:
+    """tokenizer.model, tokenizer.json and tokenizer_config.json."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **special_names(tokenizer),
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.roles:
+        config["chat_template"] = CHAT_TEMPLATE
+    pieces = read_piece_model(tokenizer.data)
+    if tied := tied_scores(pieces):
+        lm.say(f"note: {tied} pieces of the tokenizer share a score; where two of them compete, "
+               "tokenizer.json may join another one than SentencePiece")
+    write_json(folder / "tokenizer.json", tokenizer_json(pieces, tokenizer.bos))
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "tokenizer.model").write_bytes(tokenizer.data)
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """model.safetensors; pytorch_model.bin where safetensors is not installed."""
+    if find_spec("safetensors") is None:
+        lm.say("note: safetensors is not installed, so the weights are in pytorch_model.bin")
+        lm.save_checkpoint(folder / "pytorch_model.bin", weights)
+        return
+    safetensors = lm.need("safetensors")
+    try:
+        save_file = lm.need("safetensors.torch").save_file
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except safetensors.SafetensorError as fault:  # of the disk: it has no other to tell here
+        raise lm.UserError(f"{folder}: {fault}", "free some space, or name a folder elsewhere") from fault
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings,
+                 tokenizer: lm.Tokenizer) -> None:
+    family = family_of(model)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    if tokenizer.pad >= 0:
+        ids["pad_token_id"] = tokenizer.pad
+    config = {"architectures": [family.architecture], **family.config(model), **ids,
+              "torch_dtype": "float32"}
+    write_tokenizer(folder, tokenizer, model.seq_len)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ids)
+    write_weights(folder, to_family(weights, model, family))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a Hugging Face folder, from safetensors or .bin, one file or several."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.exists():
+            names = sorted(set(lm.read_json(index)["weight_map"].values()))
+            files = [folder / name for name in names]
+        else:
+            files = [single] if single.exists() else []
+        if files:
+            return {k: w for path in files for k, w in read_tensors(path).items()}
+    raise lm.UserError(f"{folder} has no weights", "it needs model.safetensors, pytorch_model.bin "
+                       "or an index of several such files")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, no code run. Raises UserError where it is missing or damaged."""
+    is_bin = path.suffix == ".bin"
+    damage = lm.BROKEN if is_bin else lm.need("safetensors").SafetensorError
+    try:
+        if is_bin:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return lm.need("safetensors.torch").load_file(path)
+    except OSError as fault:
+        raise lm.disk_error(fault, path) or fault from fault
+    except damage as fault:
+        raise lm.UserError(f"{path} is damaged", "download it again") from fault
+
+
+# ==================================================================================================
+# Verification: the folder against the checkpoint, through transformers
+# ==================================================================================================
+
+LOGIT_TOLERANCE = 1e-4
+POSITIONS = 256  # at most, in each text that is compared
+NEW_TOKENS = 16  # generated and compared
+SAMPLE_TEXTS = (
+    "",
+    " ",
+    "The lighthouse keeper wrote 3,141 letters; nobody answered them.",
+    "  Two spaces before,   three between, a tab\t, and at the end two  ",
+    "def area(r):\n    return 3.14159 * r ** 2\n\n\n# ----====####",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa -------------- ............ hahahahaha 00000000",
+    "Größe, naïve, Ελλάδα, Москва, 東京, नमस्ते, سلام, 👩‍👩‍👧 🙂 e\u0301 \ufb01",
+    "\x00\x07\r\n\u00a0\u200b\ufeff\u2028",
+)
+
+
+def quiet_transformers():
+    """transformers without its bars and warnings, or None where it is not installed."""
+    if find_spec("transformers") is None:
+        return None
+    transformers = lm.need("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def sample_ids(model: lm.Transformer, tokenizer: lm.Tokenizer) -> list[Tensor]:
+    """Random ids and the ids of real text, each (1, T)."""
+    length = min(POSITIONS, model.config.seq_len)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    text = [tokenizer.bos, *tokenizer.encode(" ".join(SAMPLE_TEXTS))][:length]
+    return [noise, torch.tensor([text])]
+
+
+@torch.no_grad()
+def compare_model(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
+    """The largest difference of logits; raises RuntimeError where the two models differ.
+
+    The greedy continuation is compared too, through transformers' cache: each of its tokens must
+    be the likeliest to our model, or as likely within the tolerance.
+    """
+    texts = sample_ids(model, tokenizer)
+    worst = max(float((hf(ids).logits - model(ids)).abs().max()) for ids in texts)
+    if not worst <= LOGIT_TOLERANCE:
+        raise RuntimeError(f"the folder's logits differ by {worst:.2g} from the checkpoint's")
+    start = texts[1][:, : max(1, model.config.seq_len - NEW_TOKENS)]
+    new = min(NEW_TOKENS, model.config.seq_len - start.shape[1])
+    ids = hf.generate(start, attention_mask=torch.ones_like(start), do_sample=False,
+                      max_new_tokens=new)
+    logits = model(ids)[0, start.shape[1] - 1 : -1]
+    chosen = logits.gather(1, ids[0, start.shape[1] :, None]).squeeze(1)
+    if bool((chosen < logits.max(dim=1).values - 2 * LOGIT_TOLERANCE).any()):
+        raise RuntimeError("the folder's greedy continuation differs from the checkpoint's")
+    return worst
+
+
+def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
+    """Raise RuntimeError where AutoTokenizer and SentencePiece disagree on the sample texts."""
+    for text in SAMPLE_TEXTS:
+        ours = [tokenizer.bos, *tokenizer.encode(text)]
+        if hf(text).input_ids != ours:
+            raise RuntimeError(f"the folder's tokenizer.json encodes {text!r} otherwise than "
+                               "tokenizer.model does")
+
+
+def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: bool) -> str:
+    """One sentence on how `folder` compares with `model` and, if the folder is `ours`, its ids."""
+    transformers = quiet_transformers()
+    if transformers is None:
+        return "not verified, for transformers is not installed"
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    worst = compare_model(hf, model, tokenizer)
+    if ours:
+        compare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), tokenizer)
+    same = "greedy tokens and token ids are" if ours else "greedy tokens are"
+    return (f"verified with transformers {transformers.__version__}: logits agree to {worst:.1e}, "
+            f"{same} the same")
+
+
+# ==================================================================================================
+# Front door: the two directions and main
+# ==================================================================================================
+
+
+@dataclass
+class ConvertSettings:
+    """What to convert."""
+
+    ckpt: str = lm.setting("", "checkpoint, or the folder of a run, to make a folder of")
+    reverse: str = lm.setting("", "Hugging Face folder of a LLaMA to make a checkpoint of")
+    spm: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
+    out: str = lm.setting("", "folder to write; with --reverse the checkpoint, CKPT.pt")
+    rope_theta: float = lm.setting(
+        0.0, "base of the rotary frequencies, for a checkpoint that tells a wrong one; 0 keeps it",
+        least=0.0)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.ckpt and not self.reverse:
+            yield "--ckpt is missing", "name a checkpoint, --ckpt runs/lm/ckpt_best.pt"
+        if self.ckpt and self.reverse:
+            yield "--ckpt and --reverse are both given", "keep one of them"
+        if self.reverse and self.rope_theta:
+            yield "--rope_theta is for --ckpt alone", "drop it: config.json tells it"
+        if not self.out:
+            wanted = "file, --out imported.pt" if self.reverse else "folder, --out my_model"
+            yield "--out is missing", f"name a {wanted}"
+
+
+def export(settings: ConvertSettings) -> None:
+    """Checkpoint → folder."""
+    saved = lm.load_checkpoint(settings.ckpt)
+    if settings.rope_theta:
+        saved["config"]["rope_theta"] = settings.rope_theta
+    tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
+    model = lm.build_model(saved, torch.device("cpu"))
+    with whole_folder(Path(settings.out)) as folder:
+        write_folder(folder, model.state_dict(), model.config, tokenizer)
+        result = verify(folder, model, tokenizer, ours=True)
+    lm.say(f"{settings.out}: {family_of(model.config).architecture}, {result}")
+
+
+def read_folder(folder: Path, spm: str) -> dict:
+    """A checkpoint's dict from a Hugging Face folder. Raises UserError for one that is not ours."""
+    if not (folder / "config.json").exists():
+        raise lm.UserError(f"{folder} has no config.json", "name the folder of a LLaMA")
+    config = lm.read_json(folder / "config.json")
+    family = FAMILIES[0]
+    model = lm.ModelSettings(**family.settings(config))
+    lm.raise_all(lm.check(model))
+    if not spm and not (folder / "tokenizer.model").exists():
+        raise lm.UserError(
+            f"{folder} has no tokenizer.model",
+            "only a model with a SentencePiece tokenizer can be imported; name it with --spm")
+    tokenizer = lm.Tokenizer.load(spm or folder / "tokenizer.model")
+    return {
+        "format": lm.CHECKPOINT_FORMAT,
+        "kind": "imported",
+        "step": 0,
+        "samples": 0,
+        "best_val": math.inf,
+        "model": from_family(read_weights(folder), model, family),
+        "config": dataclasses.asdict(model),
+        "tokenizer": tokenizer.data,
+    }
+
+
+def import_folder(settings: ConvertSettings) -> None:
+    """Folder → checkpoint."""
+    folder, out = Path(settings.reverse), Path(settings.out)
+    if out.exists():
+        raise lm.UserError(f"{out} exists already", "name another --out")
+    saved = read_folder(folder, settings.spm)
+    tokenizer = lm.tokenizer_of(saved, "", folder)
+    result = verify(folder, lm.build_model(saved, torch.device("cpu")), tokenizer, ours=False)
+    lm.save_checkpoint(out, saved)
+    lm.say(f"{out}: {result}")
+
+
+def convert(settings: ConvertSettings) -> int:
+    (import_folder if settings.reverse else export)(settings)
+    return 0
+
+
+class Converter(lm.Command):
+    """The one command of this file, under its own name in --help."""
+
+    def parser(self, name: str) -> lm.FlagParser:
+        parser = super().parser(name)
+        parser.prog = name
+        return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The converter; the exit code."""
+    command = Converter(
+        convert, (ConvertSettings,), "a checkpoint becomes a Hugging Face folder, or the reverse",
+        "python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out my_model")
+    return lm.run_command("convert_to_llama.py", command, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
