@@ -1,6 +1,6 @@
 """A checkpoint becomes a Hugging Face folder, and a LLaMA folder becomes a checkpoint.
 
-    python convert_to_llama.py --ckpt out/ckpt_best.pt --out my_model
+    python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out hf
     python convert_to_llama.py --reverse some_llama_folder --out imported.pt
 
 The folder holds model.safetensors, config.json, generation_config.json, tokenizer.model,
@@ -426,8 +426,9 @@ def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Fam
             f"the weights are not those of its config.json: {'; '.join(faults[:3])}{more}",
             "download the folder again, or name another",
         )
-    return {ours: torch.cat([weights[name] for name in theirs]).float()
-            for ours, theirs in names.items()}
+    ours = {name: torch.cat([weights[part] for part in theirs]).float()
+            for name, theirs in names.items()}
+    return {**ours, "lm_head.weight": ours.get("lm_head.weight", ours["tok_emb.weight"])}
 
 
 # ==================================================================================================
@@ -455,6 +456,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     An earlier conversion at `target` is replaced. Raises UserError for a folder with other files.
     """
+    target = target.resolve()
     if target.exists() and not (target.is_dir() and set(os.listdir(target)) <= FOLDER_FILES):
         raise lm.UserError(f"{target} holds other things than a conversion", "name another --out")
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -500,6 +502,7 @@ def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None
         **special_names(tokenizer),
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.roles:
         config["chat_template"] = CHAT_TEMPLATE
@@ -522,8 +525,10 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     try:
         save_file = lm.need("safetensors.torch").save_file
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it wrote 0600
     except safetensors.SafetensorError as fault:  # of the disk: it has no other to tell here
-        raise lm.UserError(f"{folder}: {fault}", "free some space, or name a folder elsewhere") from fault
+        fix = "free some space, or name a folder elsewhere"
+        raise lm.UserError(f"{folder}: {fault}", fix) from fault
 
 
 def write_folder(folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings,
@@ -608,25 +613,27 @@ def sample_ids(model: lm.Transformer, tokenizer: lm.Tokenizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def compare_model(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
-    """The largest difference of logits; raises RuntimeError where the two models differ.
-
-    The greedy continuation is compared too, through transformers' cache: each of its tokens must
-    be the likeliest to our model, or as likely within the tolerance.
-    """
+def logit_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
+    """The largest difference between the logits of transformers' model and ours."""
     texts = sample_ids(model, tokenizer)
-    worst = max(float((hf(ids).logits - model(ids)).abs().max()) for ids in texts)
-    if not worst <= LOGIT_TOLERANCE:
-        raise RuntimeError(f"the folder's logits differ by {worst:.2g} from the checkpoint's")
-    start = texts[1][:, : max(1, model.config.seq_len - NEW_TOKENS)]
-    new = min(NEW_TOKENS, model.config.seq_len - start.shape[1])
-    ids = hf.generate(start, attention_mask=torch.ones_like(start), do_sample=False,
+    return max(float((hf(ids).logits - model(ids)).abs().max()) for ids in texts)
+
+
+@torch.no_grad()
+def greedy_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
+    """How much less likely than its best token our model finds any of transformers' greedy ones.
+
+    Zero where both choose the same, and next to it where two tokens are as good as equal. These
+    tokens come through transformers' cache, so that one is held against our logits as well.
+    """
+    prompt = sample_ids(model, tokenizer)[1]
+    prompt = prompt[:, : max(1, model.config.seq_len - NEW_TOKENS)]
+    start, new = prompt.shape[1], min(NEW_TOKENS, model.config.seq_len - prompt.shape[1])
+    ids = hf.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                       max_new_tokens=new)
-    logits = model(ids)[0, start.shape[1] - 1 : -1]
-    chosen = logits.gather(1, ids[0, start.shape[1] :, None]).squeeze(1)
-    if bool((chosen < logits.max(dim=1).values - 2 * LOGIT_TOLERANCE).any()):
-        raise RuntimeError("the folder's greedy continuation differs from the checkpoint's")
-    return worst
+    logits = model(ids)[0, start - 1 : -1]  # (new, V)
+    chosen = logits.gather(1, ids[0, start:, None]).squeeze(1)
+    return float((logits.max(dim=1).values - chosen).max())
 
 
 def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
@@ -639,22 +646,31 @@ def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
 
 
 def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: bool) -> str:
-    """One sentence on how `folder` compares with `model` and, if the folder is `ours`, its ids."""
+    """One sentence on how `folder` compares with `model` and, if the folder is `ours`, its ids.
+
+    Raises RuntimeError where they differ.
+    """
     transformers = quiet_transformers()
     if transformers is None:
         return "not verified, for transformers is not installed"
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    worst = compare_model(hf, model, tokenizer)
+    gap = logit_gap(hf, model, tokenizer)
+    if not gap <= LOGIT_TOLERANCE:
+        raise RuntimeError(f"the folder's logits differ by {gap:.2g} from the checkpoint's")
+    if not greedy_gap(hf, model, tokenizer) <= 2 * LOGIT_TOLERANCE:
+        raise RuntimeError("the folder's greedy continuation differs from the checkpoint's")
     if ours:
         compare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), tokenizer)
     same = "greedy tokens and token ids are" if ours else "greedy tokens are"
-    return (f"verified with transformers {transformers.__version__}: logits agree to {worst:.1e}, "
+    return (f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, "
             f"{same} the same")
 
 
 # ==================================================================================================
 # Front door: the two directions and main
 # ==================================================================================================
+
+EXAMPLE = "python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out hf"
 
 
 @dataclass
@@ -677,7 +693,7 @@ class ConvertSettings:
         if self.reverse and self.rope_theta:
             yield "--rope_theta is for --ckpt alone", "drop it: config.json tells it"
         if not self.out:
-            wanted = "file, --out imported.pt" if self.reverse else "folder, --out my_model"
+            wanted = "file, --out imported.pt" if self.reverse else "folder, --out hf"
             yield "--out is missing", f"name a {wanted}"
 
 
@@ -736,21 +752,17 @@ def convert(settings: ConvertSettings) -> int:
     return 0
 
 
-class Converter(lm.Command):
-    """The one command of this file, under its own name in --help."""
-
-    def parser(self, name: str) -> lm.FlagParser:
-        parser = super().parser(name)
-        parser.prog = name
-        return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """The converter; the exit code."""
-    command = Converter(
-        convert, (ConvertSettings,), "a checkpoint becomes a Hugging Face folder, or the reverse",
-        "python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out my_model")
-    return lm.run_command("convert_to_llama.py", command, sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    about, example = "a checkpoint becomes a Hugging Face folder, or the reverse", EXAMPLE
+
+    def run() -> int:
+        parser = lm.make_parser("", about, example, (ConvertSettings,))
+        parser.prog = Path(__file__).name
+        return convert(*lm.read_flags(parser, (ConvertSettings,), words))
+
+    return lm.run_command(lm.Command(run, about, example), [])
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ class Progress:
     def __init__(self, what: str, total: float | None, unit: str, start: float = 0,
                  talks: bool = True):
         self.what, self.total, self.unit, self.done, self.start = what, total, unit, start, start
-        self.began = self.last_line = time.monotonic()
+        self.began, self.last_line = None, time.monotonic()
         self.talks = talks
         self.bar = None
         if talks and sys.stderr.isatty():
@@ -239,7 +239,7 @@ class Progress:
 
     def update(self, done: float, note: str = "") -> None:
         """`done` units of the total are finished; `note` stands behind the figures."""
-        if self.done == self.start:  # the first unit warms up, and would spoil the estimate
+        if self.began is None:  # what comes first warms up, and would spoil the estimate
             self.began, self.start = time.monotonic(), done
         step, self.done = done - self.done, done
         if self.bar is not None:
@@ -256,9 +256,10 @@ class Progress:
         return f"{self.what}: {short(self.done)}{share} {self.unit}{eta}{note}"
 
     def eta(self) -> float:
-        """Seconds left at the mean speed so far; infinity before anything is done."""
-        rate = (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
-        return (self.total - self.done) / rate if self.total and rate else math.inf
+        """Seconds left at the mean speed so far; infinity before that is known."""
+        if not self.total or self.done <= self.start:
+            return math.inf
+        return (self.total - self.done) / (self.done - self.start) * (time.monotonic() - self.began)
 
     def close(self, note: str = "") -> None:
         if self.bar is not None:
@@ -1247,6 +1248,12 @@ def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[Text
                 yield block
 
 
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that leave Ctrl-C to their parent."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dtype: np.dtype,
                    out: Path) -> dict[str, Split]:
     """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory."""
@@ -1256,9 +1263,7 @@ def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dty
         text_key=settings.text_key, errors=settings.errors)
     totals = {"train": Split(), "val": Split()}
     progress = Progress("encoding", sum(s.size for s in sources), "B")
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with (pool,
+    with (worker_pool(workers) as pool,
           open(out / "train.bin", "wb") as train, open(out / "val.bin", "wb") as val):
         files = {"train": train, "val": val}
         try:
@@ -1406,6 +1411,12 @@ def some(texts: Iterator[str], sources: list[Source]) -> Iterator[str]:
     yield from texts
 
 
+def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
+    """A new tokenizer trained on a sample of the sources."""
+    texts = sample_documents(sources, settings)
+    return train_tokenizer(some(texts, sources), settings.vocab_size)
+
+
 def build_data(settings: PrepSettings, out: Path) -> dict:
     """Tokenizer, token files and meta.json into the folder `out`."""
     with spooled(settings, out) as paths:
@@ -1414,8 +1425,8 @@ def build_data(settings: PrepSettings, out: Path) -> dict:
             tokenizer = Tokenizer.load(settings.spm)
         else:
             say(f"training a tokenizer of {settings.vocab_size} pieces")
-            texts = sample_documents(sources, settings)
-            tokenizer = Tokenizer(train_tokenizer(some(texts, sources), settings.vocab_size))
+            with worker_pool(1) as pool:  # its memory goes with it
+                tokenizer = Tokenizer(pool.submit(tokenizer_for, sources, settings).result())
         (out / "tokenizer.model").write_bytes(tokenizer.data)
         dtype = token_dtype(tokenizer.vocab_size)
         splits = encode_sources(sources, settings, out / "tokenizer.model", dtype, out)
