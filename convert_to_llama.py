@@ -402,14 +402,16 @@ def family_of(model: lm.ModelSettings) -> Family:
 
 
 def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
-    """Our weights under the family's names, each in memory of its own."""
+    """Our weights under the family's names; no two of them share memory."""
     heads = (model.n_head, model.kv_heads, model.kv_heads)
     renamed = {}
     for ours, theirs in family.names(model):
-        rows = [n * model.head_size for n in heads] if len(theirs) == 3 else [len(weights[ours])]
-        renamed |= zip(theirs, weights[ours].split(rows), strict=True)
-    return {name: weight.clone(memory_format=torch.contiguous_format)
-            for name, weight in renamed.items()}
+        parts = [weights[ours]]
+        if len(theirs) == len(heads):
+            rows = weights[ours].split([n * model.head_size for n in heads])
+            parts = [part.clone() for part in rows]
+        renamed |= zip(theirs, parts, strict=True)
+    return renamed
 
 
 def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:

@@ -806,7 +806,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS if part in name), None)
+    if re.search(r"\b(MIG|Laptop)\b", name):  # a slice or a slower part of the same name
+        return None
+    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 def memory_gb(device: torch.device) -> float | None:
@@ -1520,7 +1522,8 @@ class Windows:
         if self.count < 1:
             raise UserError(
                 f"the training split holds {len(ids)} tokens, too few for --seq_len {seq_len}",
-                f"use --seq_len {max(2, len(ids) - 1)} or less, or prepare more text")
+                (f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else "")
+                + "prepare more text")
 
     def window(self, samples: np.ndarray) -> np.ndarray:
         """Which window each sample number is."""
@@ -1816,7 +1819,9 @@ def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSetti
                                     scores * settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
         for row, history in zip(logits, histories, strict=True):
-            row[banned(history, settings.no_repeat_ngram_size)] = -math.inf
+            ids = banned(history, settings.no_repeat_ngram_size)
+            if len(set(ids)) < len(row):  # where every id is banned, none is
+                row[ids] = -math.inf
     return logits
 
 
@@ -1827,7 +1832,8 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    logits, order = logits.float() / settings.temperature, None
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # a tiny temperature overflows
+    logits, order = logits / max(settings.temperature, 1e-30), None
     if settings.top_k and settings.top_k < logits.shape[-1]:
         logits, order = logits.topk(settings.top_k, dim=-1)
     elif settings.top_p < 1:
@@ -1870,26 +1876,33 @@ class Decoder:
         self.model, self.dtype = model, dtype
         self.context = model.config.seq_len
         self.histories = [list(p) for p in prompts]
-        unique = list(dict.fromkeys(tuple(self.tail(p)) for p in prompts))
-        self.logits, self.cache = prefill(model, [list(p) for p in unique], dtype)
+        self.starts = [0 if len(p) <= self.context else self.newest_half(p) for p in prompts]
+        windows = [tuple(p[s:]) for p, s in zip(prompts, self.starts, strict=True)]
+        unique = list(dict.fromkeys(windows))
+        self.logits, self.cache = prefill(model, [list(w) for w in unique], dtype)
         if len(unique) < len(prompts):
-            self.keep([unique.index(tuple(self.tail(p))) for p in prompts], self.histories)
+            index = {window: i for i, window in enumerate(unique)}
+            rows = [index[w] for w in windows]
+            self.cache, self.logits = self.cache.take(rows), self.logits[rows]
 
-    def tail(self, history: list[int]) -> list[int]:
-        """What of a history is read again when it does not fit: its newest half context."""
-        return history if len(history) < self.context else history[-max(1, self.context // 2):]
+    def newest_half(self, history: list[int]) -> int:
+        """Where reading begins again in a history that does not fit."""
+        return len(history) - max(1, self.context // 2)
 
-    def keep(self, rows: list[int], histories: list[list[int]]) -> None:
-        self.cache, self.histories = self.cache.take(rows), histories
-        self.logits = self.logits[rows]
+    def keep(self, rows: list[int]) -> None:
+        self.cache, self.logits = self.cache.take(rows), self.logits[rows]
+        self.histories = [self.histories[r] for r in rows]
+        self.starts = [self.starts[r] for r in rows]
 
     def push(self, tokens: list[int]) -> None:
         """Append one id a row and compute the logits after it."""
         for history, token in zip(self.histories, tokens, strict=True):
             history.append(token)
-        if max(self.cache.lengths) >= self.cache.size:
-            self.logits, self.cache = prefill(self.model, [self.tail(h) for h in self.histories],
-                                              self.dtype)
+        if max(self.cache.lengths) >= self.cache.size:  # only the full rows forget their oldest
+            self.starts = [self.newest_half(h) if n >= self.cache.size else s for h, n, s
+                           in zip(self.histories, self.cache.lengths, self.starts, strict=True)]
+            windows = [h[s:] for h, s in zip(self.histories, self.starts, strict=True)]
+            self.logits, self.cache = prefill(self.model, windows, self.dtype)
             return
         ids = torch.tensor(tokens, device=self.model.device).unsqueeze(1)  # (B, 1)
         self.logits = self.model(ids, self.cache)[:, -1].float()
@@ -1923,7 +1936,7 @@ def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSet
         finished = sum(row in done for row in rows)
         if finished and finished >= DROP_WHEN * len(rows):
             live = [i for i, row in enumerate(rows) if row not in done]
-            decoder.keep(live, [decoder.histories[i] for i in live])
+            decoder.keep(live)
             rows, tokens = [rows[i] for i in live], [tokens[i] for i in live]
         decoder.push(tokens)
 
@@ -1993,7 +2006,7 @@ def cosine_scale(step: int, s: OptimSettings, max_steps: int) -> float:
 
 def wsd_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     """Stable, then a linear decay over the last decay_share (Hu et al. 2024, MiniCPM)."""
-    begin = max_steps * (1 - s.decay_share)
+    begin = max(s.warmup_steps, max_steps * (1 - s.decay_share))
     share = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
     return 1 - (1 - s.min_lr) * share
 

@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import itertools
+import json
+import multiprocessing
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +20,13 @@ import torch  # noqa: E402
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fixed")
+
+TINY = """--n_layer 2 --d_model 32 --n_head 4 --n_kv_head 2 --seq_len 32 --ffn_mult 2 --lr 1e-2
+--batch_size 4 --warmup_steps 3 --dtype fp32 --device cpu --threads 1 --compile 0""".split()
+SHORT = """--max_steps 12 --dropout 0.1 --log_interval 1 --eval_interval 4 --ckpt_interval 4
+--eval_tokens 500""".split()
+PRELOADED = ["torch._dynamo", "torch.distributed", "sentencepiece", "hypothesis", "pytest"]
+TIMES = ("time", "perf/tok_per_s")  # what two runs of the same steps may differ in
 
 NOUNS = """harbour engine village river teacher library mountain orchard soldier painter bridge
 market winter garden letter captain island forest candle window station doctor printer sailor
@@ -85,3 +96,102 @@ def run():
         return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def data_dir(corpus, tmp_path_factory, run):
+    """A data folder that prep made of the corpus; read only."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    code, _, err = run(["prep", "--text_path", corpus, "--out_dir", out, "--vocab_size", 400,
+                        "--val_split", 0.1, "--workers", 1])
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory, run):
+    """The folder of a finished run of TINY and SHORT; read only, copy it to change it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    code, _, err = run(["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", out])
+    assert code == 0, err
+    return out
+
+
+def log_rows(out):
+    """The rows of a run's metrics.jsonl, without the figures that a clock made."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def read_pt(path):
+    """What a checkpoint file holds."""
+    return torch.load(path, weights_only=True)
+
+
+def weight_bytes(path):
+    """The weights and the optimiser's moments in a checkpoint, as bytes by name."""
+    saved = read_pt(path)
+    state = {f"{i}/{k}": v for i, row in saved["optim"]["state"].items() for k, v in row.items()}
+    return {name: t.numpy().tobytes() for name, t in {**saved["model"], **state}.items()}
+
+
+def signal_at(lm, what, nth, number=signal.SIGKILL):
+    """Make the program send itself a signal when `what`, a name in it, is called the nth time."""
+    *path, name = what.split(".")
+    owner = lm
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def in_child(argv, log, env, hooks):
+    """What a child process runs: main(argv), after `hooks`, its output written to `log`."""
+    os.environ.update(env)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import standalone_transformer_lm as lm
+
+    for hook, *args in hooks:
+        hook(lm, *args)
+    code = lm.main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Child:
+    """The program in a process of its own, forked off one that has torch loaded."""
+
+    def __init__(self, argv, log, env, hooks):
+        self.log = log
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        argv = [str(word) for word in argv]
+        self.process = context.Process(target=in_child, args=(argv, log, env, hooks))
+        self.process.start()
+
+    def end(self, seconds=100):
+        """(exit code, what it printed); the code of a killed child is minus the signal."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+        assert self.process.exitcode is not None, f"still running:\n{self.log.read_text()}"
+        return self.process.exitcode, self.log.read_text()
+
+
+@pytest.fixture
+def child(tmp_path):
+    """`child(argv, *hooks, **env)` starts the program; a hook is (function, *arguments)."""
+    numbers = itertools.count()
+
+    def start(argv, *hooks, **env):
+        return Child(argv, tmp_path / f"child{next(numbers)}.log", env, hooks)
+
+    return start

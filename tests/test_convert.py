@@ -17,16 +17,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_to_llama as converter
 import pytest
 import sentencepiece
-import standalone_transformer_lm as lm
-import test_llama_model as script
 import torch
 import transformers
 from conftest import documents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import convert_to_llama as converter
+import standalone_transformer_lm as lm
+import test_llama_model as script
 
 TOLERANCE = 1e-4
 SHAPES = {
@@ -519,11 +520,12 @@ def test_folder_loads_without_sentencepiece_and_protobuf(folder, tokenizer):
     texts = [*documents(20, seed=5), "", "  \n\taaaa 🙂"]
     code = """if True:
         import json, sys
-        class Absent:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] == "sentencepiece" or name.startswith("google.protobuf"):
-                    raise ModuleNotFoundError(name, name=name)
-        sys.meta_path.insert(0, Absent())
+        from importlib.machinery import PathFinder
+        find = PathFinder.find_spec
+        def find_others(name, path=None, target=None):
+            hidden = name.split(".")[0] == "sentencepiece" or name.startswith("google.protobuf")
+            return None if hidden else find(name, path, target)
+        PathFinder.find_spec = find_others
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         print(json.dumps([tokenizer(text).input_ids for text in json.loads(sys.argv[2])]))"""

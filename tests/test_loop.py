@@ -1,0 +1,276 @@
+"""The one training loop: steps that mean the same however they are cut, stopped or killed."""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHORT, TINY, log_rows, read_pt, signal_at, weight_bytes
+
+import standalone_transformer_lm as lm
+
+
+def flags(data_dir, out, *more):
+    return ["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", out, *more]
+
+
+@pytest.fixture
+def trainer(run, data_dir, tmp_path, monkeypatch):
+    """`trainer(*flags)` is the Trainer that the train command would start."""
+    def make(*more):
+        made = []
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "finish", lambda one: made.append(one) or 0)
+            code, _, err = run(flags(data_dir, tmp_path / "out", *more))
+        assert code == 0, err
+        return made[0]
+
+    return make
+
+
+def accumulated(trainer, steps=0):
+    """The gradients of a trainer's next step, and its loss."""
+    run = trainer.run
+    trainer.objective.train()
+    batch = trainer.job.batches(8 * steps, run.batch_size, run.grad_accum_steps, 0, 1)
+    loss = float(trainer.gradients(batch, 1 / batch.targets))
+    return loss, {n: w.grad.clone() for n, w in trainer.job.model.named_parameters()}
+
+
+# ---- What a step is ----
+
+
+@pytest.mark.parametrize(("batch", "accum"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_any_accumulation_has_the_gradient_of_the_mean_token_loss(trainer, batch, accum):
+    one = trainer("--dropout", 0, "--batch_size", batch, "--grad_accum_steps", accum)
+    loss, found = accumulated(one)
+    model = one.job.model
+    model.zero_grad()
+    x, y = one.job.batches.__self__.batch(torch.arange(8).numpy())
+    wanted = F.cross_entropy(model(x).reshape(-1, 400), y.reshape(-1))
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), abs=1e-5)
+    for name, weight in model.named_parameters():
+        assert torch.allclose(found[name], weight.grad, atol=1e-5), name
+    assert max(float(g.abs().max()) for g in found.values()) > 1e-2
+
+
+def test_whole_runs_agree_on_any_accumulation(run, data_dir, tmp_path):
+    logs = []
+    for batch, accum in ((8, 1), (2, 4)):
+        out = tmp_path / f"{batch}"
+        assert run(flags(data_dir, out, "--dropout", 0, "--batch_size", batch,
+                         "--grad_accum_steps", accum))[0] == 0
+        logs.append(log_rows(out))
+    for a, b in zip(*logs, strict=True):
+        assert a.keys() == b.keys() and a == pytest.approx(b, abs=1e-4)
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it(trainer, monkeypatch):
+    for clip in (0.01, 0.0):
+        one = trainer("--grad_clip", clip)
+        _, grads = accumulated(one)
+        whole = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        seen = []
+        weights = list(one.job.model.parameters())
+        monkeypatch.setattr(one.optimizer, "step", lambda *a, w=weights, s=seen: s.append(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in w))))
+        assert float(one.update()) == pytest.approx(whole, rel=1e-4)
+        assert seen == [pytest.approx(clip or whole, rel=1e-3)]
+        assert all(w.grad is None for w in weights)
+
+
+def test_learning_rate_trace_is_its_formula_from_the_first_step(trained):
+    trace = [row["train/lr"] for row in log_rows(trained)]
+    warm = [0.01 * (step + 1) / 3 for step in range(3)]
+    cosine = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2)
+              for step in range(3, 12)]
+    assert trace == pytest.approx(warm + cosine, rel=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "shape"), [
+    ("constant", lambda step: 1.0),
+    ("wsd", lambda step: 1 - 0.9 * max(0.0, (step - 6) / 6)),
+])
+def test_other_schedules_reach_the_optimiser(trainer, schedule, shape):
+    one = trainer("--schedule", schedule, "--decay_share", 0.5)
+    for step in range(12):
+        used = one.lr()
+        one.train_step(0)
+        want = 0.01 * ((step + 1) / 3 if step < 3 else shape(step))
+        assert used == pytest.approx(want)
+        assert {g["lr"] for g in one.optimizer.param_groups} == {used}
+
+
+def test_dropout_is_in_training_and_not_in_evaluation(trainer):
+    one = trainer("--dropout", 0.5)
+    one.objective.train()
+    first, second = one.evaluate(), one.evaluate()
+    assert first == second and one.objective.training and one.job.model.blocks[0].attn.training
+    batch = one.job.batches(0, 4, 1, 0, 1)
+    torch.manual_seed(1)
+    a = one.gradients(batch, 1 / batch.targets)
+    torch.manual_seed(2)
+    assert one.gradients(batch, 1 / batch.targets) != a
+
+
+def test_evaluation_moves_nothing_in_training(run, data_dir, tmp_path, trained):
+    assert run(flags(data_dir, tmp_path / "o", "--eval_interval", 1))[0] == 0
+    assert weight_bytes(tmp_path / "o/ckpt_last.pt") == weight_bytes(trained / "ckpt_last.pt")
+
+
+def test_best_and_last_are_different_files(run, data_dir, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(lm, "perplexity", lambda *a, **k: {"val/loss": next(losses)})
+    out = tmp_path / "out"
+    assert run(flags(data_dir, out))[0] == 0
+    best, last = read_pt(out / "ckpt_best.pt"), read_pt(out / "ckpt_last.pt")
+    assert (best["step"], last["step"]) == (8, 12) and best["best_val"] == last["best_val"] == 2.0
+    assert not os.path.samefile(out / "ckpt_best.pt", out / "ckpt_last.pt")
+    assert not torch.equal(best["model"]["norm.weight"], last["model"]["norm.weight"])
+
+
+# ---- Compile or not ----
+
+
+def test_compile_is_decided_by_length_alone_and_said(monkeypatch, capsys):
+    machine = lm.Machine(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(lm.shutil, "which", lambda name: "/usr/bin/" + name)
+    short, long = 1e9, 1e18
+    assert lm.wants_compile("1", short, machine) and not lm.wants_compile("0", long, machine)
+    capsys.readouterr()
+    for flops, wanted, words in ((short, False, "not compiling"), (long, True, "--compile 0")):
+        for _ in range(3):
+            assert lm.wants_compile("auto", flops, machine) is wanted
+            assert words in capsys.readouterr().out
+    monkeypatch.setattr(lm.shutil, "which", lambda name: None)
+    assert not lm.wants_compile("auto", long, machine)
+    assert "compiler" in capsys.readouterr().out
+
+
+# ---- Stopped and gone on with ----
+
+
+def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bytes(
+        run, data_dir, tmp_path, child, trained):
+    out = tmp_path / "a folder"
+    argv = flags(data_dir, out, "--log_interval", 4)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)):
+        found, told = child(argv, (signal_at, "seed_step", 2, number)).end()
+        assert found == code and "Traceback" not in told, told
+        assert "stopped at step" in told
+    assert read_pt(out / "ckpt_last.pt")["step"] < 12
+    command = shlex.split(re.search(r"go on with:\n(.*)", told)[1])
+    assert command[:2] == ["python", lm.PROGRAM]
+    assert run(command[2:])[0] == 0
+    alone = tmp_path / "alone"
+    assert run(flags(data_dir, alone, "--log_interval", 4))[0] == 0
+    assert weight_bytes(out / "ckpt_last.pt") == weight_bytes(alone / "ckpt_last.pt")
+    assert weight_bytes(out / "ckpt_last.pt") == weight_bytes(trained / "ckpt_last.pt")
+    assert log_rows(out) == log_rows(alone)
+
+
+def stop_at(monkeypatch, step):
+    """Send this process SIGUSR1 in the step-th training step of a run."""
+    monkeypatch.setattr(lm, "seed_step", lambda seed, now, rank, original=lm.seed_step: (
+        os.kill(os.getpid(), signal.SIGUSR1) if now + 1 == step else None,
+        original(seed, now, rank)))
+
+
+def test_a_run_begun_with_resume_0_prints_a_command_that_works(run, data_dir, tmp_path,
+                                                               monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        code, told, _ = run(flags(data_dir, tmp_path / "out", "--resume", 0))
+    assert code == 128 + signal.SIGUSR1
+    command = shlex.split(re.search(r"go on with:\n(.*)", told)[1])
+    code, _, err = run(command[2:])
+    assert code == 0, err
+
+
+def test_a_second_signal_kills(child, data_dir, tmp_path):
+    hooks = [(signal_at, "seed_step", 2, signal.SIGTERM),
+             (signal_at, "Trainer.update", 2, signal.SIGTERM)]
+    code, _ = child(flags(data_dir, tmp_path / "out"), *hooks).end()
+    assert code == -signal.SIGTERM
+
+
+def kill_in_save(program, nth):
+    """kill -9 in the middle of writing the nth file that torch.save writes."""
+    calls, save = [], program.torch.save
+
+    def half(content, file):
+        calls.append(1)
+        if len(calls) == nth:
+            file.write(b"PK" + bytes(50_000))
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file)
+
+    program.torch.save = half
+
+
+MOMENTS = [  # in turn; each run goes on where the one before was killed
+    (signal_at, "seed_step", 3),
+    (kill_in_save, 1),
+    (signal_at, "os.link", 1),
+    (signal_at, "fsync_folder", 3),
+    (kill_in_save, 2),
+    (signal_at, "Gauges.write", 6),
+    (signal_at, "os.replace", 3),
+    (signal_at, "save_weights", 1),
+]
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(
+        child, run, data_dir, tmp_path, trained):
+    out = tmp_path / "out"
+    for moment in MOMENTS:
+        code, told = child(flags(data_dir, out), moment).end()
+        assert code == -signal.SIGKILL, (moment, told)
+    code, told = child(flags(data_dir, out)).end()
+    assert code == 0, told
+    assert "damaged" not in told
+    for name in ("ckpt_last.pt", "ckpt_best.pt", "ckpt_00000008.pt"):
+        assert weight_bytes(out / name) == weight_bytes(trained / name), name
+    assert log_rows(out) == log_rows(trained)
+    assert not list(out.glob(".*")), "a killed write leaves nothing behind at the end"
+
+
+def test_more_steps_go_on(run, data_dir, tmp_path, trained):
+    out = shutil.copytree(trained, tmp_path / "out")
+    code, told, err = run(["train", f"@{out}/args.txt", "--out_dir", out, "--max_steps", 15])
+    assert code == 0 and "after step 12" in told, err
+    assert [row["step"] for row in log_rows(out)] == list(range(1, 16))
+    assert log_rows(out)[:12] == log_rows(trained)
+    assert read_pt(out / "ckpt_last.pt")["samples"] == 60
+
+
+@pytest.mark.parametrize("steps", [12, 5])
+def test_a_finished_run_says_so_and_is_left_alone(run, data_dir, tmp_path, trained, steps):
+    out = shutil.copytree(trained, tmp_path / "out")
+    before = weight_bytes(out / "ckpt_last.pt"), log_rows(out)
+    code, told, err = run(flags(data_dir, out, "--max_steps", steps))
+    assert code == 0 and "12 steps" in told and not err
+    assert (weight_bytes(out / "ckpt_last.pt"), log_rows(out)) == before
+
+
+def test_args_txt_repeats_the_run(trained, run, tmp_path):
+    code, _, err = run(["train", f"@{trained}/args.txt", "--out_dir", tmp_path / "twin"])
+    assert code == 0, err
+    assert log_rows(tmp_path / "twin") == log_rows(trained)
+
+
+def test_without_validation_text_the_run_names_a_checkpoint_that_exists(run, corpus, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    assert run(["prep", "--text_path", corpus, "--out_dir", data, "--vocab_size", 400,
+                "--val_split", 0, "--workers", 1])[0] == 0
+    code, told, err = run(flags(data, out, "--max_steps", 3))
+    assert code == 0, err
+    named = set(re.findall(r"--ckpt (\S+)", told))
+    assert named and all(os.path.exists(path) for path in named)
