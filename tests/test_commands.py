@@ -271,8 +271,8 @@ def test_help_explains_flags_and_shows_an_example_that_parses(run, name):
 
 
 def test_help_shows_real_defaults(run):
-    told = " ".join(run(["train", "--help"])[1].split("example:")[0].split())
-    told = {text.split()[0]: text for text in told.split(" --")[1:]}
+    told = run(["train", "--help"])[1].split("example:")[0].split("\n  --")[1:]
+    told = {text.split()[0]: " ".join(text.split()) for text in told}
     for group in lm.settings_of(lm.cmd_train):
         for name, default in vars(group()).items():
             if default not in ("", False) and name not in ("vocab_size", "rope_layout"):

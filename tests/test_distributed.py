@@ -1,6 +1,5 @@
 """Two processes over gloo: the same step as one, the same weights, one voice."""
 
-import os
 import shutil
 import signal
 import socket
@@ -85,33 +84,41 @@ def test_torchrun_on_two_ranks_of_four_is_one_rank_of_eight(data_dir, tmp_path, 
         assert torch.allclose(a["model"][name], b["model"][name], atol=1e-5), name
 
 
-def test_stopped_on_two_ranks_it_goes_on_with_two_or_one(
-        child, run, data_dir, tmp_path, alone, monkeypatch):
-    out, argv = tmp_path / "run", flags(data_dir, tmp_path / "run", 4)
-    ended = two(child, argv, (signal_at, "seed_step", 4, signal.SIGUSR1))  # rank 1 alone is told
-    assert sorted(code for code, _ in ended) == [138, 143] or [c for c, _ in ended] == [138] * 2
-    assert "torchrun --nproc_per_node=2" in ended[0][1]
-    assert read_pt(out / "ckpt_last.pt")["step"] == 5  # between two lines of the log
-    single = shutil.copytree(out, tmp_path / "single")
+def stopped_on_two(child, argv, out, step):
+    """Two ranks that stop after `step`, of which rank 1 alone got the signal."""
+    codes, told = zip(*two(child, argv, (signal_at, "seed_step", step - 1, signal.SIGUSR1)),
+                      strict=True)
+    assert codes[1] == 128 + signal.SIGUSR1 and codes[0] > 128
+    assert "torchrun --nproc_per_node=2" in told[0]
+    assert read_pt(out / "ckpt_last.pt")["step"] == step
 
+
+@pytest.mark.parametrize("step", [4, 5])  # at a line of the log, and between two
+def test_stopped_on_two_ranks_it_goes_on_with_two(child, data_dir, tmp_path, alone, step):
+    out, argv = tmp_path / "run", flags(data_dir, tmp_path / "run", 4)
+    stopped_on_two(child, argv, out, step)
     ended = two(child, argv)
     assert [code for code, _ in ended] == [0, 0], ended
     ranks = [read_pt(out / f"rank{rank}.weights") for rank in range(2)]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     assert_same_curve(out, alone, 1e-4)
 
-    def stop_at_7(seed, step, rank, original=lm.seed_step):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        original(seed, step, rank)
 
-    with monkeypatch.context() as patch:  # on one rank, stopped once more on the way
-        patch.setattr(lm, "seed_step", stop_at_7)
-        code, told, err = run(flags(data_dir, single, 4))
-    assert code == 128 + signal.SIGUSR1 and "instead of 2" in told, err
-    assert run(flags(data_dir, single, 4))[0] == 0
-    assert read_pt(single / "ckpt_last.pt")["samples"] == 96
-    assert_same_curve(single, alone, 1e-4)
+@pytest.mark.parametrize("step", [4, 5])
+@pytest.mark.parametrize("stop_again", [False, True])
+def test_stopped_on_two_ranks_it_goes_on_with_one(
+        child, run, data_dir, tmp_path, alone, monkeypatch, step, stop_again):
+    out, argv = tmp_path / "run", flags(data_dir, tmp_path / "run", 4)
+    stopped_on_two(child, argv, out, step)
+    if stop_again:
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "seed_step", lm.seed_step)  # so that leaving puts it back
+            signal_at(lm, "seed_step", 7 - step, signal.SIGUSR1)
+            code, told, err = run(argv)
+        assert code == 128 + signal.SIGUSR1 and "instead of 2" in told, err
+    assert run(argv)[0] == 0
+    assert read_pt(out / "ckpt_last.pt")["samples"] == 96
+    assert_same_curve(out, alone, 1e-4)
 
 
 def test_only_rank_0_talks(child, data_dir, tmp_path):

@@ -285,6 +285,7 @@ def test_progress_stays_out_of_stdout_and_ends_with_a_line(clock, capsys):
     progress.close("encoded")
     out, err = capsys.readouterr()
     assert out == "" and "4 of 4 (100%)" in err and err.endswith("encoded\n")
+    assert "?" not in err  # nothing is left, and that is known
 
 
 def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):

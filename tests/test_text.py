@@ -2,6 +2,7 @@
 
 import functools
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 import standalone_transformer_lm as lm
 
-PIECES = ["the", "quiet", "harbour", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\0", "東京", "é", "e\u0301",
-          "🙂", "👩\u200d👧", "\u00a0", "\u3000", "\u2028", "\ufeff", "\ufffd", "\u2585", "A", "a b", "0", "2024",
-          "ﬁ", "Ａ", "<s>", "</s>", "<unk>", "<pad>", "<|user|>", "<|reserved_0|>", "<0x41>", "x" * 60]
+PIECES = [
+    "the", "quiet", "harbour", "A", "a b", "0", "2024", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\0",
+    "東京", "é", "e\u0301", "🙂", "👩\u200d👧", "ﬁ", "Ａ", "\u00a0", "\u3000", "\u2028", "\ufeff",
+    "\ufffd", "\u2585", "<s>", "</s>", "<unk>", "<pad>", "<|user|>", "<|reserved_0|>", "<0x41>",
+    "x" * 60]
 SPELLED = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 STRINGS = SPELLED | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ROUND = STRINGS.map(lambda text: text.replace(lm.SPACE, ""))
@@ -175,7 +178,7 @@ def test_words_encode_as_the_whole_text_does(tokenizer, text):
 
 def test_words_encode_alike_over_a_corpus_with_a_warm_dictionary(tokenizer):
     encoder = encoder_of(tokenizer)
-    text = "\n\n".join(documents(500, seed=5)) + open(lm.__file__, encoding="utf-8").read()
+    text = "\n\n".join(documents(500, seed=5)) + Path(lm.__file__).read_text(encoding="utf-8")
     for part in (*documents(500, seed=6), text):
         assert unpack(encoder.encode(part)) == tokenizer.sp.encode(part)
     assert len(encoder) > 100  # or the dictionary was not used at all
