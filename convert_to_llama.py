@@ -275,48 +275,87 @@ def tokenizer_json(model: PieceModel, bos_id: int) -> dict:
 # ==================================================================================================
 
 
-LLAMA_LAYER = {
-    "norm1.weight": ("input_layernorm.weight",),
-    "attn.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
-    "attn.proj.weight": ("self_attn.o_proj.weight",),
-    "norm2.weight": ("post_attention_layernorm.weight",),
+MLP_LAYER = {
     "mlp.w1.weight": ("mlp.gate_proj.weight",),
     "mlp.w2.weight": ("mlp.up_proj.weight",),
     "mlp.w3.weight": ("mlp.down_proj.weight",),
 }
-LLAMA_NEEDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers
+ATTENTION_LAYER = {
+    "norm1.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "attn.proj.weight": ("self_attn.o_proj.weight",),
+    "norm2.weight": ("post_attention_layernorm.weight",),
+}
+QK_NORM = {
+    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
+}
+NEEDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers
 num_attention_heads""".split()
-LLAMA_ONLY = {  # config key: the one value that our model computes
-    "model_type": "llama",
+ONLY = {  # config key: the one value that our model computes, whatever the family
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
-    "sliding_window": None,
     "quantization_config": None,
 }
+SCALINGS = {"default": "none", "linear": "linear", "yarn": "yarn"}
 
 
 @dataclass(frozen=True)
 class Family:
     """A row of the table: one architecture of transformers.
 
-    `options` names the settings beyond a plain LLaMA that it can hold. `config` makes the keys of
-    config.json from our settings, `settings` the reverse. `names` yields, for some settings, (our
-    key, their keys): one of ours that is several of theirs is those stacked by rows, as q, k, v.
+    `requires` and `allows` name the settings beyond a plain LLaMA that its models always and may
+    have. `layer` maps our keys of a layer to theirs: several of theirs are ours stacked by rows
+    (q, k, v), and a name with {} is one for each expert. `config` makes the keys of config.json
+    that LLaMA lacks, `settings` the reverse; `only` are the values that we can read.
     """
 
     architecture: str
-    options: frozenset[str]
+    model_type: str
+    requires: frozenset[str]
+    allows: frozenset[str]
+    layer: dict[str, tuple[str, ...]]
     config: Callable[[lm.ModelSettings], dict]
     settings: Callable[[dict], dict]
-    names: Callable[[lm.ModelSettings], Iterator[tuple[str, tuple[str, ...]]]]
+    only: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def names(self, model: lm.ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(our key, their keys) of every weight."""
+        yield "tok_emb.weight", ("model.embed_tokens.weight",)
+        for i in range(model.n_layer):
+            for ours, theirs in self.layer.items():
+                if "{}" in theirs[0]:
+                    theirs = tuple(theirs[0].format(e) for e in range(model.n_expert))
+                yield f"blocks.{i}.{ours}", tuple(f"model.layers.{i}.{name}" for name in theirs)
+        yield "norm.weight", ("model.norm.weight",)
+        if not model.tie:
+            yield "lm_head.weight", ("lm_head.weight",)
 
 
-def llama_config(model: lm.ModelSettings) -> dict:
+def expert_layer(router: str, *names: str) -> dict[str, tuple[str, ...]]:
+    """The names of a mixture: its router, and gate, up and down of each expert."""
+    ours = ("mlp.w1", "mlp.w2", "mlp.w3")
+    return {"mlp.router.weight": (router,), **{k: (n,) for k, n in zip(ours, names, strict=True)}}
+
+
+def rope_config(model: lm.ModelSettings) -> dict:
+    """The rotary keys, for transformers 4 and 5."""
+    scaled = {"rope_type": "default"}
+    if model.rope_scaling != "none":
+        original = model.rope_original or round(model.seq_len / model.rope_factor)
+        scaled = {"rope_type": model.rope_scaling, "factor": model.rope_factor,
+                  "original_max_position_embeddings": original}
+    keys = {"rope_theta": model.rope_theta,
+            "rope_parameters": {**scaled, "rope_theta": model.rope_theta}}
+    return keys if model.rope_scaling == "none" else {**keys, "rope_scaling": scaled}
+
+
+def common_config(model: lm.ModelSettings) -> dict:
+    """The keys of config.json that all families share."""
     return {
-        "model_type": "llama",
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.hidden,
@@ -327,30 +366,31 @@ def llama_config(model: lm.ModelSettings) -> dict:
         "hidden_act": "silu",
         "max_position_embeddings": model.seq_len,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,  # where transformers 4 looks
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},  # and 5
+        **rope_config(model),
         "tie_word_embeddings": model.tie,
         "attention_bias": False,
         "mlp_bias": False,
     }
 
 
-def llama_settings(config: dict) -> dict:
-    """Our settings for a LLaMA's config.json. Raises UserError with all that they cannot say."""
+def common_settings(config: dict, family: Family) -> dict:
+    """Our settings for a config.json. Raises UserError with all that they cannot say."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     faults = [
         f"{key} is {config[key]!r}, not {wanted!r}"
-        for key, wanted in LLAMA_ONLY.items()
+        for key, wanted in {**ONLY, **family.only}.items()
         if config.get(key) not in (None, wanted)
     ]
-    if rope_type != "default":
-        faults.append(f"rope_scaling is of type {rope_type!r}")
-    faults += [f"{key} is missing" for key in LLAMA_NEEDS if not config.get(key)]
+    odd = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"} & set(rope)
+    if rope_type not in SCALINGS or odd:
+        faults.append(f"rope_scaling is of type {rope_type!r}" + (f" with {sorted(odd)}"
+                                                                  if odd else ""))
+    faults += [f"{key} is missing" for key in NEEDS if not config.get(key)]
     if faults:
         raise lm.UserError(
             f"config.json describes a model that is not ours: {'; '.join(faults)}",
-            "give the folder of a LLaMA without these",
+            "give the folder of a model without these",
         )
     heads = config["num_attention_heads"]
     return {
@@ -364,34 +404,122 @@ def llama_settings(config: dict) -> dict:
         "seq_len": config.get("max_position_embeddings", 2048),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rope_scaling": SCALINGS[rope_type],
+        "rope_factor": float(rope.get("factor", 1.0)),
+        "rope_original": int(rope.get("original_max_position_embeddings", 0)),
         "tie": bool(config.get("tie_word_embeddings", False)),
     }
 
 
-def llama_names(model: lm.ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield "tok_emb.weight", ("model.embed_tokens.weight",)
-    for i in range(model.n_layer):
-        for ours, theirs in LLAMA_LAYER.items():
-            yield f"blocks.{i}.{ours}", tuple(f"model.layers.{i}.{name}" for name in theirs)
-    yield "norm.weight", ("model.norm.weight",)
-    if not model.tie:
-        yield "lm_head.weight", ("lm_head.weight",)
+def nothing(_: object) -> dict:
+    return {}
 
 
+def window_config(model: lm.ModelSettings) -> dict:
+    return {"sliding_window": model.window or None}
+
+
+def window_settings(config: dict) -> dict:
+    return {"window": config.get("sliding_window") or 0}
+
+
+def qwen3_config(model: lm.ModelSettings) -> dict:
+    kinds = ["sliding_attention" if model.windowed(i) else "full_attention"
+             for i in range(model.n_layer)]
+    return {"use_sliding_window": bool(model.window), "sliding_window": model.window or None,
+            "layer_types": kinds}
+
+
+def qwen3_settings(config: dict) -> dict:
+    kinds = config.get("layer_types") or []
+    window = config.get("sliding_window") if config.get("use_sliding_window") else 0
+    every = kinds.index("full_attention") + 1 if window and "full_attention" in kinds else 0
+    model = {"qk_norm": True, "window": window or 0, "full_every": every}
+    described = lm.ModelSettings(**model)
+    if kinds and kinds != ["sliding_attention" if described.windowed(i) else "full_attention"
+                           for i in range(len(kinds))]:
+        raise lm.UserError("layer_types is no pattern of ours", "give a model with every n-th full")
+    return model
+
+
+def smollm3_config(model: lm.ModelSettings) -> dict:
+    return {"no_rope_layers": [int(model.rotates(i)) for i in range(model.n_layer)],
+            "no_rope_layer_interval": model.nope_every, "use_sliding_window": False,
+            "sliding_window": None, "layer_types": ["full_attention"] * model.n_layer}
+
+
+def smollm3_settings(config: dict) -> dict:
+    rotates = config.get("no_rope_layers") or []
+    every = rotates.index(0) + 1 if 0 in rotates else 0
+    model = lm.ModelSettings(nope_every=every)
+    if rotates != [int(model.rotates(i)) for i in range(config["num_hidden_layers"])]:
+        raise lm.UserError("no_rope_layers is no pattern of ours", "give a model with every n-th 0")
+    return {"nope_every": every}
+
+
+def mixtral_config(model: lm.ModelSettings) -> dict:
+    return {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_active,
+            "router_aux_loss_coef": model.balance_loss, **window_config(model)}
+
+
+def mixtral_settings(config: dict) -> dict:
+    return {"n_expert": config["num_local_experts"],
+            "n_expert_active": config["num_experts_per_tok"], **window_settings(config)}
+
+
+def qwen3_moe_config(model: lm.ModelSettings) -> dict:
+    return {"num_experts": model.n_expert, "num_experts_per_tok": model.n_expert_active,
+            "moe_intermediate_size": model.hidden, "norm_topk_prob": True,
+            "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+            "router_aux_loss_coef": model.balance_loss}
+
+
+def qwen3_moe_settings(config: dict) -> dict:
+    if not config.get("norm_topk_prob") or config.get("mlp_only_layers"):
+        raise lm.UserError("norm_topk_prob is off or mlp_only_layers is set, which ours are not",
+                           "give the folder of a model without these")
+    return {"qk_norm": True, "n_expert": config["num_experts"],
+            "n_expert_active": config["num_experts_per_tok"],
+            "ffn_hidden": config["moe_intermediate_size"]}
+
+
+LLAMA = {**ATTENTION_LAYER, **MLP_LAYER}
+EXPERTS = frozenset({"n_expert", "n_expert_active"})
 FAMILIES = (
-    Family("LlamaForCausalLM", frozenset(), llama_config, llama_settings, llama_names),
+    Family("LlamaForCausalLM", "llama", frozenset(), frozenset(), LLAMA, nothing, nothing,
+           {"sliding_window": None}),
+    Family("Qwen3ForCausalLM", "qwen3", frozenset({"qk_norm"}),
+           frozenset({"window", "full_every"}), {**LLAMA, **QK_NORM}, qwen3_config,
+           qwen3_settings),
+    Family("SmolLM3ForCausalLM", "smollm3", frozenset({"nope_every"}), frozenset(), LLAMA,
+           smollm3_config, smollm3_settings, {"use_sliding_window": False}),
+    Family("MistralForCausalLM", "mistral", frozenset({"window"}), frozenset(), LLAMA,
+           window_config, window_settings),
+    Family("MixtralForCausalLM", "mixtral", frozenset({"n_expert"}), EXPERTS | {"window"},
+           {**ATTENTION_LAYER, **expert_layer(
+               "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}.w1.weight",
+               "block_sparse_moe.experts.{}.w3.weight", "block_sparse_moe.experts.{}.w2.weight")},
+           mixtral_config, mixtral_settings),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", frozenset({"n_expert", "qk_norm"}), EXPERTS,
+           {**ATTENTION_LAYER, **QK_NORM, **expert_layer(
+               "mlp.gate.weight", "mlp.experts.{}.gate_proj.weight",
+               "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight")},
+           qwen3_moe_config, qwen3_moe_settings,
+           {"use_sliding_window": False, "decoder_sparse_step": 1}),
 )
 PLAIN = frozenset(
     """seq_len n_layer d_model n_head n_kv_head head_dim ffn_mult ffn_hidden dropout tie rope_theta
-    norm_eps vocab_size rope_layout""".split()
+    norm_eps vocab_size rope_layout rope_scaling rope_factor rope_original bos_id doc_mask
+    trunc_init balance_loss router_z_loss""".split()
 )  # the settings that every family can hold, or that do not outlive training
 
 
 def family_of(model: lm.ModelSettings) -> Family:
     """The first family that holds `model`. Raises UserError with the flags that none holds."""
     used = {f.name for f in fields(model) if getattr(model, f.name) != f.default} - PLAIN
+    used -= EXPERTS if not model.n_expert else frozenset()
     for family in FAMILIES:
-        if used <= family.options:
+        if family.requires <= used <= family.requires | family.allows:
             return family
     flags = ", ".join(f"--{name}" for name in sorted(used))
     known = ", ".join(family.architecture for family in FAMILIES)
@@ -401,15 +529,26 @@ def family_of(model: lm.ModelSettings) -> Family:
     )
 
 
+def folded(weights: dict[str, Tensor], model: lm.ModelSettings,
+           ) -> tuple[dict[str, Tensor], lm.ModelSettings]:
+    """The same function without embed_scale: the scale goes into an input embedding of its own."""
+    if not model.embed_scale:
+        return weights, model
+    scaled = weights["tok_emb.weight"] * math.sqrt(model.d_model)
+    return ({**weights, "tok_emb.weight": scaled},
+            dataclasses.replace(model, embed_scale=False, tie=False))
+
+
 def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
     """Our weights under the family's names; no two of them share memory."""
-    heads = (model.n_head, model.kv_heads, model.kv_heads)
+    heads = [n * model.head_size for n in (model.n_head, model.kv_heads, model.kv_heads)]
     renamed = {}
     for ours, theirs in family.names(model):
-        parts = [weights[ours]]
-        if len(theirs) == len(heads):
-            rows = weights[ours].split([n * model.head_size for n in heads])
-            parts = [part.clone() for part in rows]
+        weight = weights[ours]
+        if weight.dim() == 3:  # (E, in, out), of which each expert is a linear map of its own
+            parts = [expert.T.contiguous() for expert in weight]
+        else:
+            parts = [part.clone() for part in weight.split(heads)] if len(theirs) == 3 else [weight]
         renamed |= zip(theirs, parts, strict=True)
     return renamed
 
@@ -428,8 +567,11 @@ def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Fam
             f"the weights are not those of its config.json: {'; '.join(faults[:3])}{more}",
             "download the folder again, or name another",
         )
-    ours = {name: torch.cat([weights[part] for part in theirs]).float()
-            for name, theirs in names.items()}
+    ours = {}
+    for name, theirs in names.items():
+        parts = [weights[part].float() for part in theirs]
+        experts = name.endswith(("mlp.w1", "mlp.w2", "mlp.w3"))
+        ours[name] = torch.stack([part.T for part in parts]) if experts else torch.cat(parts)
     return {**ours, "lm_head.weight": ours.get("lm_head.weight", ours["tok_emb.weight"])}
 
 
@@ -535,12 +677,13 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
 
 def write_folder(folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings,
                  tokenizer: lm.Tokenizer) -> None:
+    weights, model = folded(weights, model)
     family = family_of(model)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     if tokenizer.pad >= 0:
         ids["pad_token_id"] = tokenizer.pad
-    config = {"architectures": [family.architecture], **family.config(model), **ids,
-              "torch_dtype": "float32"}
+    config = {"architectures": [family.architecture], "model_type": family.model_type,
+              **common_config(model), **family.config(model), **ids, "torch_dtype": "float32"}
     write_tokenizer(folder, tokenizer, model.seq_len)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)
@@ -581,8 +724,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 # ==================================================================================================
 
 LOGIT_TOLERANCE = 1e-4
+ROUNDING = 3e-5  # of the largest logit: what fp32 itself loses in a deep model with large ones
 POSITIONS = 256  # at most, in each text that is compared
-NEW_TOKENS = 16  # generated and compared
+NEW_TOKENS = 50  # generated and compared
 SAMPLE_TEXTS = (
     "",
     " ",
@@ -616,9 +760,16 @@ def sample_ids(model: lm.Transformer, tokenizer: lm.Tokenizer) -> list[Tensor]:
 
 @torch.no_grad()
 def logit_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
-    """The largest difference between the logits of transformers' model and ours."""
-    texts = sample_ids(model, tokenizer)
-    return max(float((hf(ids).logits - model(ids)).abs().max()) for ids in texts)
+    """The largest difference between the logits of transformers' model and ours.
+
+    Where logits are beyond 3 it is measured in their size, for there fp32 rounding is.
+    """
+    gaps = []
+    for ids in sample_ids(model, tokenizer):
+        ours = model(ids)
+        scale = max(1.0, float(ours.abs().max()) * ROUNDING / LOGIT_TOLERANCE)
+        gaps.append(float((hf(ids).logits - ours).abs().max()) / scale)
+    return max(gaps)
 
 
 @torch.no_grad()
@@ -709,7 +860,8 @@ def export(settings: ConvertSettings) -> None:
     with whole_folder(Path(settings.out)) as folder:
         write_folder(folder, model.state_dict(), model.config, tokenizer)
         result = verify(folder, model, tokenizer, ours=True)
-    lm.say(f"{settings.out}: {family_of(model.config).architecture}, {result}")
+    family = family_of(folded(model.state_dict(), model.config)[1])
+    lm.say(f"{settings.out}: {family.architecture}, {result}")
 
 
 def read_folder(folder: Path, spm: str) -> dict:
@@ -717,8 +869,12 @@ def read_folder(folder: Path, spm: str) -> dict:
     if not (folder / "config.json").exists():
         raise lm.UserError(f"{folder} has no config.json", "name the folder of a LLaMA")
     config = lm.read_json(folder / "config.json")
-    family = FAMILIES[0]
-    model = lm.ModelSettings(**family.settings(config))
+    family = next((f for f in FAMILIES if f.model_type == config.get("model_type")), None)
+    if family is None:
+        known = ", ".join(f.model_type for f in FAMILIES)
+        raise lm.UserError(f"config.json describes a model that is not ours: model_type is "
+                           f"{config.get('model_type')!r}", f"give one of {known}")
+    model = lm.ModelSettings(**{**common_settings(config, family), **family.settings(config)})
     lm.raise_all(lm.check(model))
     if not spm and not (folder / "tokenizer.model").exists():
         raise lm.UserError(

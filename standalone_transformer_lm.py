@@ -62,6 +62,7 @@ import glob
 import gzip
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -73,8 +74,10 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import sysconfig
+import threading
 import time
 import typing
 import zipfile
@@ -82,6 +85,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -92,6 +96,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -116,6 +121,9 @@ DISK_FAULTS = {
     errno.ENOENT: ("no such file or folder", "check the path"),
     errno.ENOTDIR: ("a part of the path is no folder", "check the path"),
     errno.EISDIR: ("that is a folder, not a file", "name a file in it"),
+    errno.ENAMETOOLONG: ("the name is too long", "name a shorter path"),
+    errno.ELOOP: ("its links run in a circle", "check the path"),
+    errno.EIO: ("the disk cannot be read or written", "check the disk"),
     errno.EEXIST: ("something of that name is in the way", "name another path"),
 }
 
@@ -175,8 +183,12 @@ def atomic_write(path: Path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as fault:
+        fault.filename = fault.filename or str(path)  # a failed write does not know its file
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 
@@ -197,9 +209,10 @@ def sha256(data: bytes) -> str:
 
 def short(number: float) -> str:
     """12345678 -> '12.3M'."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0)):
+        if abs(number) >= 0.9995 * size:
+            figure = number / size
+            return f"{figure:.0f}{unit}" if abs(figure) >= 99.95 else f"{figure:.3g}{unit}"
     return f"{number:.3g}"
 
 
@@ -251,7 +264,8 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         share = f" of {short(self.total)} ({self.done / self.total:.0%})" if self.total else ""
-        eta = f", {duration(self.eta())} left" if self.total else ""
+        more = self.total and self.done < self.total
+        eta = f", {duration(self.eta())} left" if more else ""
         note = f"  {note}" if note else ""
         return f"{self.what}: {short(self.done)}{share} {self.unit}{eta}{note}"
 
@@ -272,11 +286,27 @@ class Progress:
 # Settings: every setting once: flags, checkpoint config and args.txt come from here
 # ==================================================================================================
 
+PURE = {"n_kv_head": 4, "qk_norm": True, "seq_len": 2048, "vocab_size": 50304}
 PRESETS = {  # name -> values of settings fields; a flag given beside --preset wins
     "138m": {"n_layer": 12, "d_model": 768, "n_head": 12, "ffn_mult": 4.0},
     "350m": {"n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_mult": 4.0},
     "700m": {"n_layer": 32, "d_model": 1280, "n_head": 20, "ffn_mult": 4.0},
+    "sparsa-small": {"n_layer": 12, "d_model": 768, "n_head": 12, "n_kv_head": 4},
+    "sparsa-base": {"n_layer": 28, "d_model": 1024, "n_head": 16, "n_kv_head": 8},
+    "sparsa-large": {"n_layer": 32, "d_model": 1536, "n_head": 24, "n_kv_head": 8},
+    "sparsa-xl": {"n_layer": 36, "d_model": 2048, "n_head": 32, "n_kv_head": 8},
+    "pure-tiny": {**PURE, "n_layer": 12, "d_model": 512, "n_head": 8, "ffn_hidden": 1408},
+    "pure-small": {**PURE, "n_layer": 16, "d_model": 768, "n_head": 12, "ffn_hidden": 2112},
+    "pure-medium": {**PURE, "n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_hidden": 2816},
+    "smollm-600m": {"n_layer": 24, "d_model": 1536, "n_head": 12, "n_kv_head": 4,
+                    "ffn_hidden": 4096, "nope_every": 4, "seq_len": 2048, "vocab_size": 32000,
+                    "embed_scale": True, "trunc_init": True, "optimizer": "muon",
+                    "schedule": "wsd"},
+    "modern-253m": {"n_layer": 16, "d_model": 1024, "n_head": 16, "ffn_hidden": 3120,
+                    "n_sink": 4, "seq_len": 2048, "vocab_size": 32000},
 }
+FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
+NOT_REPEATED = ("preset", "resume")  # its values are written out; it is said of one start alone
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -300,11 +330,11 @@ class PrepSettings:
         (), "files, folders or globs of text, .jsonl or .parquet, plain or .gz .xz .bz2 .zst; "
         "- is stdin")
     out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
-    vocab_size: int = setting(32000, "size of the tokenizer to train", least=280)
+    vocab_size: int = setting(32000, "size of the tokenizer to train", least=280, below=1 << 24)
     val_split: float = setting(
         0.01, "share of documents held out for validation", least=0.0, below=1.0)
     document: str = setting("line", "what a document is in a text file",
-                            choices=("line", "blank", "file"))
+                            choices=("line", "blank", "file", "jsonl"))
     text_key: str = setting("text", "key of the text in .jsonl and .parquet rows")
     errors: str = setting("strict", "invalid UTF-8: stop, or put U+FFFD in its place",
                           choices=("strict", "replace"))
@@ -338,7 +368,26 @@ class PrepSettings:
 class DataSettings:
     """Data to train on."""
 
-    data_dir: str = setting("data", "folder that prep wrote")
+    data_dir: str = setting("data", "folder that prep wrote, or a mixture of several as "
+                            "NAME=FOLDER:WEIGHT,NAME=FOLDER:WEIGHT")
+
+    def domains(self) -> list[tuple[str, str, float]]:
+        """(name, folder, weight) of each part; weights sum to 1; one folder alone has no name."""
+        if "=" not in self.data_dir:
+            return [("", self.data_dir, 1.0)]
+        parts = [re.fullmatch(r"([^=]+)=(.+):([0-9.eE+-]+)", p) for p in self.data_dir.split(",")]
+        total = sum(float(part[3]) for part in parts)
+        return [(part[1], part[2], float(part[3]) / total) for part in parts]
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        for part in self.data_dir.split(",") if "=" in self.data_dir else ():
+            match = re.fullmatch(r"[\w-]+=.+:(\d*\.?\d+)", part)
+            if not match or float(match[1]) <= 0:
+                yield (f"--data_dir: {part} is not NAME=FOLDER:WEIGHT with a weight above 0",
+                       "write web=data/web:0.9,code=data/code:0.1")
+        names = [part.split("=")[0] for part in self.data_dir.split(",") if "=" in part]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"--data_dir names {name} twice", "give each part a name of its own"
 
 
 @dataclass
@@ -353,23 +402,31 @@ class DeviceSettings:
 
 
 @dataclass
-class RunSettings:
+class StepSettings:
+    """Size and price of a step."""
+
+    preset: str = setting("", "a published size by name", choices=("", *PRESETS))
+    batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
+    grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
+    grad_checkpoint: bool = setting(False, "compute each layer again in the backward pass, for "
+                                    "much less memory")
+    usd_per_hour: float = setting(0.0, "price of the machine; shows the money spent", least=0.0)
+
+
+@dataclass
+class RunSettings(StepSettings):
     """The run."""
 
     out_dir: str = setting("runs/lm", "folder of checkpoints and metrics; the same one resumes")
-    preset: str = setting("", "a published size by name", choices=("", *PRESETS))
     resume: bool = setting(True, "go on from ckpt_last.pt; 0 refuses to touch an existing run")
     compile: str = setting("auto", "torch.compile; auto does where the run is long enough to repay "
                            "the wait", choices=("auto", "0", "1"))
-    batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
-    grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
     max_steps: int = setting(1000, "optimiser steps in all", least=1)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int = setting(250, "steps between evaluations", least=1)
     eval_tokens: int = setting(2_000_000, "most validation tokens an evaluation reads", least=1)
     ckpt_interval: int = setting(250, "steps between checkpoints", least=1)
     keep_last: int = setting(2, "numbered checkpoints kept", least=1)
-    usd_per_hour: float = setting(0.0, "price of the machine; shows the money spent", least=0.0)
     wandb: str = setting("", "Weights & Biases project to log to")
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
 
@@ -383,9 +440,12 @@ class OptimSettings:
     """Optimiser and schedule."""
 
     lr: float = setting(6e-4, "peak learning rate", least=0.0)
-    min_lr: float = setting(0.1, "final learning rate, as a share of --lr", least=0.0)
-    schedule: str = setting("cosine", "course of the learning rate after the warm-up; wsd is "
-                            "warm-up, stable, decay", choices=("cosine", "wsd", "constant"))
+    min_lr: float = setting(0.1, "where cosine and wsd end, as a share of --lr", least=0.0)
+    optimizer: str = setting("adamw", "muon takes the hidden matrices and leaves the rest to AdamW",
+                             choices=("adamw", "muon"))
+    schedule: str = setting(
+        "cosine", "course of the learning rate after the warm-up; wsd is warm-up, stable, decay",
+        choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"))
     warmup_steps: int = setting(100, "steps of linear warm-up", least=0)
     decay_share: float = setting(
         0.2, "share of --max_steps that wsd decays over", least=0.0, below=1.0)
@@ -393,10 +453,20 @@ class OptimSettings:
     beta1: float = setting(0.9, "AdamW's first moment", least=0.0, below=1.0)
     beta2: float = setting(0.95, "AdamW's second moment", least=0.0, below=1.0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 never clips", least=0.0)
+    z_loss: float = setting(0.0, "weight of log(Z)^2, which keeps the logits small", least=0.0)
+    muon_lr: float = setting(0.0, "Muon's peak learning rate; 0 means --lr", least=0.0)
+    muon_scale: str = setting(
+        "rms", "update size by shape: rms is AdamW's, so --lr carries over; shape is "
+        "sqrt(max(1, rows/columns))", choices=("rms", "shape"))
+    muon_momentum: float = setting(0.95, "Muon's momentum", least=0.0, below=1.0)
+    muon_warmup: int = setting(300, "steps over which the momentum rises from 0.85", least=0)
+    ema: float = setting(0.0, "decay of an average of the weights, which is evaluated and exported "
+                         "in their place; 0 is off", least=0.0, below=1.0)
 
 
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def either(options: Iterable) -> str:
@@ -420,8 +490,36 @@ class ModelSettings:
     tie: bool = setting(True, "the output head shares the embedding")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", least=1.0)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", least=0.0)
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys, a head at a time")
+    nope_every: int = setting(0, "every n-th layer has no rotary positions; 0 is off", least=0)
+    window: int = setting(0, "attention reaches this many tokens back; 0 is no limit", least=0)
+    full_every: int = setting(0, "with --window, every n-th layer attends without limit", least=0)
+    n_sink: int = setting(0, "learned tokens before the text that every query may see", least=0)
+    doc_mask: bool = setting(False, "packed documents do not see each other")
+    n_expert: int = setting(0, "experts of a mixture in place of each feed-forward; 0 is off",
+                            least=0)
+    n_expert_active: int = setting(2, "experts that each token goes through", least=1)
+    balance_loss: float = setting(0.01, "weight of the experts' load-balance loss", least=0.0)
+    router_z_loss: float = setting(0.001, "weight of the routers' z-loss", least=0.0)
+    softcap: float = setting(0.0, "logits are bent to stay within this; 0 is off", least=0.0)
+    embed_scale: bool = setting(False, "embeddings enter times sqrt(d_model)")
+    trunc_init: bool = setting(False, "truncated-normal weights, std 0.5/sqrt(d_model)")
+    rope_scaling: str = setting("none", "stretch rotary positions to a longer context",
+                                choices=("none", "linear", "yarn"))
+    rope_factor: float = setting(1.0, "how far they are stretched", least=1.0)
+    rope_original: int = setting(0, "context before stretching; 0 means seq_len / rope_factor",
+                                 least=0)
     vocab_size: int = setting(0, "token ids, read off the tokenizer", flag=False)
+    bos_id: int = setting(1, "id of <s>, read off the tokenizer", flag=False)
     rope_layout: str = setting("half", "pairing of rotary dimensions", flag=False)
+
+    def windowed(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, attends within --window only."""
+        return bool(self.window) and not (self.full_every and (layer + 1) % self.full_every == 0)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has rotary positions."""
+        return not (self.nope_every and (layer + 1) % self.nope_every == 0)
 
     @property
     def kv_heads(self) -> int:
@@ -441,9 +539,21 @@ class ModelSettings:
         if not self.head_dim and self.d_model % self.n_head:
             yield (f"--n_head {self.n_head} does not divide --d_model {self.d_model}",
                    self.nearest_heads())
+        elif self.head_dim % 2:
+            even = (n for n in (self.head_dim - 1, self.head_dim + 1) if n)
+            yield (f"--head_dim {self.head_dim} is odd, and rotary positions turn pairs",
+                   f"use --head_dim {either(even)}")
         elif self.head_size % 2:
             yield (f"the head size {self.head_size} is odd, and rotary positions turn pairs",
                    self.nearest_heads())
+        if self.hidden < 1:
+            yield (f"--ffn_mult {self.ffn_mult} leaves the feed-forward no width",
+                   "use a larger --ffn_mult, or name --ffn_hidden")
+        if self.n_expert and self.n_expert_active > self.n_expert:
+            yield (f"--n_expert_active {self.n_expert_active} is more than --n_expert "
+                   f"{self.n_expert}", f"use --n_expert_active {self.n_expert} or less")
+        if self.full_every and not self.window:
+            yield "--full_every needs --window", "give both, or neither"
         if self.kv_heads > 0 and self.n_head % self.kv_heads:
             yield (f"--n_kv_head {self.n_kv_head} does not divide --n_head {self.n_head}",
                    f"use {either(divisors(self.n_head))}")
@@ -492,14 +602,21 @@ class GenerateSettings:
 
 
 @dataclass
-class InfoSettings:
-    """What to describe."""
+class InfoSettings(StepSettings):
+    """What to describe, or to plan."""
 
     path: str = setting("", "checkpoint, run folder or data folder", positional=True)
+    vocab: int = setting(0, "ids of the planned model; 0 means the preset's, or 32,000", least=0)
+    tokens: float = setting(0.0, "tokens to train on; 0 means 20 a parameter", least=0.0)
+    gpu: str = setting("", "device to plan for, such as H100, working at --mfu")
+    gpus: int = setting(1, "how many of them", least=1)
+    mfu: float = setting(0.4, "share of its peak that --gpu reaches", least=0.01, below=1.0)
+    tok_per_s: float = setting(0.0, "speed of the whole machine, where you know it", least=0.0)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        if not self.path:
-            yield "nothing to describe", "name a checkpoint, a run or a data folder"
+        if bool(self.path) == bool(self.preset):
+            yield ("name either something to describe or a --preset to plan",
+                   f"python {PROGRAM} info PATH, or info --preset 138m")
 
 
 @dataclass
@@ -560,7 +677,12 @@ class FlagParser(argparse.ArgumentParser):
     """argparse with flags read from @FILE, a line each, and errors as UserError."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        """The words of a line; # begins a comment where a word could begin."""
+        try:
+            return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", arg_line))
+        except ValueError as fault:
+            raise UserError(f"the line {arg_line!r} of the flags' file: {fault}",
+                            "close the quote, or put the value in quotes") from fault
 
     def error(self, message: str):
         raise UserError(message, f"see {self.prog} --help")
@@ -594,7 +716,7 @@ def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]
                 topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
                 continue
             many = typing.get_origin(f.type) is tuple
-            arity = {"nargs": "+"} if many else {}
+            arity = {"nargs": "+", "action": "extend"} if many else {}
             if f.type is bool:
                 arity = {"nargs": "?", "const": "1"}
             topic.add_argument(f"--{f.name}", metavar=metavar(f), help=flag_help(f), **arity)
@@ -617,18 +739,37 @@ def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> list[tuple[st
     return found
 
 
+def joined_values(argv: list[str], groups: tuple[type, ...]) -> list[str]:
+    """--flag VALUE as --flag=VALUE where the value begins with - or @, which argparse misreads."""
+    single = {f"--{f.name}" for group in groups for f in fields(group)
+              if f.type is not bool and typing.get_origin(f.type) is not tuple}
+    words: list[str] = []
+    for word in argv:
+        odd = word.startswith("@") or (re.match(r"-[^-]", word) and word != "-h")
+        if odd and words and words[-1] in single:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
     """Settings objects from the command line: defaults, then --preset, then the flags given.
 
     Raises UserError that lists every unknown flag, unreadable value and fault of the whole.
     """
-    known, unknown = parser.parse_known_args(argv)
+    try:
+        known, unknown = parser.parse_known_args(joined_values(argv, groups))
+    except UnicodeDecodeError as fault:
+        raise UserError(f"a flags' file is not UTF-8 text ({fault.reason})",
+                        "write a flag a line, as in the args.txt of a run") from fault
     given, found = vars(known), unknown_flags(unknown, groups)
     values = dict(PRESETS.get(given.get("preset", ""), {}))
     for f in (f for group in groups for f in fields(group) if f.name in given):
         try:
-            text = given[f.name]
-            values[f.name] = tuple(text) if isinstance(text, list) else parse_value(f.type, text)
+            many = typing.get_origin(f.type) is tuple
+            text = given[f.name] if many else given[f.name] or "--"  # argparse drops this value
+            values[f.name] = tuple(text) if many else parse_value(f.type, text)
         except (ValueError, OverflowError):
             kind = {int: "a whole number", float: "a number", bool: "1 or 0"}[f.type]
             found.append((f"--{f.name} {given[f.name]} is not {kind}", f"give {kind}"))
@@ -652,11 +793,13 @@ def settings_text(*groups) -> str:
         lines.append(f"# {type(settings).__doc__}")
         for f in fields(settings):
             value = getattr(settings, f.name)
-            if not f.metadata["flag"] or f.name == "preset" or value in ("", ()):
+            if not f.metadata["flag"] or f.name in NOT_REPEATED or value in ("", ()):
                 continue
             value = int(value) if isinstance(value, bool) else value
-            words = value if isinstance(value, tuple) else (str(value),)
-            lines.append(shlex.join((f"--{f.name}", *words)))
+            if isinstance(value, tuple):
+                lines.append(shlex.join((f"--{f.name}", *value)))
+            else:  # one word, so that a value may begin with - or @
+                lines.append(shlex.quote(f"--{f.name}={value}"))
     return "\n".join(lines) + "\n"
 
 
@@ -722,9 +865,17 @@ class Machine:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.total(0.0)
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on rank 0 alone; its failure is raised on every rank, so that none waits."""
+        fault = None
+        if self.main:
+            try:
+                work()
+            except (OSError, UserError) as caught:
+                fault = caught
+        fault = self.from_main(fault)
+        if fault is not None:
+            raise fault
 
 
 def bf16_cpu() -> bool:
@@ -787,6 +938,7 @@ def open_machine(settings: DeviceSettings) -> Machine:
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.barrier()  # so that no rank fails and leaves while another still joins
     return Machine(device, pick_dtype(settings.dtype, device), rank, world)
 
 
@@ -795,20 +947,28 @@ def close_machine() -> None:
         dist.destroy_process_group()
 
 
+def derive_seed(*key: object) -> int:
+    """A seed of torch's, for whatever is named: the same for the same key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step of one rank, so that a resumed step draws what it would have."""
-    key = f"{seed}/{step}/{rank}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+    torch.manual_seed(derive_seed(seed, step, rank))
+
+
+def flops_of(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name, or None where it is not known."""
+    if re.search(r"\b(MIG|Laptop)\b", name, re.I):  # a slice or a slower part of the same name
+        return None
+    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name, re.I)),
+                None)
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    if re.search(r"\b(MIG|Laptop)\b", name):  # a slice or a slower part of the same name
-        return None
-    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
+    return flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def memory_gb(device: torch.device) -> float | None:
@@ -821,8 +981,10 @@ def distribute(module: nn.Module, machine: Machine) -> nn.Module:
     if machine.world == 1:
         return module
     ids = [machine.device.index] if machine.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True,
+                                   **{name: False})
 
 
 def no_sync(module: nn.Module, last: bool):
@@ -906,7 +1068,9 @@ def vocabulary_error(message: str, vocab_size: int) -> Exception:
                          f"use --vocab_size {largest[1]} or less, or give more text")
     if least:
         return UserError(f"--vocab_size {vocab_size} cannot hold the characters of this text",
-                         f"use --vocab_size {int(least[1]) + 256} or more")
+                         f"use --vocab_size {least[1]} or more")
+    if "as int" in message:
+        return UserError(f"--vocab_size {vocab_size} is beyond SentencePiece", "use a smaller one")
     if "empty" in message.lower() or "sentences_" in message:
         return UserError("there is no text to train a tokenizer on", "give text with words in it")
     return RuntimeError(message)
@@ -927,7 +1091,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             split_digits=True, required_chars="\n", character_coverage=0.9999,
             max_sentence_length=1 << 30, minloglevel=2)
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError) as fault:
         raise vocabulary_error(str(fault), vocab_size) from fault
     return model.getvalue()
 
@@ -985,6 +1149,8 @@ class WordEncoder(dict):
 
 BLOCK = 4 << 20  # bytes read at once; a longer document is still read whole
 SUFFIXES = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+BLANK_LINES = re.compile(r"(?:^|\n)(?:[ \t\r]*\n)+")  # part the documents of --document blank
+TEXT_COLUMNS = ("string", "large_string", "string_view")
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 DATA_FILES = ("tokenizer.model", "train.bin", "val.bin", "meta.json")
 
@@ -995,6 +1161,7 @@ class Source:
 
     path: Path
     kind: str  # line, blank, file, jsonl or parquet
+    shown: str  # its name in messages
 
     @property
     def size(self) -> int:
@@ -1027,52 +1194,105 @@ def visible_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def find_sources(paths: Iterable[str], document: str) -> list[Source]:
+def find_sources(paths: Iterable[str], document: str,
+                 names: dict[str, str] | None = None) -> list[Source]:
     """The files that the paths, folders and globs name, sorted within each.
 
-    Raises UserError that lists every path which names no file.
+    `names` may say how messages name a path. Raises UserError that lists every path which names
+    no file.
     """
     found, faults = [], []
     for path in paths:
-        named = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        matches = [Path(name) for name in named]
-        files = [f for m in matches for f in (sorted(visible_files(m)) if m.is_dir() else [m])]
-        if not files:
-            what = "holds no file" if matches else "does not exist"
+        shown = (names or {}).get(path, path)
+        exact = os.path.exists(path)
+        named = [path] if exact else sorted(glob.glob(path, recursive=True))
+        for match in map(Path, named):
+            files = sorted(visible_files(match)) if match.is_dir() else [match]
+            found += [Source(f, kind_of(f, document), shown if exact and f == match else str(f))
+                      for f in files]
+            if not files:
+                named = []
+        if not named:
+            what = "holds no file" if exact else "does not exist"
             faults.append((f"--text_path {path} {what}", "name a file, folder or glob with text"))
-        found += files
     raise_all(faults)
-    return [Source(f, kind_of(f, document)) for f in found]
+    return found
 
 
-def need(package: str):
-    """An optional package; raises UserError that says what to install."""
+def need(module: str, package: str = ""):
+    """A module of an optional package; raises UserError that says what to install."""
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError as fault:
-        name = package.partition(".")[0]
+        name = package or module.partition(".")[0]
         raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
 
 
-def open_packed(path: Path, raw) -> typing.BinaryIO:
+class ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a .zst of any number of frames; EOFError where it is damaged or cut.
+
+    (The package's own reader takes a file that was cut short for a whole one.)
+    """
+
+    def __init__(self, raw: typing.BinaryIO):
+        self.raw, self.package = raw, need("zstandard")
+        self.frame, self.packed, self.ready = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready:
+            packed = self.packed or self.raw.read(1 << 16)
+            if not packed:
+                if self.frame:
+                    raise EOFError("the last frame is cut short")
+                return 0
+            self.frame = self.frame or self.package.ZstdDecompressor().decompressobj()
+            try:
+                self.ready, self.packed = self.frame.decompress(packed), b""
+            except self.package.ZstdError as fault:
+                raise EOFError(str(fault)) from fault
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+
+def open_packed(path: Path, raw: typing.BinaryIO) -> typing.BinaryIO:
     """The unpacked bytes of an open file, by its suffix; .zst needs its package."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        return io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw))
+        return io.BufferedReader(ZstdFile(raw), BLOCK)
     return SUFFIXES[suffix](raw) if suffix in SUFFIXES else raw
 
 
+def damaged(source: Source, where: str, fault: Exception) -> UserError:
+    return UserError(f"{source.shown} is damaged after {where} ({fault})", "fetch or pack it again")
+
+
 def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
-    table = need("pyarrow.parquet").ParquetFile(source.path)
-    if text_key not in table.schema_arrow.names:
-        raise UserError(f"{source.path} has no column {text_key}",
-                        f"use --text_key with one of {', '.join(table.schema_arrow.names)}")
+    """A .parquet file's column of text, some rows at a time."""
+    parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     rows = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-        rows += len(batch)
-        texts = [text for text in batch.column(0).to_pylist() if text is not None]
-        read = source.size * rows // max(1, table.metadata.num_rows)
-        yield TextBlock(str(source.path), "parquet", rows - len(batch) + 1, texts, read)
+    try:
+        table = parquet.ParquetFile(source.path)
+        names = table.schema_arrow.names
+        texts = [n for n in names if str(table.schema_arrow.field(n).type) in TEXT_COLUMNS]
+        if text_key not in texts:
+            what = "no text" if text_key in names else "no column"
+            raise UserError(f"{source.path} has {what} {text_key}",
+                            f"use --text_key with one of {', '.join(texts) or 'another file'}")
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            rows += len(batch)
+            texts = [text for text in batch.column(0).to_pylist() if text is not None]
+            read = source.size * rows // max(1, table.metadata.num_rows)
+            yield TextBlock(source.shown, "parquet", rows - len(batch) + 1, texts, read)
+    except (arrow.ArrowException, OSError) as fault:
+        if isinstance(fault, OSError) and fault.errno in DISK_FAULTS:
+            raise
+        raise damaged(source, f"row {rows}", fault) from fault
 
 
 def rest_of_document(file, data: bytes, kind: str) -> bytes:
@@ -1083,14 +1303,14 @@ def rest_of_document(file, data: bytes, kind: str) -> bytes:
     if kind == "blank":
         while line := file.readline():
             rest.append(line)
-            if not line.strip():
+            if not line.strip(b" \t\r\n"):
                 break
     return b"".join(rest)
 
 
 def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
     """A source's documents, cut at document boundaries into blocks of about BLOCK bytes."""
-    name, line = str(source.path), 1
+    line = 1
     if source.kind == "parquet":
         yield from read_parquet(source, text_key)
         return
@@ -1100,15 +1320,13 @@ def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
             while data := file.read(-1 if source.kind == "file" else BLOCK):
                 data += rest_of_document(file, data, source.kind)
                 start = 3 if line == 1 and data.startswith(b"\xef\xbb\xbf") else 0
-                yield TextBlock(name, source.kind, line, data[start:], raw.tell())
+                yield TextBlock(source.shown, source.kind, line, data[start:], raw.tell())
                 line += data.count(b"\n")
         except DAMAGED as fault:
-            raise UserError(f"{name} is damaged after line {line} ({fault})",
-                            "fetch or pack it again") from fault
+            raise damaged(source, f"line {line}", fault) from fault
         except OSError as fault:
             if fault.errno is None:  # bz2 raises bare OSErrors
-                raise UserError(f"{name} is damaged after line {line} ({fault})",
-                                "fetch or pack it again") from fault
+                raise damaged(source, f"line {line}", fault) from fault
             raise
 
 
@@ -1127,7 +1345,7 @@ def jsonl_texts(block: TextBlock, text: str, text_key: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise UserError(f"{block.name}, line {number}: not JSON ({fault})",
                             "mend or remove the line") from fault
         if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
@@ -1151,7 +1369,7 @@ def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[st
         elif block.kind == "line":
             texts = (line.removesuffix("\r") for line in text.split("\n"))
         elif block.kind == "blank":
-            texts = (part.strip("\r\n") for part in re.split(r"\n[ \t\r]*\n", text))
+            texts = (part.strip("\r\n") for part in re.split(BLANK_LINES, text))
         else:
             texts = [text]
     return (text for text in texts if text and not text.isspace())
@@ -1169,20 +1387,25 @@ def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[
     budget = settings.sample_mb * 1e6
     share = budget / max(total, 1)
     progress = Progress("sampling text", sum(s.size for s in sources), "B")
-    done = 0
+    done, least, chosen = 0, 1.0, None
     for source in sources:
         for block in read_blocks(source, settings.text_key):
             progress.update(done + block.read)
             for text in block_documents(block, settings.text_key, settings.errors):
                 data = text.encode()
-                if content_hash(data, b"sample") < share and budget > 0:
+                place = content_hash(data, b"sample")
+                if place < share and budget > 0:
                     budget -= len(data)
                     yield text
+                elif place < least:
+                    least, chosen = place, text
             if budget <= 0:
                 progress.close()
                 return
         done += source.size
     progress.close()
+    if budget == settings.sample_mb * 1e6 and chosen is not None:  # few and large documents
+        yield chosen
 
 
 @dataclass
@@ -1250,10 +1473,32 @@ def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[Text
                 yield block
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that leave Ctrl-C to their parent."""
+def serve_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block: at once where it fails, when done where it does not."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
+    try:
+        yield pool
+        done = True
+    except BrokenProcessPool as fault:
+        raise UserError("a worker was killed, most likely because memory ran out",
+                        "use fewer --workers, or a smaller --sample_mb") from fault
+    finally:
+        for child in () if done else multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dtype: np.dtype,
@@ -1268,18 +1513,15 @@ def encode_sources(sources: list[Source], settings: PrepSettings, spm: Path, dty
     with (worker_pool(workers) as pool,
           open(out / "train.bin", "wb") as train, open(out / "val.bin", "wb") as val):
         files = {"train": train, "val": val}
-        try:
-            done, last = 0, None
-            blocks = shard_blocks(sources, settings)
-            for block, splits in in_order(pool, work, blocks, ahead=2 * workers):
-                done += last.read if last and last.name != block.name else 0
-                last = block
-                for key, split in splits.items():
-                    files[key].write(split.packed[0])
-                    totals[key].add(split.tokens, split.documents, split.bytes)
-                progress.update(done + block.read, f"{short(totals['train'].tokens)} tokens")
-        finally:
-            pool.shutdown(cancel_futures=True)
+        done, last = 0, None
+        blocks = shard_blocks(sources, settings)
+        for block, splits in in_order(pool, work, blocks, ahead=2 * workers):
+            done += last.read if last and last.name != block.name else 0
+            last = block
+            for key, split in splits.items():
+                files[key].write(split.packed[0])
+                totals[key].add(split.tokens, split.documents, split.bytes)
+            progress.update(done + block.read, f"{short(totals['train'].tokens)} tokens")
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -1333,10 +1575,30 @@ class TokenFolder:
             raise UserError(f"{folder} is of data format {self.meta.get('format')}, "
                             f"this program reads {DATA_FORMAT}", "run prep again")
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.model")
-        if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
-            raise UserError(f"{folder}/tokenizer.model is not the one the data was encoded with",
-                            "put the original back, or run prep again")
+        self.check_meta()
         self.train, self.val = self.tokens("train"), self.tokens("val")
+
+    def check_meta(self) -> None:
+        """Raise UserError where meta.json lacks something, or belongs to another vocabulary."""
+        meta, lacks = self.meta, []
+        if meta.get("dtype") not in ("uint16", "uint32"):
+            lacks.append("a dtype of uint16 or uint32")
+        if meta.get("tokenizer_sha256", self.tokenizer.sha256) != self.tokenizer.sha256:
+            raise UserError(
+                f"{self.folder}/tokenizer.model is not the one the data was encoded with",
+                "put the original back, or run prep again")
+        if meta.get("vocab_size") != self.tokenizer.vocab_size:
+            lacks.append(f"the tokenizer's vocabulary size of {self.tokenizer.vocab_size}")
+        if not isinstance(meta.get("tokenizer_sha256"), str):
+            lacks.append("the tokenizer's sha256")
+        for split in ("train", "val"):
+            splits = meta.get("splits")
+            counts = splits.get(split) if isinstance(splits, dict) else None
+            if not isinstance(counts, dict) or not all(
+                    isinstance(counts.get(key), int) for key in ("tokens", "documents", "bytes")):
+                lacks.append(f"the counts of {split}")
+        if lacks:
+            raise UserError(f"{self.folder}/meta.json lacks {', '.join(lacks)}", "run prep again")
 
     def tokens(self, split: str) -> np.ndarray:
         """A split's ids as a read-only memory map, its size and ids checked."""
@@ -1361,8 +1623,12 @@ class TokenFolder:
 
 def merge_shards(out: Path) -> dict:
     """Join out/shard-*-of-n into one data folder; raises UserError where a part is missing."""
-    shards = sorted(out.glob("shard-*-of-*"))
-    parts = int(shards[0].name.rsplit("-", 1)[1]) if shards else 0
+    kinds = sorted({int(shard.name.rsplit("-", 1)[1]) for shard in out.glob("shard-*-of-*")})
+    if len(kinds) > 1:
+        each = " and ".join(f"shard-*-of-{n:05d}" for n in kinds)
+        raise UserError(f"{out} holds both {each}",
+                        "remove the shards that do not belong")
+    parts = kinds[0] if kinds else 0
     wanted = [out / f"shard-{i:05d}-of-{parts:05d}" for i in range(parts)]
     missing = [w.name for w in wanted if not (w / "meta.json").exists()]
     if missing or not wanted:
@@ -1391,23 +1657,33 @@ def merge_shards(out: Path) -> dict:
 
 
 @contextlib.contextmanager
-def spooled(settings: PrepSettings, out: Path):
-    """The input paths, with stdin (-) first written to a file, since it is read twice."""
-    spool = out / "stdin.txt"
-    if "-" in settings.text_path:
-        with open(spool, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+def spooled(settings: PrepSettings, out: Path) -> Iterator[dict[str, str]]:
+    """The paths to read, and how messages name them.
+
+    Stdin (-) and pipes are first written to a file, since they are read twice.
+    """
+    names: dict[str, str] = {}
     try:
-        yield [str(spool) if path == "-" else path for path in settings.text_path]
+        for number, path in enumerate(settings.text_path):
+            if path != "-" and not Path(path).is_fifo():
+                names[path] = path
+                continue
+            spool = out / f"stdin-{number}"
+            names[str(spool)] = "stdin" if path == "-" else path
+            with (sys.stdin.buffer if path == "-" else open(path, "rb")) as pipe, \
+                    open(spool, "wb") as file:
+                shutil.copyfileobj(pipe, file)
+        yield names
     finally:
-        spool.unlink(missing_ok=True)
+        for spool in out.glob("stdin-*"):
+            spool.unlink()
 
 
 def some(texts: Iterator[str], sources: list[Source]) -> Iterator[str]:
     """The texts; raises UserError where there is not one."""
     first = next(texts, None)
     if first is None:
-        names = ", ".join(str(s.path) for s in sources[:3])
+        names = ", ".join(s.shown for s in sources[:3])
         raise UserError(f"there is no text in {names}", "give files with words in them")
     yield first
     yield from texts
@@ -1421,8 +1697,8 @@ def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
 
 def build_data(settings: PrepSettings, out: Path) -> dict:
     """Tokenizer, token files and meta.json into the folder `out`."""
-    with spooled(settings, out) as paths:
-        sources = find_sources(paths, settings.document)
+    with spooled(settings, out) as names:
+        sources = find_sources(names, settings.document, names)
         if settings.spm:
             tokenizer = Tokenizer.load(settings.spm)
         else:
@@ -1468,6 +1744,7 @@ def prepare(settings: PrepSettings) -> dict:
 # ==================================================================================================
 
 FEISTEL_ROUNDS = 4
+MIXTURE_BLOCK = 1024  # samples in which each domain has its share
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -1525,7 +1802,7 @@ class Windows:
                 (f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else "")
                 + "prepare more text")
 
-    def window(self, samples: np.ndarray) -> np.ndarray:
+    def place(self, samples: np.ndarray) -> np.ndarray:
         """Which window each sample number is."""
         epochs, places = np.divmod(samples, self.count)
         chosen = np.empty_like(samples)
@@ -1536,10 +1813,13 @@ class Windows:
 
     def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of the given sample numbers; a target is the next id."""
-        starts = self.window(samples) * self.seq_len
-        rows = np.stack([self.ids[s:s + self.seq_len + 1] for s in starts]).astype(np.int64)
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(self.rows(samples))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """The windows of the given sample numbers: (B, seq_len + 1)."""
+        starts = self.place(samples) * self.seq_len
+        return np.stack([self.ids[s:s + self.seq_len + 1] for s in starts]).astype(np.int64)
 
     def step(self, first: int, batch_size: int, accum: int, rank: int, world: int) -> StepBatch:
         """This rank's micro-batches of the step whose first sample number is `first`."""
@@ -1547,6 +1827,62 @@ class Windows:
         micros = [self.batch(numbers[m, rank]) for m in range(accum)]
         return StepBatch(micros, batch_size * accum * self.seq_len, numbers.size,
                          numbers.size * self.seq_len)
+
+
+class Mixture(Windows):
+    """Several streams, each with its share of the samples; as stateless as one.
+
+    Every MIXTURE_BLOCK samples hold exactly each domain's share, rounded, in shuffled order; a
+    domain's own samples follow its own permutations, so it repeats nothing before its epoch ends.
+    """
+
+    def __init__(self, parts: list[Windows], weights: list[float]):
+        self.parts, self.seq_len, self.seed = parts, parts[0].seq_len, parts[0].seed
+        self.ends = np.round(np.cumsum(weights) * MIXTURE_BLOCK).astype(np.int64)
+        self.starts = np.concatenate(([0], self.ends[:-1]))
+        if (self.ends == self.starts).any():
+            raise UserError("--data_dir gives a part less than 1 sample in "
+                            f"{MIXTURE_BLOCK}", "raise its weight, or leave it out")
+        self.count = sum(part.count for part in parts)
+
+    def domains(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The domain of each sample number, and its sample number there."""
+        blocks, places = np.divmod(samples, MIXTURE_BLOCK)
+        domains, numbers = np.empty_like(samples), np.empty_like(samples)
+        shares = self.ends - self.starts
+        for block in np.unique(blocks):
+            order = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK,
+                            f"{self.seed}/mixture/{block}")
+            whole = np.searchsorted(self.ends, order, side="right")  # the domain of each place
+            ranks = np.empty_like(order)
+            for domain, share in enumerate(shares):
+                ranks[whole == domain] = block * share + np.arange(share)
+            here = blocks == block
+            domains[here], numbers[here] = whole[places[here]], ranks[places[here]]
+        return domains, numbers
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        domains, numbers = self.domains(samples)
+        rows = np.empty((len(samples), self.seq_len + 1), np.int64)
+        for domain in np.unique(domains):
+            here = domains == domain
+            rows[here] = self.parts[domain].rows(numbers[here])
+        return rows
+
+
+def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
+    """(name, folder, weight) of --data_dir's parts; raises UserError where tokenizers differ."""
+    domains = [(name, TokenFolder(path), weight) for name, path, weight in data.domains()]
+    if len({folder.tokenizer.sha256 for _, folder, _ in domains}) > 1:
+        raise UserError("the parts of --data_dir do not share one tokenizer",
+                        "prep them all with the same --spm")
+    return domains
+
+
+def training_stream(domains: list[tuple[str, TokenFolder, float]], seq_len: int,
+                    seed: int) -> Windows:
+    parts = [Windows(folder.train, seq_len, seed) for _, folder, _ in domains]
+    return parts[0] if len(parts) == 1 else Mixture(parts, [weight for *_, weight in domains])
 
 
 def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int,
@@ -1574,13 +1910,38 @@ def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int
 # ==================================================================================================
 
 INIT_STD = 0.02
+YARN_FAST, YARN_SLOW = 32, 1  # turns over the original context that are kept, that are stretched
 
 
-def rope_tables(head_size: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta ** -exponents)
-    return angles.cos(), angles.sin()
+def yarn_frequencies(frequencies: Tensor, config: ModelSettings) -> Tensor:
+    """Slow rotations stretched, fast ones kept, a ramp between (Peng et al. 2023, section 3.2)."""
+    original = config.rope_original or round(config.seq_len / config.rope_factor)
+
+    def dimension(turns: float) -> float:
+        """The pair that makes `turns` full turns over the original context."""
+        angle = original / (turns * 2 * math.pi)
+        return config.head_size * math.log(angle) / (2 * math.log(config.rope_theta))
+
+    pairs = len(frequencies)
+    low = max(0, math.floor(dimension(YARN_FAST)))
+    high = min(config.head_size - 1, math.ceil(dimension(YARN_SLOW)))
+    ramp = (torch.arange(pairs, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    stretched = ramp.clamp(0, 1)
+    return frequencies / config.rope_factor * stretched + frequencies * (1 - stretched)
+
+
+def rope_tables(config: ModelSettings) -> tuple[Tensor, Tensor]:
+    """cos and sin (positions, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    frequencies, scale = 1.0 / config.rope_theta ** exponents, 1.0
+    if config.rope_scaling == "linear":
+        frequencies = frequencies / config.rope_factor
+    elif config.rope_scaling == "yarn":
+        frequencies = yarn_frequencies(frequencies, config)
+        scale = 0.1 * math.log(config.rope_factor) + 1.0
+    positions = torch.arange(config.n_sink + config.seq_len, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1592,20 +1953,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens seen so far, a row each its own length.
 
-    A row's tokens lie at 0..length-1, so positions need no shift and prompts of unequal length
-    share a batch: what a longer neighbour's padding wrote is overwritten before it is seen.
+    A row lies at 0..length-1, learned sinks first, so positions need no shift and prompts of
+    unequal length share a batch: what a longer neighbour's padding wrote is overwritten before
+    it is seen.
     """
 
-    def __init__(self, config: ModelSettings, rows: int, size: int, device: torch.device,
-                 dtype: torch.dtype):
-        shape = (config.n_layer, rows, config.kv_heads, size, config.head_size)
+    def __init__(self, config: ModelSettings, rows: int, device: torch.device, dtype: torch.dtype):
+        self.config, self.size = config, config.n_sink + config.seq_len
+        shape = (config.n_layer, rows, config.kv_heads, self.size, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * rows
 
     @property
-    def size(self) -> int:
-        return self.k.shape[3]
+    def even(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
 
     def positions(self, new: int) -> Tensor:
         """Where `new` tokens a row will lie: (B, new)."""
@@ -1615,7 +1977,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row."""
         end = max(self.lengths) + k.shape[2]
-        if min(self.lengths) == max(self.lengths):
+        if self.even:
             span = slice(self.lengths[0], end)
             self.k[layer, :, :, span], self.v[layer, :, :, span] = k, v
         else:
@@ -1628,29 +1990,86 @@ class KVCache:
         """A cache of the given rows, which may repeat."""
         taken = object.__new__(KVCache)
         index = torch.tensor(rows, device=self.k.device)
+        taken.config, taken.size = self.config, self.size
         taken.k, taken.v = self.k.index_select(1, index), self.v.index_select(1, index)
         taken.lengths = [self.lengths[r] for r in rows]
         return taken
 
+    def forget(self, rows: list[int], count: int, cos: Tensor, sin: Tensor) -> None:
+        """Drop the `count` oldest tokens behind the sinks of full rows, and move the rest up.
 
-def cache_mask(cache: KVCache | None, positions: Tensor | None, new: int) -> Tensor | None:
-    """Which cached keys a query sees: (B, 1, T, S), or None where causal order says it all."""
-    if cache is None or (new == 1 and min(cache.lengths) == max(cache.lengths)):
-        return None
-    if max(cache.lengths) == 0:
-        return None
-    keys = torch.arange(max(cache.lengths) + new, device=positions.device)
-    return (keys <= positions.unsqueeze(-1)).unsqueeze(1)
+        Moved keys turn back by as many positions (Xiao et al. 2023, section 3.2), so that no
+        position ever passes the trained context. cos and sin (D/2,) are of `count` positions.
+        """
+        sinks = self.config.n_sink
+        k, v = self.k[:, rows, :, sinks + count:], self.v[:, rows, :, sinks + count:]
+        turned = [self.config.rotates(layer) for layer in range(self.config.n_layer)]
+        turned = torch.tensor(turned, device=k.device).view(-1, 1, 1, 1, 1)
+        k = torch.where(turned, rotate(k.float(), cos, -sin).to(k.dtype), k)
+        self.k[:, rows, :, sinks:self.size - count] = k
+        self.v[:, rows, :, sinks:self.size - count] = v
+        for row in rows:
+            self.lengths[row] -= count
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+@dataclass(frozen=True)
+class Sight:
+    """What the queries of one forward pass may see.
+
+    query (B, T) or (1, T) and key (1, S) are places in the sequence, counted from its first sink;
+    documents (B, S) numbers the document of each place, sinks belonging to all.
+    """
+
+    query: Tensor
+    key: Tensor
+    documents: Tensor | None
+    sinks: int
+
+    def mask(self, window: int) -> Tensor:
+        """True where a query sees a key: (B, 1, T, S)."""
+        query, key = self.query.unsqueeze(-1), self.key.unsqueeze(-2)
+        near = key <= query
+        if window:
+            near = near & (query - key < window)
+        if self.documents is not None:
+            near = near & (self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2))
+        return (near | ((key < self.sinks) & (key <= query))).unsqueeze(1)
+
+    def block_mask(self, window: int) -> BlockMask:
+        """The same for flex_attention, which skips the blocks that nobody sees."""
+        documents, sinks = self.documents, self.sinks
+
+        def visible(b, h, query, key):
+            near = key <= query
+            if window:
+                near = near & (query - key < window)
+            if documents is not None:
+                near = near & (documents[b, query] == documents[b, key])
+            return near | ((key < sinks) & (key <= query))
+
+        rows = None if documents is None else len(documents)
+        return create_block_mask(visible, rows, None, self.query.shape[1], self.key.shape[1],
+                                 device=self.key.device)
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_flex() -> Callable[..., Tensor]:
+    """flex_attention as the one fused kernel it is made for."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None,
+           dropout: float) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D); the one place that picks a kernel.
 
     Without a mask it is causal, a single query seeing every key.
     """
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=q.shape[1] != k.shape[1])
+        enable_gqa=grouped)
 
 
 class RMSNorm(nn.Module):
@@ -1664,6 +2083,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share: rotary tables, cache, and masks by window."""
+
+    cos: Tensor
+    sin: Tensor
+    cache: KVCache | None
+    positions: Tensor | None
+    masks: dict[bool, Tensor | BlockMask | None]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
@@ -1671,18 +2101,23 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.D, self.dropout = layer, config.head_size, config.dropout
         self.H, self.K = config.n_head, config.kv_heads
+        self.rotates, self.windowed = config.rotates(layer), config.windowed(layer)
         self.qkv = nn.Linear(config.d_model, (self.H + 2 * self.K) * self.D, bias=False)
         self.proj = nn.Linear(self.H * self.D, config.d_model, bias=False)
+        self.q_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
-                positions: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v, positions)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.write(self.layer, k, v, context.positions)
+        y = attend(q, k, v, context.masks[self.windowed], self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -1699,18 +2134,79 @@ class MLP(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-class Block(nn.Module):
-    """One pre-norm layer."""
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of x (N, d), sorted by expert, each through its own of weight (E, d, f).
+
+    counts (E,) says how many rows each expert has. One kernel where torch offers it.
+    """
+    if hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
+    parts = x.split(counts.tolist())
+    return torch.cat([part @ w for part, w in zip(parts, weight, strict=True)])
+
+
+class MoE(nn.Module):
+    """A mixture of SwiGLU experts, each token through its likeliest few; none is dropped.
+
+    Mixtral's router (Jiang et al. 2024): softmax over all experts, the chosen ones' weights
+    scaled to sum to 1. Load-balance loss: Fedus et al. 2021, eq. 4; z-loss: Zoph et al. 2022.
+    """
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        E, d, width = config.n_expert, config.d_model, config.hidden
+        self.active, self.E = config.n_expert_active, E
+        self.balance_loss, self.router_z_loss = config.balance_loss, config.router_z_loss
+        self.router = nn.Linear(d, E, bias=False)
+        self.w1 = nn.Parameter(torch.empty(E, d, width))
+        self.w2 = nn.Parameter(torch.empty(E, d, width))
+        self.w3 = nn.Parameter(torch.empty(E, width, d))
+        self.register_buffer("usage", torch.zeros(E), persistent=False)  # tokens an expert had
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, d) -> the same and a scalar side loss."""
+        tokens = x.flatten(0, 1)  # (N, d)
+        scores = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
+        chances = scores.softmax(-1)
+        weights, experts = chances.topk(self.active, dim=-1)  # (N, active)
+        weights = weights / weights.sum(-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)  # (N * active,), sorted by expert
+        counts = torch.zeros_like(self.usage, dtype=torch.long).scatter_add_(
+            0, experts.flatten(), torch.ones_like(experts.flatten()))
+        rows = tokens[order // self.active]
+        hidden = self.experts(rows, counts) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
+        y = torch.zeros_like(tokens).index_add_(0, order // self.active, hidden.to(x.dtype))
+        self.usage += counts.detach()
+        share = counts.float() / counts.sum()
+        side = self.balance_loss * self.E * (share * chances.mean(0)).sum()
+        side = side + self.router_z_loss * scores.logsumexp(-1).square().mean()
+        return y.view_as(x), side
+
+    def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        if torch.is_autocast_enabled(rows.device.type):  # grouped_mm does not cast by itself
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, w1, w2, w3 = (t.to(dtype) for t in (rows, w1, w2, w3))
+        gate, up = grouped_linear(rows, w1, counts), grouped_linear(rows, w2, counts)
+        return grouped_linear(F.silu(gate) * up, w3, counts)
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: (B, T, d) -> the same and the mixture's side loss, if any."""
 
     def __init__(self, config: ModelSettings, layer: int):
         super().__init__()
         self.norm1, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config, layer)
-        self.norm2, self.mlp = RMSNorm(config.d_model, config.norm_eps), MLP(config)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MoE(config) if config.n_expert else MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), *context))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        x = x + self.drop(self.attn(self.norm1(x), context))
+        y, side = self.mlp(self.norm2(x)), None
+        if isinstance(y, tuple):
+            y, side = y
+        return x + self.drop(y), side
 
 
 class Transformer(nn.Module):
@@ -1720,77 +2216,179 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.rope_layout == "half", "load_checkpoint turns other layouts into this one"
         self.config = config
+        self.grad_checkpoint = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
+        self.sinks = nn.Parameter(torch.empty(config.n_sink, config.d_model)) \
+            if config.n_sink else None
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.tok_emb.weight
-        cos, sin = rope_tables(config.head_size, config.seq_len, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)  # (seq_len, D/2)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)  # (n_sink + seq_len, D/2)
         self.register_buffer("sin", sin, persistent=False)
 
     @property
     def device(self) -> torch.device:
         return self.tok_emb.weight.device
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights; the two maps into the residual stream smaller by sqrt(2 L), as GPT-2."""
-        generator = torch.Generator().manual_seed(seed)
+        """Normal weights; the two maps into the residual stream smaller by sqrt(2 L), as GPT-2.
+
+        With trunc_init, truncated at three deviations of 0.5/sqrt(d_model) instead.
+        """
+        generator = torch.Generator().manual_seed(seed % 2 ** 63)
+        width, depth = self.config.d_model, math.sqrt(2 * self.config.n_layer)
+        std = 0.5 / math.sqrt(width) if self.config.trunc_init else INIT_STD
+        bound = 3 * std if self.config.trunc_init else math.inf
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 nn.init.ones_(weight)
                 continue
-            into_stream = name.endswith(("attn.proj.weight", "mlp.w3.weight"))
-            std = INIT_STD / math.sqrt(2 * self.config.n_layer) if into_stream else INIT_STD
-            with torch.no_grad():
-                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            into_stream = name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3"))
+            drawn = torch.randn(weight.shape, generator=generator) * std
+            weight.copy_(drawn.clamp_(-bound, bound) / (depth if into_stream else 1.0))
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states (B, T, d) of ids (B, T), which follow what the cache holds.
+    def embed(self, ids: Tensor, with_sinks: bool) -> Tensor:
+        """Input vectors (B, T, d), the learned sinks before them where the sequence begins."""
+        x = self.tok_emb(ids)
+        if self.config.embed_scale:
+            x = x * math.sqrt(self.config.d_model)
+        if with_sinks and self.sinks is not None:
+            x = torch.cat((self.sinks.to(x.dtype).expand(len(ids), -1, -1), x), dim=1)
+        return self.drop(x)
 
-        The caller moves cache.lengths on (a padded row grows by less than T).
-        """
-        T = ids.shape[1]
-        x = self.drop(self.tok_emb(ids))
-        positions = None if cache is None else cache.positions(T)
-        if positions is None:
-            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
+    def documents(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """With doc_mask: the document of each place (B, S) and its position in it; sinks are 0."""
+        if not self.config.doc_mask:
+            return None, None
+        sinks = self.config.n_sink
+        starts = ids == self.config.bos_id
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        first = torch.where(starts, places, 0).cummax(dim=1).values
+        front = torch.arange(sinks, device=ids.device).expand(len(ids), -1)
+        documents = torch.cat((torch.zeros_like(front), starts.cumsum(1) + 1), dim=1)
+        return documents, torch.cat((front, places - first + sinks), dim=1)
+
+    def context(self, ids: Tensor, length: int, cache: KVCache | None,
+                dtype: torch.dtype) -> Context:
+        """Positions and masks for `length` places, which follow what the cache holds."""
+        positions = None if cache is None else cache.positions(length)
+        documents, places = self.documents(ids) if cache is None else (None, None)
+        if cache is None and places is None:
+            cos, sin = self.cos[:length], self.sin[:length]  # (T, D/2)
         else:
-            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            at = positions if places is None else places  # (B, T)
+            cos, sin = self.cos[at].unsqueeze(1), self.sin[at].unsqueeze(1)
+        masks = self.masks(length, cache, positions, documents)
+        return Context(cos.to(dtype), sin.to(dtype), cache, positions, masks)
+
+    def masks(self, length: int, cache: KVCache | None, positions: Tensor | None,
+              documents: Tensor | None) -> dict[bool, Tensor | BlockMask | None]:
+        """The mask of full and of windowed layers; None where causal order says it all."""
+        seen = max(cache.lengths) if cache else 0
+        plain = seen == 0 or (length == 1 and cache.even)
+        query = positions if seen else torch.arange(length, device=self.device).unsqueeze(0)
+        key = torch.arange(seen + length, device=self.device).unsqueeze(0)
+        sight = Sight(query, key, documents, self.config.n_sink)
+        flex = cache is None and self.device.type == "cuda" and not (
+            self.training and self.config.dropout)
+        make = sight.block_mask if flex else sight.mask
+        masks = {False: None if plain and documents is None else make(0)}
+        if self.config.window:
+            short = seen + length - self.config.n_sink <= self.config.window
+            masks[True] = masks[False] if short else make(self.config.window)
+        return masks
+
+    def hidden_and_side(self, ids: Tensor, cache: KVCache | None = None,
+                        lengths: list[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Final hidden states (B, T, d) of ids (B, T), and the mixture's side loss, if any.
+
+        With a cache, ids follow what it holds; `lengths` says how many of a padded row count.
+        """
+        begins = cache is None or max(cache.lengths) == 0
+        x = self.embed(ids, begins)
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            cos, sin = cos.to(dtype), sin.to(dtype)
-        mask = cache_mask(cache, positions, T)
+        context = self.context(ids, x.shape[1], cache, dtype)
+        sides = []
         for block in self.blocks:
-            x = block(x, cos, sin, cache, positions, mask)
-        return self.norm(x)
+            if self.grad_checkpoint and self.training:
+                x, side = recompute(block, x, context, use_reentrant=False)
+            else:
+                x, side = block(x, context)
+            sides += [] if side is None else [side]
+        extra = x.shape[1] - ids.shape[1]
+        if cache is not None:
+            new = lengths or [ids.shape[1]] * len(ids)
+            cache.lengths = [old + extra + n for old, n in zip(cache.lengths, new, strict=True)]
+        return self.norm(x[:, extra:]), sum(sides) / len(sides) if sides else None
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None,
+               lengths: list[int] | None = None) -> Tensor:
+        """Final hidden states (B, T, d), as hidden_and_side."""
+        return self.hidden_and_side(ids, cache, lengths)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of final hidden states, bent by softcap (Gemma Team 2024, section 2)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
-        return self.lm_head(self.hidden(ids, cache))
+        return self.logits(self.hidden(ids, cache))
+
+
+def expert_usage(model: Transformer) -> dict[str, float]:
+    """The least and the most used expert's share of its layer's tokens, times the experts.
+
+    1 is even, 0 a dead expert. Counts since the last call, which they end.
+    """
+    shares = []
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            usage = block.mlp.usage
+            shares.append(usage / usage.sum().clamp(min=1) * len(usage))
+            usage.zero_()
+    if not shares:
+        return {}
+    shares = torch.stack(shares)
+    return {"moe/least": float(shares.min()), "moe/most": float(shares.max())}
 
 
 def parameter_counts(config: ModelSettings) -> dict[str, int]:
-    """Parameters by part: embedding, head (0 where tied), blocks (norms included), total."""
+    """Parameters by part: embedding, head (0 where tied), blocks (norms included), total.
+
+    "active" are those that one token goes through: of a mixture, its active experts alone.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     embedding, head = sizes["tok_emb.weight"], sizes.get("lm_head.weight", 0)
     total = sum(sizes.values())
     blocks = total - embedding - head
-    return {"embedding": embedding, "head": head, "blocks": blocks, "total": total}
+    idle = max(0, config.n_expert - config.n_expert_active) * 3 * config.d_model * config.hidden
+    return {"embedding": embedding, "head": head, "blocks": blocks, "total": total,
+            "active": total - idle * config.n_layer}
 
 
 def flops_per_token(config: ModelSettings) -> int:
-    """Training FLOPs a token: 6 for each multiplied weight, 12 L H D T for attention.
+    """Training FLOPs a token: 6 for each multiplied weight, 12 H D S for a layer's attention.
 
-    Chowdhery et al. 2022 (PaLM), appendix B; the head multiplies, the embedding looks up.
+    Chowdhery et al. 2022 (PaLM), appendix B; the head multiplies, the embedding looks up; S is
+    the context or the window, and of a mixture the active experts count.
     """
     counts = parameter_counts(config)
-    weights = counts["blocks"] + config.vocab_size * config.d_model
-    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * config.seq_len
+    weights = counts["active"] - counts["embedding"] - counts["head"]
+    weights += config.vocab_size * config.d_model
+    seen = sum(min(config.window, config.seq_len) if config.windowed(i) else config.seq_len
+               for i in range(config.n_layer))
+    return 6 * weights + 12 * config.n_head * config.head_size * seen
 
 
 # ==================================================================================================
@@ -1850,7 +2448,7 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
 
 def uniforms(seed: int, row: int, count: int) -> Tensor:
     """The uniform numbers that row draws with, whatever stands beside it in a batch."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
+    return torch.rand(count, generator=torch.Generator().manual_seed(derive_seed(seed, row)))
 
 
 def prefill(model: Transformer, histories: list[list[int]],
@@ -1861,12 +2459,11 @@ def prefill(model: Transformer, histories: list[list[int]],
     for row, history in zip(ids, histories, strict=True):
         row[:len(history)] = torch.tensor(history)
     ids = ids.clamp_(max=model.config.vocab_size - 1).to(model.device)
-    cache = KVCache(model.config, len(histories), model.config.seq_len, model.device, dtype)
-    hidden = model.hidden(ids, cache)  # (B, T, d)
-    cache.lengths = lengths
+    cache = KVCache(model.config, len(histories), model.device, dtype)
+    hidden = model.hidden(ids, cache, lengths)  # (B, T, d)
     last = torch.tensor(lengths, device=ids.device) - 1
     hidden = hidden[torch.arange(len(histories), device=ids.device), last]
-    return model.lm_head(hidden).float(), cache
+    return model.logits(hidden).float(), cache
 
 
 class Decoder:
@@ -1898,15 +2495,20 @@ class Decoder:
         """Append one id a row and compute the logits after it."""
         for history, token in zip(self.histories, tokens, strict=True):
             history.append(token)
-        if max(self.cache.lengths) >= self.cache.size:  # only the full rows forget their oldest
-            self.starts = [self.newest_half(h) if n >= self.cache.size else s for h, n, s
-                           in zip(self.histories, self.cache.lengths, self.starts, strict=True)]
+        full = [i for i, n in enumerate(self.cache.lengths) if n >= self.cache.size]
+        if full and self.model.sinks is None:  # full rows read their newest half again
+            for i in full:
+                self.starts[i] = self.newest_half(self.histories[i])
             windows = [h[s:] for h, s in zip(self.histories, self.starts, strict=True)]
             self.logits, self.cache = prefill(self.model, windows, self.dtype)
             return
+        if full:
+            count = max(1, self.context // 2)
+            unit = self.model.cos[0]  # YaRN's tables are scaled
+            cos, sin = self.model.cos[count] / unit, self.model.sin[count] / unit
+            self.cache.forget(full, count, cos, sin)
         ids = torch.tensor(tokens, device=self.model.device).unsqueeze(1)  # (B, 1)
         self.logits = self.model(ids, self.cache)[:, -1].float()
-        self.cache.lengths = [n + 1 for n in self.cache.lengths]
 
 
 @torch.inference_mode()
@@ -1953,33 +2555,40 @@ def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> l
 # Losses: tensors in, tensors out
 # ==================================================================================================
 
-LOGITS_AT_ONCE = 1 << 27  # logits held at a time on CUDA; more are computed in parts, twice
+LOSS_ROWS = 4096  # positions whose logits stand in CUDA's memory at a time
 
 
-def some_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+def some_token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor,
+                      z_loss: float) -> Tensor:
+    logits = head(hidden).float()
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    if z_loss:  # Chowdhery et al. 2022 (PaLM), section 5
+        losses = losses + z_loss * logits.logsumexp(-1).square() * (targets != IGNORE)
+    return losses
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each target (B, T) given hidden (B, T, d) and head (V, d): (N,).
+def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor,
+                 z_loss: float = 0.0) -> Tensor:
+    """Cross-entropy in nats of each target (B, T) given hidden (B, T, d): (N,).
 
-    An IGNOREd target costs 0. Where the logits would be large they are made in parts, and again
-    in the backward pass, so that they never stand in memory whole.
+    `head` maps hidden states to logits; an IGNOREd target costs 0. On CUDA the logits are made in
+    parts, and again in the backward pass, so that they never stand in memory whole.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    parts = -(-targets.numel() * weight.shape[0] // LOGITS_AT_ONCE)
-    if parts == 1 or hidden.device.type == "cpu":
-        return some_token_losses(hidden, weight, targets)
-    size = -(-targets.numel() // parts)
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat([recompute(some_token_losses, h, weight, t, use_reentrant=False)
+    if hidden.device.type == "cpu" or len(targets) <= LOSS_ROWS:
+        return some_token_losses(hidden, head, targets, z_loss)
+    pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+    return torch.cat([recompute(some_token_losses, h, head, t, z_loss, use_reentrant=False)
                       for h, t in pieces])
 
 
-def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of a micro-batch (B, T), in nats."""
-    return token_losses(model.hidden(ids), model.lm_head.weight, targets).sum()
+def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Summed cross-entropy of a micro-batch (B, T), in nats; in training with the side losses."""
+    hidden, side = model.hidden_and_side(ids)
+    loss = token_losses(hidden, model.logits, targets, z_loss if model.training else 0.0).sum()
+    if model.training and side is not None:
+        loss = loss + side * (targets != IGNORE).sum()
+    return loss
 
 
 class Objective(nn.Module):
@@ -2004,18 +2613,37 @@ def cosine_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     return s.min_lr + (1 - s.min_lr) * 0.5 * (1 + turned)
 
 
+def decay_share(step: int, s: OptimSettings, max_steps: int) -> float:
+    """How far into the last decay_share of the run a step is: 0 before it, 1 at the end."""
+    begin = max(s.warmup_steps, max_steps * (1 - s.decay_share))
+    return min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
+
+
 def wsd_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     """Stable, then a linear decay over the last decay_share (Hu et al. 2024, MiniCPM)."""
-    begin = max(s.warmup_steps, max_steps * (1 - s.decay_share))
-    share = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
-    return 1 - (1 - s.min_lr) * share
+    return 1 - (1 - s.min_lr) * decay_share(step, s, max_steps)
+
+
+def wsd_sqrt_scale(step: int, s: OptimSettings, max_steps: int) -> float:
+    """Stable, then a decay as 1 - sqrt (Hagele et al. 2024, section 3)."""
+    return 1 - (1 - s.min_lr) * math.sqrt(decay_share(step, s, max_steps))
 
 
 def constant_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     return 1.0
 
 
-SCHEDULES = {"cosine": cosine_scale, "wsd": wsd_scale, "constant": constant_scale}
+def inverse_sqrt_scale(step: int, s: OptimSettings, max_steps: int) -> float:
+    """Falls with the root of the step, from the warm-up's end on (Vaswani et al. 2017)."""
+    return math.sqrt(max(1, s.warmup_steps) / max(1, s.warmup_steps, step))
+
+
+SCHEDULES = {"cosine": cosine_scale, "wsd": wsd_scale, "wsd_sqrt": wsd_sqrt_scale,
+             "constant": constant_scale, "inverse_sqrt": inverse_sqrt_scale}
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
+NEWTON_SCHULZ_STEPS = 5
+MUON_SCALES = {"rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+               "shape": lambda rows, columns: math.sqrt(max(1.0, rows / columns))}
 
 
 def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
@@ -2025,21 +2653,144 @@ def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
     return SCHEDULES[settings.schedule](step, settings, max_steps)
 
 
-def make_optimizer(model: nn.Module, settings: OptimSettings, device: torch.device):
-    """Fused AdamW; weight decay on matrices, none on norms and embeddings."""
-    decayed, spared = [], []
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to (n, rows, columns), roughly: singular values near 1.
+
+    Newton-Schulz iteration (Jordan et al. 2024); in bf16 on CUDA, in fp32 on a CPU without it.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda or bf16_cpu() else torch.float32)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for hidden matrices (Jordan et al. 2024).
+
+    As torch.optim.Muon, but with all matrices of a shape in one batch, in fp32 on CPUs without
+    bf16 (where torch's would take minutes a step), and with a group's "rows" naming the parts of
+    a fused projection that are matrices of their own.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float,
+                 scale: str):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                                  "scale": scale, "rows": None})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for weight in (w for w in group["params"] if w.grad is not None):
+                update = self.momentum(weight, group["momentum"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                rows = group["rows"] or (weight.shape[-2],)
+                for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
+                    shapes.setdefault(pair[0].shape, []).append(pair)
+            for shape, pairs in shapes.items():
+                rows, columns = shape if len(shape) == 2 else shape[:-3:-1]  # experts: (in, out)
+                size = group["lr"] * MUON_SCALES[group["scale"]](rows, columns)
+                updates = torch.stack([update for _, update in pairs])
+                directions = orthogonalise(updates.flatten(0, -3)).view_as(updates)
+                for (part, _), direction in zip(pairs, directions, strict=True):
+                    part.sub_(direction, alpha=size)
+
+    def momentum(self, weight: Tensor, share: float) -> Tensor:
+        """Nesterov's look-ahead average of the gradients."""
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].lerp_(weight.grad, 1 - share)
+        return weight.grad.lerp(state["momentum"], share)
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters by how they are trained: qkv, hidden (other matrices of the layers), head
+    (with the routers), spared.
+
+    Spared from weight decay are norms and embeddings.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"qkv": [], "hidden": [], "head": [], "spared": []}
     for name, weight in model.named_parameters():
-        spare = weight.dim() < 2 or name.endswith("tok_emb.weight")
-        (spared if spare else decayed).append(weight)
+        if weight.dim() < 2 or name.endswith(("tok_emb.weight", "sinks")):
+            kinds["spared"].append(weight)
+        elif "blocks." not in name or name.endswith("router.weight"):
+            kinds["head"].append(weight)
+        else:
+            kinds["qkv" if name.endswith("qkv.weight") else "hidden"].append(weight)
+    return kinds
+
+
+def make_optimizers(model: Transformer, settings: OptimSettings,
+                    device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
+    kinds, config = split_parameters(model), model.config
+    muon = settings.optimizer == "muon"
+    decayed = kinds["head"] + ([] if muon else kinds["qkv"] + kinds["hidden"])
     groups = [{"params": decayed, "weight_decay": settings.weight_decay},
-              {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2),
-                             fused=device.type in ("cpu", "cuda"))
+              {"params": kinds["spared"], "weight_decay": 0.0}]
+    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr,
+                              betas=(settings.beta1, settings.beta2),
+                              fused=device.type in ("cpu", "cuda"))]
+    if muon:
+        heads = (config.n_head, config.kv_heads, config.kv_heads)
+        rows = tuple(count * config.head_size for count in heads)
+        made.append(Muon([{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}],
+                         settings.muon_lr or settings.lr, settings.weight_decay,
+                         settings.muon_momentum, settings.muon_scale))
+    return made
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Average:
+    """An exponential moving average of a model's weights, which can stand in for them."""
+
+    def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
+        self.live, self.decay = list(model.parameters()), decay
+        self.weights = [w.detach().clone() for w in self.live]
+        for mine, stored in zip(self.weights, weights or (), strict=bool(weights)):
+            mine.copy_(stored)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimiser step `step`; the young average forgets faster, so it has no bias."""
+        decay = min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(self.weights, self.live, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The model computes with the average inside this context."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for mine, live in zip(self.weights, self.live, strict=True):
+            kept = live.clone()
+            live.copy_(mine)
+            mine.copy_(kept)
+
+
+def set_step(optimizers: list[torch.optim.Optimizer], settings: OptimSettings, step: int,
+             max_steps: int) -> float:
+    """Set learning rates and Muon's momentum for a step; returns AdamW's learning rate."""
+    scale = lr_scale(step, settings, max_steps)
+    warm = min(1.0, step / settings.muon_warmup) if settings.muon_warmup else 1.0
+    for optimizer in optimizers:
+        muon = isinstance(optimizer, Muon)
+        for group in optimizer.param_groups:
+            group["lr"] = scale * (muon and settings.muon_lr or settings.lr)
+            if muon:
+                begin = min(0.85, settings.muon_momentum)
+                group["momentum"] = begin + (settings.muon_momentum - begin) * warm
+    return scale * settings.lr
 
 
 # ==================================================================================================
@@ -2049,7 +2800,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 WRAPPERS = ("_orig_mod.", "module.", "model.")  # prefixes that compile and DDP leave in names
 OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
 OLD_BUFFERS = ("rope", "inv_freq", "mask", "cos", "sin", "freqs")  # of the original program
-BROKEN = (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError)
+BROKEN = (  # whatever torch's reader runs into on bytes that lie
+    RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, ArithmeticError, MemoryError, struct.error, zlib.error)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -2082,11 +2835,13 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
             raise UserError(f"{path} is no checkpoint, or a damaged one", "name another") from fault
         raise UserError(f"{path} holds code besides numbers, and was not loaded",
                         "use only checkpoints of this program") from fault
-    except BROKEN as fault:
-        raise UserError(f"{path} is damaged or no checkpoint", "use an earlier one") from fault
     except OSError as fault:
         raise disk_error(fault, path) or fault from fault
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
+    except BROKEN as fault:
+        raise UserError(f"{path} is damaged or no checkpoint", "use an earlier one") from fault
+    kinds = {"model": dict, "config": dict, "format": int}
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key, 0), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} is a file of some other program", "name a ckpt_*.pt of this one")
     if checkpoint.get("format", 0) > CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by a newer version", "update this program")
@@ -2118,7 +2873,8 @@ def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelS
                         "update this program")
     config = {k: v for k, v in config.items() if k in names and v is not None}
     config["vocab_size"] = weights["tok_emb.weight"].shape[0]
-    config["ffn_hidden"] = weights["blocks.0.mlp.w1.weight"].shape[0]
+    config["ffn_hidden"] = weights["blocks.0.mlp.w2.weight"].shape[0] \
+        if "blocks.0.mlp.w2.weight" in weights else weights["blocks.0.mlp.w2"].shape[2]
     if "rope_layout" not in config:
         head = weights.get("lm_head.weight")
         config["tie"] = head is None or torch.equal(head, weights["tok_emb.weight"])
@@ -2153,13 +2909,14 @@ def load_checkpoint(path: str | Path) -> dict:
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
     original = "rope_layout" not in checkpoint["config"]
-    weights = {unwrapped(name): weight for name, weight in checkpoint["model"].items()}
+    weights = {unwrapped(str(name)): weight for name, weight in checkpoint["model"].items()}
     if original:
         weights = {n: w for n, w in weights.items() if not any(b in n for b in OLD_BUFFERS)}
     try:
         config = whole_config(checkpoint["config"], weights, path)
         check_weights(config, weights, path)
-    except (KeyError, TypeError, AttributeError) as fault:
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, ValueError,
+            RuntimeError) as fault:
         raise UserError(f"{path} is a file of some other program ({fault})",
                         "name a ckpt_*.pt of this one") from fault
     if original:
@@ -2176,8 +2933,10 @@ def build_model(checkpoint: dict, device: torch.device) -> Transformer:
     model.load_state_dict(checkpoint["model"], strict=True, assign=True)
     if model.config.tie:
         model.lm_head.weight = model.tok_emb.weight
-    model.cos, model.sin = rope_tables(
-        model.config.head_size, model.config.seq_len, model.config.rope_theta)
+    model.cos, model.sin = rope_tables(model.config)
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            block.mlp.usage = torch.zeros(model.config.n_expert)
     return model.float().to(device).eval().requires_grad_(False)
 
 
@@ -2275,7 +3034,7 @@ def wandb_sink(project: str, out: Path, config: dict) -> Callable[[dict], None]:
 
 
 def tensorboard_sink(out: Path) -> Callable[[dict], None]:
-    writer = need("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+    writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / "tensorboard"))
 
     def write(row: dict) -> None:
         for key, value in row.items():
@@ -2321,9 +3080,9 @@ class Gauges:
         """
         loss, norm = self.sums.tolist()
         loss = self.machine.total(loss)[0] / self.machine.world
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + norm):
             raise UserError(
-                f"the loss is no longer a number at step {self.step}",
+                f"the loss or its gradient is no longer a number at step {self.step}",
                 "resume with a lower --lr, more --warmup_steps, or --dtype fp32; the last "
                 "checkpoint is whole")
         return loss / max(1, self.steps), norm / max(1, self.steps)
@@ -2362,7 +3121,7 @@ class Gauges:
         if not self.file:
             return
         row = {"step": self.step, "tokens": self.tokens, "time": round(self.elapsed(), 3), **row}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
         for sink in self.sinks:
             sink(row)
@@ -2375,8 +3134,13 @@ class Gauges:
         self.stopwatch += time.monotonic() - began
 
     def state(self) -> dict:
-        """What a resumed run needs so that its log goes on as if never interrupted."""
-        return {"sums": self.sums.tolist(), "steps": self.steps, "tokens": self.tokens,
+        """What a resumed run needs so that its log goes on as if never interrupted.
+
+        To be called on every rank, for each holds its part of the loss.
+        """
+        loss, norm = self.sums.tolist()
+        loss = self.machine.total(loss)[0] / self.machine.world
+        return {"sums": (loss, norm), "steps": self.steps, "tokens": self.tokens,
                 "seconds": self.elapsed(), "step": self.step}
 
     def close(self) -> None:
@@ -2391,7 +3155,7 @@ class Gauges:
 
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
-SAME_ON_RESUME = ("seed", "seq_len")
+SAME_ON_RESUME = ("seed", "seq_len", "optimizer")
 
 
 @dataclass
@@ -2438,15 +3202,18 @@ class Trainer:
         self.job, self.machine, self.run, self.optim, self.args = job, machine, run, optim, args
         self.out = Path(run.out_dir)
         self.step, self.samples, self.best_val = 0, 0, math.inf
-        self.optimizer = make_optimizer(job.model, optim, machine.device)
+        self.optimizers = make_optimizers(job.model, optim, machine.device)
+        stored = saved.get("ema") if saved else None
+        self.ema = Average(job.model, optim.ema, stored) if optim.ema else None
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
         if saved:
             self.restore(saved)
         flops = flops_per_token(job.model.config)
         objective = Objective(job.model, job.loss)
-        total = float(flops) * run.max_steps * run.batch_size * run.grad_accum_steps * machine.world
-        if wants_compile(run.compile, total * job.sequence_tokens, machine):
+        self.step_samples = run.batch_size * run.grad_accum_steps * machine.world
+        total = float(flops) * run.max_steps * self.step_samples * job.sequence_tokens
+        if wants_compile(run.compile, total, machine):
             objective = torch.compile(objective, dynamic=False)
         self.objective, self.wrapped = objective, distribute(objective, machine)
         self.gauges = Gauges(self.out, run, machine, flops, saved["gauges"] if saved else {})
@@ -2454,7 +3221,8 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Continue from a checkpoint's counters and optimiser; the model has its weights."""
         self.step, self.samples, self.best_val = saved["step"], saved["samples"], saved["best_val"]
-        self.optimizer.load_state_dict(saved["optim"])
+        for optimizer, state in zip(self.optimizers, saved["optim"], strict=True):
+            optimizer.load_state_dict(state)
         self.scaler.load_state_dict(saved["scaler"])
 
     def checkpoint(self) -> dict:
@@ -2464,13 +3232,12 @@ class Trainer:
             "samples": self.samples, "best_val": self.best_val,
             "model": {name: weight.detach() for name, weight in weights.items()},
             "config": dataclasses.asdict(self.job.model.config),
-            "optim": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "optim": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
-            "args": {**self.args, "world": self.machine.world}, "gauges": self.gauges.state(),
+            "args": {**self.args, "step_samples": self.step_samples},
+            "gauges": self.gauges.state(),
             "tokenizer": self.job.tokenizer.data}
-
-    def lr(self) -> float:
-        return self.optim.lr * lr_scale(self.step, self.optim, self.run.max_steps)
 
     def due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.run.max_steps
@@ -2482,11 +3249,12 @@ class Trainer:
                                  machine.world)
         targets, stops = machine.total(batch.targets, stop)
         seed_step(self.args["seed"], self.step, machine.rank)
-        lr = self.lr()
-        set_lr(self.optimizer, lr)
+        lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
         loss = self.gradients(batch, machine.world / targets)
         norm = self.update()
         self.step += 1
+        if self.ema:
+            self.ema.update(self.step)
         self.samples += batch.samples
         self.gauges.add(self.step, loss, norm, batch.tokens)
         row = self.gauges.row(lr) if self.due(run.log_interval) else {}
@@ -2510,25 +3278,36 @@ class Trainer:
 
     def update(self) -> Tensor:
         """Clip, step and clear; the gradient norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         most = self.optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.job.model.parameters(), most)
-        self.scaler.step(self.optimizer)
+        whole = not self.scaler.is_enabled() or bool(norm.isfinite())
+        if not whole:  # fp16 overflows now and then, and skips that step for every optimiser
+            norm = torch.zeros_like(norm)
+        for optimizer in self.optimizers:
+            if whole:
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def averaged(self):
+        """The weights that are evaluated and exported: their average, where one is kept."""
+        return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics; a new best is saved at once."""
-        with self.gauges.aside():
+        self.gauges.means()  # refuses a model whose loss is no number
+        with self.gauges.aside(), self.averaged():
             self.objective.eval()
             with torch.no_grad(), self.machine.autocast():
                 row = self.job.evaluate(self.objective)
             self.objective.train()
             if row.get("val/loss", math.inf) < self.best_val:
                 self.best_val = row["val/loss"]
-                if self.machine.main:
-                    save_checkpoint(self.out / "ckpt_best.pt", self.checkpoint())
+                best = self.checkpoint()
+                self.machine.on_main(lambda: save_checkpoint(self.out / "ckpt_best.pt", best))
         if self.machine.main and not self.gauges.progress.bar and row:
             print(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
                   file=sys.stderr, flush=True)
@@ -2537,9 +3316,8 @@ class Trainer:
     def save(self) -> None:
         with self.gauges.aside():
             self.gauges.means()  # refuses to save a model whose loss is no number
-            if self.machine.main:
-                save_step(self.out, self.checkpoint(), self.run.keep_last)
-            self.machine.wait()
+            newest = self.checkpoint()
+            self.machine.on_main(lambda: save_step(self.out, newest, self.run.keep_last))
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
@@ -2558,8 +3336,12 @@ class Trainer:
         if self.step < self.run.max_steps:
             say(f"stopped at step {self.step}, saved; go on with:\n  {self.again()}")
             return 128 + (signals.received or signal.SIGTERM)
-        if self.machine.main:
-            save_weights(self.out, self.job.model, self.job.tokenizer)
+        with self.averaged():
+            if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
+                best = self.checkpoint()
+                self.machine.on_main(lambda: save_checkpoint(self.out / "ckpt_best.pt", best))
+            self.machine.on_main(
+                lambda: save_weights(self.out, self.job.model, self.job.tokenizer))
         return 0
 
     def again(self) -> str:
@@ -2573,19 +3355,19 @@ def keep_step_size(run: RunSettings, saved: dict, world: int) -> None:
 
     Only where the flags are as they were: new ones are taken at their word.
     """
-    old = saved["args"]
+    old, now = saved["args"], run.batch_size * run.grad_accum_steps * world
     same = (old["batch_size"], old["grad_accum_steps"]) == (run.batch_size, run.grad_accum_steps)
-    if old["world"] == world or not same:
+    if now == old["step_samples"] or not same:
         return
-    share, rest = divmod(run.batch_size * run.grad_accum_steps * old["world"], world)
+    share, rest = divmod(old["step_samples"], world)
     if rest:
         raise UserError(
-            f"a step of {share * world + rest} sequences cannot be shared by {world} ranks",
-                        "give new --batch_size and --grad_accum_steps, or another number of ranks")
+            f"a step of {old['step_samples']} sequences cannot be shared by {world} ranks",
+            "give new --batch_size and --grad_accum_steps, or another number of ranks")
     run.batch_size = max(b for b in divisors(share) if b <= run.batch_size)
     run.grad_accum_steps = share // run.batch_size
-    say(f"resuming on {world} ranks instead of {old['world']}: --batch_size {run.batch_size} "
-        f"--grad_accum_steps {run.grad_accum_steps} keeps the step as it was")
+    say(f"resuming on {world} ranks: --batch_size {run.batch_size} --grad_accum_steps "
+        f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences")
 
 
 def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tokenizer, args: dict,
@@ -2607,10 +3389,10 @@ def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tok
 
 def open_run(out: Path, args_text: str, machine: Machine) -> None:
     """Make the run's folder and write args.txt; raises OSError before any hour is paid for."""
-    if machine.main:
+    def write() -> None:
         with atomic_write(out / "args.txt", "w") as file:
             file.write(args_text)
-    machine.wait()
+    machine.on_main(write)
 
 
 # ==================================================================================================
@@ -2618,23 +3400,40 @@ def open_run(out: Path, args_text: str, machine: Machine) -> None:
 # ==================================================================================================
 
 
-def perplexity(module: nn.Module, folder: TokenFolder, batch_size: int, machine: Machine,
-               seq_len: int, most: int) -> dict[str, float]:
-    """val/loss (nats a token), val/ppl and val/bpb of the validation split, over all ranks.
-
-    `module` is an Objective of pretrain_loss; the figures do not depend on batch size or ranks.
-    """
+def mean_loss(module: nn.Module, ids: np.ndarray, batch_size: int, machine: Machine,
+              seq_len: int, most: int) -> float | None:
+    """Mean loss in nats of a split's targets over all ranks, whatever the batch size."""
     losses, targets = [], 0
     ranks = machine.rank, machine.world
-    for x, y in evaluation_batches(folder.val, seq_len, batch_size, most, *ranks):
+    for x, y in evaluation_batches(ids, seq_len, batch_size, most, *ranks):
         losses.append(module(machine.to_device(x), machine.to_device(y)))
         targets += int((y != IGNORE).sum())
     loss, targets = machine.total(sum(float(part) for part in losses), targets)
-    if not targets:
+    return loss / targets if targets else None
+
+
+def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]], batch_size: int,
+               machine: Machine, seq_len: int, most: int) -> dict[str, float]:
+    """val/loss (nats a token), val/ppl and val/bpb of the validation splits, weighted as trained.
+
+    `module` is an Objective of pretrain_loss. Named domains add val/loss/NAME each.
+    """
+    expert_usage(module.model)  # count from here
+    row, losses, weights, spans = {}, [], [], []
+    for name, folder, weight in domains:
+        loss = mean_loss(module, folder.val, batch_size, machine, seq_len, most)
+        if loss is None:
+            continue
+        row |= {f"val/loss/{name}": loss} if name else {}
+        losses.append(loss)
+        weights.append(weight)
+        spans.append(folder.bytes_per_token("val"))
+    if not losses:
         return {}
-    mean = loss / targets
-    return {"val/loss": mean, "val/ppl": math.exp(min(mean, 700.0)),
-            "val/bpb": mean / math.log(2) / max(folder.bytes_per_token("val"), 1e-9)}
+    loss, span = np.average(losses, weights=weights), np.average(spans, weights=weights)
+    return {"val/loss": float(loss), "val/ppl": math.exp(min(loss, 700.0)),
+            "val/bpb": float(loss / math.log(2) / max(span, 1e-9)), **row,
+            **expert_usage(module.model)}
 
 
 # ==================================================================================================
@@ -2666,8 +3465,8 @@ def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
     say(f"model: {preset}{short(counts['total'])} parameters ({embedded} in embeddings), "
         f"{job.model.config.n_layer} layers, context {job.sequence_tokens}",
         f"machine: {world} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}",
-        f"data: {short(len(windows.ids))} training tokens; a step has {step_tokens:,}, "
-        f"the run {short(step_tokens * run.max_steps)} "
+        f"data: {short(windows.count * windows.seq_len)} training tokens; a step has "
+        f"{step_tokens:,}, the run {short(step_tokens * run.max_steps)} "
         f"({step_tokens * run.max_steps / (windows.count * job.sequence_tokens):.2g} epochs)")
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
@@ -2675,36 +3474,40 @@ def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
 
 def finish(trainer: Trainer) -> int:
     """Train, and say what came of it and what to do next."""
-    code, out = trainer.fit(), shlex.quote(str(trainer.out))
+    code, out = trainer.fit(), trainer.out
     if code == 0:
         seconds, best = trainer.gauges.elapsed(), trainer.best_val
         best = f"best validation loss {best:.4f}; " if best < math.inf else ""
         say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
-            f"  python {PROGRAM} generate --ckpt {out}/ckpt_best.pt --prompt \"…\"",
-            f"  python convert_to_llama.py --ckpt {out}/ckpt_best.pt --out {out}/hf")
+            f"  python {PROGRAM} generate --ckpt {shlex.quote(str(out))} --prompt \"…\"",
+            f"  python convert_to_llama.py --ckpt {shlex.quote(str(checkpoint_path(out)))} "
+            f"--out {shlex.quote(str(out / 'hf'))}")
     return code
 
 
 def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim: OptimSettings,
               device: DeviceSettings) -> int:
     machine = open_machine(device)
-    folder = TokenFolder(data.data_dir)
-    config = dataclasses.replace(model, vocab_size=folder.tokenizer.vocab_size)
-    windows = Windows(folder.train, config.seq_len, device.seed)
+    domains = open_domains(data)
+    tokenizer = domains[0][1].tokenizer
+    config = dataclasses.replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
+    windows = training_stream(domains, config.seq_len, device.seed)
     groups = (run, data, model, optim, device)
     args, text, out = settings_dict(*groups), settings_text(*groups), Path(run.out_dir)
     saved = resume_point(out, run.resume)
     if saved:
-        check_same_run(saved, "train", config, folder.tokenizer, args, out)
+        check_same_run(saved, "train", config, tokenizer, args, out)
         keep_step_size(run, saved, machine.world)
     open_run(out, text, machine)
     network = Transformer(config)
     network.init_weights(device.seed)
     if saved:
         network.load_state_dict(saved["model"])
-    job = Job("train", network.to(machine.device), pretrain_loss, windows.step, functools.partial(
-        perplexity, folder=folder, batch_size=run.batch_size, machine=machine,
-        seq_len=config.seq_len, most=run.eval_tokens), folder.tokenizer, config.seq_len)
+    network.grad_checkpoint = run.grad_checkpoint
+    loss = functools.partial(pretrain_loss, z_loss=optim.z_loss)
+    job = Job("train", network.to(machine.device), loss, windows.step, functools.partial(
+        perplexity, domains=domains, batch_size=run.batch_size, machine=machine,
+        seq_len=config.seq_len, most=run.eval_tokens), tokenizer, config.seq_len)
     announce(job, machine, run, windows, saved)
     return finish(Trainer(job, machine, run, optim, args, saved))
 
@@ -2712,7 +3515,11 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
 def read_prompts(settings: GenerateSettings) -> list[str]:
     if not settings.prompt_file:
         return [settings.prompt]
-    text = Path(settings.prompt_file).read_text(encoding="utf-8")
+    try:
+        text = Path(settings.prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{settings.prompt_file} is not UTF-8 text ({fault.reason})",
+                        "save it as UTF-8") from fault
     prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{settings.prompt_file} holds no prompt", "write one a line")
@@ -2804,7 +3611,59 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         yield "tokenizer: none inside, use --spm"
 
 
-def cmd_info(settings: InfoSettings) -> int:
+PLAN_FRACTIONS = 20  # tokens a parameter (Hoffmann et al. 2022)
+
+
+def plan_memory(config: ModelSettings, settings: InfoSettings,
+                optim: OptimSettings) -> dict[str, float]:
+    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
+    total = parameter_counts(config)["total"]
+    tokens = settings.batch_size * config.seq_len
+    width = 2 * config.head_size * (config.n_head + config.kv_heads) + 6 * config.d_model
+    active = config.n_expert_active if config.n_expert else 1
+    layer = 2 * (width + 4 * config.hidden * active)
+    kept = 2 * config.d_model * config.n_layer + layer if settings.grad_checkpoint \
+        else layer * config.n_layer
+    logits = min(tokens, LOSS_ROWS) * config.vocab_size * 10
+    with torch.device("meta"):
+        kinds = split_parameters(Transformer(config))
+    lone = sum(w.numel() for kind in ("qkv", "hidden") for w in kinds[kind])
+    states = 8 * total - 4 * lone * (optim.optimizer == "muon") + 4 * total * bool(optim.ema)
+    return {"weights": 4 * total, "gradients": 4 * total, "optimiser": states,
+            "activations": tokens * kept + logits}
+
+
+def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
+    """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
+    counts, flops = parameter_counts(config), flops_per_token(config)
+    tokens = settings.tokens or PLAN_FRACTIONS * counts["active"]
+    yield (f"{settings.preset}: {counts['total']:,} parameters (embedding {counts['embedding']:,}, "
+           f"head {counts['head'] or 'tied'}, layers {counts['blocks']:,}; {counts['active']:,} "
+           f"active), vocabulary {config.vocab_size:,}, context {config.seq_len:,}")
+    memory = plan_memory(config, settings, optim)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    yield f"memory a device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
+    step = settings.batch_size * settings.grad_accum_steps * settings.gpus * config.seq_len
+    yield (f"compute: {short(flops)} FLOPs a token, {flops * tokens:.3g} for {short(tokens)} "
+           f"tokens, {tokens / step:,.0f} steps of {step:,} tokens")
+    peak = flops_of(settings.gpu)
+    speed = settings.tok_per_s or (peak or 0.0) * settings.gpus * settings.mfu / flops
+    if settings.gpu and not peak and not settings.tok_per_s:
+        raise UserError(f"the speed of --gpu {settings.gpu} is not known", "give --tok_per_s")
+    if speed:
+        hours = tokens / speed / 3600
+        cost = f", ${hours * settings.usd_per_hour:,.2f}" if settings.usd_per_hour else ""
+        yield f"time: {hours:,.1f} hours at {short(speed)} tokens a second{cost}"
+    else:
+        yield "time: unknown; give --gpu NAME or --tok_per_s N"
+
+
+def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
+    if settings.preset:
+        named = PRESETS[settings.preset].get("vocab_size", 32000)
+        config = dataclasses.replace(model, vocab_size=settings.vocab or named)
+        say(*plan(settings, config, optim))
+        return 0
     path = Path(settings.path)
     if not path.exists():
         raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")

@@ -129,9 +129,11 @@ def read_pt(path):
 
 
 def weight_bytes(path):
-    """The weights and the optimiser's moments in a checkpoint, as bytes by name."""
+    """The weights, their average and the optimisers' moments in a checkpoint, as bytes by name."""
     saved = read_pt(path)
-    state = {f"{i}/{k}": v for i, row in saved["optim"]["state"].items() for k, v in row.items()}
+    state = {f"{n}/{i}/{k}": v for n, one in enumerate(saved["optim"])
+             for i, row in one["state"].items() for k, v in row.items()}
+    state |= {f"ema/{i}": w for i, w in enumerate(saved["ema"] or ())}
     return {name: t.numpy().tobytes() for name, t in {**saved["model"], **state}.items()}
 
 

@@ -82,7 +82,7 @@ def test_every_window_comes_once_an_epoch(length, seq_len, epoch):
 
 def test_epochs_and_seeds_differ_in_order():
     def order(seed, epoch):
-        return tuple(lm.Windows(PLACES[:801], 8, seed).window(epoch * 100 + np.arange(100)))
+        return tuple(lm.Windows(PLACES[:801], 8, seed).place(epoch * 100 + np.arange(100)))
 
     assert len({order(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
 
@@ -155,6 +155,136 @@ def test_too_little_data_for_any_seq_len_names_none(length):
     with pytest.raises(lm.UserError) as error:
         lm.Windows(PLACES[:length], 512, 0)
     assert not re.search(r"--seq_len \d", error.value.faults[0][1]), "no --seq_len works"
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+WEIGHTS = [0.7, 0.2, 0.1]
+SHARES = [717, 205, 102]  # of 1024, the ends of the parts rounded: 716.8, 921.6, 1024
+
+
+def mixture(weights=WEIGHTS, length=401, seed=5):
+    """Streams of which each id tells its domain by its thousands and its place by the rest."""
+    parts = [lm.Windows(PLACES[1000 * d:1000 * d + length], 8, seed) for d in range(len(weights))]
+    return lm.Mixture(parts, weights)
+
+
+def domains_of(mixed, first, count):
+    x, _ = mixed.batch(first + np.arange(count))
+    return (x[:, 0] // 1000).tolist()
+
+
+@pytest.mark.parametrize("block", [0, 1, 7, 10 ** 6])
+def test_each_block_of_a_mixture_holds_each_share_exactly(block):
+    found = domains_of(mixture(), block * 1024, 1024)
+    assert lm.MIXTURE_BLOCK == 1024 and [found.count(d) for d in range(3)] == SHARES
+    thirds = np.array(found[:1023]).reshape(3, 341)  # and they are mixed, not in turn
+    assert all(abs((row == d).mean() - w) < 0.1 for row in thirds for d, w in enumerate(WEIGHTS))
+
+
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=6), st.integers(0, 9))
+def test_shares_are_the_weights_within_one_sample(weights, block):
+    weights = [w / sum(weights) for w in weights]
+    found = domains_of(mixture(weights), block * 1024, 1024)
+    for domain, weight in enumerate(weights):
+        assert abs(found.count(domain) - 1024 * weight) <= 1
+
+
+def test_blocks_and_seeds_of_a_mixture_differ_in_order():
+    orders = {tuple(domains_of(mixture(seed=seed), 1024 * block, 1024))
+              for seed in range(4) for block in range(4)}
+    assert len(orders) == 16
+
+
+@given(st.integers(0, 10 ** 12))
+def test_a_mixtures_sample_depends_on_its_number_alone(i):
+    alone, _ = mixture().batch(np.array([i]))
+    among, targets = mixture().batch(np.array([i + 700, 3, i, i + 1]))
+    assert torch.equal(alone[0], among[2]) and torch.equal(targets, among + 1)
+    assert not torch.equal(mixture(seed=6).batch(np.arange(i, i + 8))[0],
+                           mixture().batch(np.arange(i, i + 8))[0])
+
+
+def test_whole_blocks_use_each_domains_samples_in_turn():
+    domains, numbers = mixture().domains(np.arange(4 * 1024))
+    for domain, share in enumerate(SHARES):
+        assert sorted(numbers[domains == domain].tolist()) == list(range(4 * share))
+
+
+def test_a_domain_repeats_nothing_before_its_epoch_ends():
+    mixed, seen = mixture(), {0: [], 1: [], 2: []}  # each domain has 50 windows
+    for x in mixed.batch(np.arange(3 * 1024))[0]:
+        seen[int(x[0]) // 1000].append(int(x[0]) % 1000)
+    for domain, places in seen.items():
+        assert len(places) == 3 * SHARES[domain]
+        epochs = [places[i:i + 50] for i in range(0, len(places), 50)]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+        assert all(set(epoch) == set(range(0, 400, 8)) for epoch in epochs[:-1])
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@given(st.integers(0, 5000), st.sampled_from([1, 2, 3, 4, 6, 12]), st.data())
+def test_any_split_of_a_mixture_is_the_same_step(first, batch, data):
+    accum = data.draw(st.sampled_from(lm.divisors(12 // batch)))
+    world = 12 // batch // accum
+    want = rows_of([mixture().batch(first + np.arange(12))])
+    assert sorted(whole_step(mixture(), first, batch, accum, world)) == sorted(want)
+
+
+def test_a_mixture_goes_on_where_it_stopped():
+    mixed = mixture()
+    through = [rows_of(mixed.step(k * 10, 5, 2, 0, 1).micros) for k in range(210)]
+    resumed = [rows_of(mixture().step(k * 10, 5, 2, 0, 1).micros) for k in range(100, 210)]
+    assert through[100:] == resumed
+
+
+def test_a_part_of_less_than_one_sample_is_refused():
+    with pytest.raises(lm.UserError, match="1024"):
+        mixture([0.9999, 0.0001])
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("data", [("", "data", 1.0)]),
+    ("some where/data:2", [("", "some where/data:2", 1.0)]),
+    ("web=data/web:0.9,code=data/code:0.1", [("web", "data/web", 0.9), ("code", "data/code", 0.1)]),
+    ("a=x:3,b-2=y:1", [("a", "x", 0.75), ("b-2", "y", 0.25)]),
+    ("a=C:/x:.5,b=y:1.5", [("a", "C:/x", 0.25), ("b", "y", 0.75)]),
+    ("only=x:7", [("only", "x", 1.0)]),
+])
+def test_data_dir_is_a_folder_or_a_mixture(text, parts):
+    settings = lm.DataSettings(text)
+    assert lm.check(settings) == []
+    assert [(n, f, pytest.approx(w)) for n, f, w in parts] == settings.domains()
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    ("a=x", ["a=x"]), ("a=x:", ["a=x:"]), ("a=x:0", ["a=x:0"]), ("a=x:-1", ["a=x:-1"]),
+    ("a=x:two", ["a=x:two"]), ("=x:1", ["=x:1"]), ("a=:1", ["a=:1"]), ("a=x:1,b", ["b"]),
+    ("a=x:1,", [""]), ("a b=x:1,c=y:nan", ["a b=x:1", "c=y:nan"]), ("a=x:1:inf", ["a=x:1:inf"]),
+])
+def test_every_mistake_in_a_mixture_is_named(text, wrong):
+    faults = lm.check(lm.DataSettings(text))
+    assert [what for what, _ in faults] == [
+        f"--data_dir: {part} is not NAME=FOLDER:WEIGHT with a weight above 0" for part in wrong]
+    assert all("web=data/web:0.9" in fix for _, fix in faults)
+
+
+def test_a_name_given_twice_is_refused():
+    faults = lm.check(lm.DataSettings("web=x:1,web=y:1"))
+    assert len(faults) == 1 and "web" in faults[0][0], "val/loss/web would be of one of them"
+
+
+def test_parts_with_other_tokenizers_are_refused(run, corpus, data_dir, tmp_path):
+    other = tmp_path / "other"
+    assert run(["prep", "--text_path", corpus, "--out_dir", other, "--vocab_size", 410,
+                "--workers", 1])[0] == 0
+    with pytest.raises(lm.UserError, match="one tokenizer"):
+        lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={other}:1"))
+    domains = lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={data_dir}:3"))
+    assert [(name, weight) for name, _, weight in domains] == [("a", 0.25), ("b", 0.75)]
+    stream = lm.training_stream(domains, 32, seed=1)
+    assert isinstance(stream, lm.Mixture) and len(stream.parts) == 2
+    assert type(lm.training_stream(domains[:1], 32, seed=1)) is lm.Windows
 
 
 # --- evaluation -----------------------------------------------------------------------------------

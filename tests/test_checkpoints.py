@@ -237,6 +237,24 @@ def test_a_flipped_byte_never_ends_in_a_traceback(trained, tmp_path):
                 continue
 
 
+def test_a_flip_in_the_pickle_of_a_small_file_is_the_same_model_or_a_sentence(tmp_path):
+    config = lm.ModelSettings(vocab_size=40, n_layer=1, d_model=8, n_head=2, seq_len=8)
+    content = {"model": lm.Transformer(config).state_dict(), "config": vars(config)}
+    lm.save_checkpoint(tmp_path / "a.pt", content)
+    whole, leaks = (tmp_path / "a.pt").read_bytes(), {}
+    for at in range(whole.index(b"data.pkl"), whole.index(b"byteorder"), 6):
+        data = bytearray(whole)
+        data[at] ^= (0x55, 0x01)[at // 6 % 2]
+        (tmp_path / "x.pt").write_bytes(data)
+        try:
+            lm.load_checkpoint(tmp_path / "x.pt")
+        except lm.UserError:
+            continue
+        except Exception as fault:
+            leaks[at] = repr(fault)
+    assert not leaks
+
+
 # ---- Resume from what is whole ----
 
 

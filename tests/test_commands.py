@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, documents
 
 import standalone_transformer_lm as lm
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_FLAGS = ("vocab_size", "bos_id", "rope_layout")  # read off the tokenizer, or fixed
 
 
 @pytest.fixture
@@ -236,11 +239,117 @@ def test_an_unwritable_place_is_told_before_any_step(run, data_dir, tmp_path, mo
 
 
 def test_mistakes_of_info(run, tmp_path):
-    complaint(run(["info"]), "nothing to describe")
+    complaint(run(["info"]), "something to describe", "--preset")
     complaint(run(["info", tmp_path / "no"]), "does not exist")
     complaint(run(["info", tmp_path]), "not finished")
     (tmp_path / "a.txt").write_text("words")
     complaint(run(["info", tmp_path / "a.txt"]), "a.txt")
+
+
+# ---- What a run would take ----
+
+
+def planned(result):
+    """The figures of a plan: its lines by their first word, numbers unseparated."""
+    code, told, err = result
+    assert code == 0 and not err, err
+    return {line.split(":")[0].split()[0]: line.replace(",", "") for line in told.splitlines()}
+
+
+def figure(line, pattern):
+    return float(re.search(pattern, line)[1])
+
+
+@pytest.mark.parametrize(("flags", "tokens", "peak", "gpus", "mfu", "price"), [
+    (["--gpu", "H100"], 0, 989e12, 1, 0.4, 0),
+    (["--gpu", "A100", "--gpus", 8, "--mfu", 0.5, "--usd_per_hour", 12], 0, 312e12, 8, 0.5, 12),
+    (["--gpu", "H200", "--tokens", 1e12, "--gpus", 64, "--usd_per_hour", 200], 1e12, 989e12, 64,
+     0.4, 200),
+])
+def test_a_plan_is_tokens_times_flops_over_speed(run, flags, tokens, peak, gpus, mfu, price):
+    plan = planned(run(["info", "--preset", "138m", "--seq_len", 1024, *flags]))
+    layer = 4 * 768 ** 2 + 3 * 768 * 4 * 768 + 2 * 768
+    blocks, embedding = 12 * layer + 768, 32000 * 768
+    assert figure(plan["138m"], r"(\d+) parameters") == blocks + embedding
+    cost = 6 * (blocks + embedding) + 12 * 12 * 768 * 1024  # flops a token: tied, so once
+    tokens = tokens or 20 * (blocks + embedding)
+    hours = tokens * cost / (peak * mfu * gpus) / 3600
+    assert figure(plan["time"], r"time: ([\d.]+) hours") == pytest.approx(hours, abs=0.051)
+    if price:
+        dollars = figure(plan["time"], r"\$([\d.]+)")
+        assert dollars == pytest.approx(hours * price, abs=0.0051)
+    assert ("$" in plan["time"]) == bool(price)
+    steps = figure(plan["compute"], r"(\d+) steps of")
+    assert steps == pytest.approx(tokens / (8 * gpus * 1024), abs=0.51)
+
+
+def test_a_plan_with_a_known_speed_needs_no_device(run):
+    plan = planned(run(["info", "--preset", "350m", "--tokens", 36e9, "--tok_per_s", 1e5,
+                        "--gpus", 4, "--usd_per_hour", 3]))
+    assert "100.0 hours at 100K" in plan["time"] and "$300.00" in plan["time"]
+    assert planned(run(["info", "--preset", "350m"]))["time"] == (
+        "time: unknown; give --gpu NAME or --tok_per_s N")
+
+
+def test_a_plans_memory_is_its_sum_and_follows_what_it_should(run):
+    def memory(*flags):
+        line = planned(run(["info", "--preset", "138m", *flags]))["memory"]
+        parts = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+)[ )]", line + " ")
+                 if name in ("weights", "gradients", "optimiser", "activations")}
+        assert figure(line, r"about: ([\d.]+) GB") == pytest.approx(sum(parts.values()), abs=0.021)
+        return parts
+
+    plain, total = memory(), 137_841_408
+    assert plain["weights"] == plain["gradients"] == pytest.approx(4 * total / 1e9, abs=0.0051)
+    assert plain["optimiser"] == pytest.approx(8 * total / 1e9, abs=0.0051)
+    assert memory("--optimizer", "muon")["optimiser"] < plain["optimiser"]
+    assert memory("--grad_checkpoint", 1)["activations"] < plain["activations"] / 2
+    wide = memory("--batch_size", 80)
+    assert 5 < wide["activations"] / plain["activations"] <= 10.1
+    assert {k: v for k, v in wide.items() if k != "activations"} == {
+        k: v for k, v in plain.items() if k != "activations"}
+
+
+@pytest.mark.parametrize(("moments", "flags"), [(8, []), (4, ["--optimizer", "muon"])])
+def test_a_plans_optimiser_is_what_is_really_kept(run, moments, flags):
+    """Moments of every weight for AdamW; of Muon one of its own weights, two of the rest."""
+    line = planned(run(["info", "--preset", "138m", *flags]))["memory"]
+    with torch.device("meta"):
+        model = lm.Transformer(lm.ModelSettings(**lm.PRESETS["138m"], vocab_size=32000))
+    kinds = lm.split_parameters(model)
+    matrices = sum(w.numel() for kind in ("qkv", "hidden") for w in kinds[kind])
+    rest = sum(w.numel() for w in model.parameters()) - matrices
+    want = (moments * matrices + 8 * rest) / 1e9
+    assert figure(line, r"optimiser ([\d.]+)") == pytest.approx(want, rel=0.01)
+
+
+def test_a_plan_of_experts_counts_the_active_ones(run):
+    plan = planned(run(["info", "--preset", "138m", "--n_expert", 8, "--n_expert_active", 2,
+                        "--gpu", "H100"]))
+    expert, attention = 3 * 768 * 3072, 4 * 768 ** 2 + 2 * 768
+    rest = 768 + 32000 * 768 + 12 * (attention + 8 * 768)
+    total, active = rest + 12 * 8 * expert, rest + 12 * 2 * expert
+    assert figure(plan["138m"], r"(\d+) parameters") == total
+    assert figure(plan["138m"], r"(\d+) active") == active
+    flops = 6 * active + 12 * 12 * 768 * 512
+    hours = 20 * active * flops / (989e12 * 0.4) / 3600
+    assert figure(plan["time"], r"time: ([\d.]+) hours") == pytest.approx(hours, abs=0.051)
+
+
+@pytest.mark.parametrize("name", lm.PRESETS)
+def test_every_preset_plans_and_its_vocabulary_can_be_named(run, name):
+    plan = planned(run(["info", "--preset", name, "--vocab", 1234, "--gpu", "H100"]))
+    assert "vocabulary 1234" in plan[name] and "hours" in plan["time"]
+
+
+def test_mistakes_of_plans(run, trained):
+    complaint(run(["info", "--preset", "139m"]), "--preset 139m", "138m")
+    complaint(run(["info", trained, "--preset", "138m"]), "--preset")
+    complaint(run(["info", "--preset", "138m", "--gpu", "Z9"]), "--gpu Z9", "--tok_per_s")
+    complaint(run(["info", "--preset", "138m", "--n_head", 7]), "--n_head 7")
+    complaint(run(["info", "--preset", "138m", "--gpus", 0]), "--gpus 0")
+    for mfu in (0, 1, 40):
+        complaint(run(["info", "--preset", "138m", "--mfu", mfu]), "--mfu")
 
 
 # ---- Front door ----
@@ -275,7 +384,7 @@ def test_help_shows_real_defaults(run):
     told = {text.split()[0]: " ".join(text.split()) for text in told}
     for group in lm.settings_of(lm.cmd_train):
         for name, default in vars(group()).items():
-            if default not in ("", False) and name not in ("vocab_size", "rope_layout"):
+            if default not in ("", False) and name not in NO_FLAGS:
                 assert f"(default: {default})" in told[name], name
 
 

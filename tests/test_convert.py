@@ -144,6 +144,59 @@ def test_logits_and_greedy_tokens_agree(shape, tokenizer, tmp_path):
     assert lm.complete(model, ids.tolist(), greedy, 0, frozenset({2}))[0] == theirs
 
 
+FAMILIES = {  # name: (the architecture that holds it, settings)
+    "linear": ("LlamaForCausalLM", {"rope_scaling": "linear", "rope_factor": 2.0}),
+    "yarn": ("LlamaForCausalLM", {"rope_scaling": "yarn", "rope_factor": 4.0, "tie": False}),
+    "embed_scale": ("LlamaForCausalLM", {"embed_scale": True, "n_kv_head": 2}),
+    "doc_mask": ("LlamaForCausalLM", {"doc_mask": True, "trunc_init": True}),
+    "qk_norm": ("Qwen3ForCausalLM", {"qk_norm": True, "n_kv_head": 2}),
+    "qk_norm window": ("Qwen3ForCausalLM", {
+        "qk_norm": True, "window": 7, "full_every": 2, "n_layer": 4}),
+    "nope_every": ("SmolLM3ForCausalLM", {"nope_every": 2, "n_layer": 4, "embed_scale": True}),
+    "window": ("MistralForCausalLM", {"window": 7, "n_kv_head": 2, "tie": False}),
+    "n_expert": ("MixtralForCausalLM", {"n_expert": 3, "n_kv_head": 2, "tie": False}),
+    "n_expert qk_norm": ("Qwen3MoeForCausalLM", {
+        "n_expert": 4, "n_expert_active": 3, "qk_norm": True, "n_kv_head": 2}),
+}
+REFUSED = {
+    "n_sink": {"n_sink": 2}, "softcap": {"softcap": 5.0},
+    "nope_every, --qk_norm": {"nope_every": 2, "qk_norm": True},
+    "full_every, --window": {"window": 8, "full_every": 2},
+    "n_expert, --nope_every": {"n_expert": 4, "nope_every": 2},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_agrees_and_comes_back(name, tokenizer, tmp_path):
+    """Logits to 1e-4 and 50 greedy tokens, as the converter verifies, and the way back."""
+    architecture, shape = FAMILIES[name]
+    model = model_of(tokenizer.vocab_size, **{"seq_len": 80, **shape})
+    ckpt = save(tmp_path / "a.pt", model, tokenizer.data)
+    said = convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    assert architecture in said and "verified" in said
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [architecture]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert type(hf).__name__ == architecture
+    assert difference(tmp_path / "hf", model) <= TOLERANCE
+    prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode("The quiet harbour")]])
+    theirs = hf.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                         max_new_tokens=50)[0, prompt.shape[1]:].tolist()
+    greedy = lm.SamplingSettings(max_new_tokens=50, temperature=0)
+    assert lm.complete(model, prompt.tolist(), greedy, 0, frozenset({2}))[0] == theirs
+    convert("--reverse", tmp_path / "hf", "--out", tmp_path / "back.pt")
+    back = lm.build_model(lm.load_checkpoint(tmp_path / "back.pt"), torch.device("cpu"))
+    ids = random_ids(model)
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_no_architecture_holds_is_refused_by_its_flag(flags, tokenizer, tmp_path):
+    ckpt = save(tmp_path / "a.pt", model_of(tokenizer.vocab_size, **REFUSED[flags]), tokenizer.data)
+    code, _, err = call(converter.main, "--ckpt", ckpt, "--out", tmp_path / "hf")
+    assert code == 2 and f"--{flags}" in err and not (tmp_path / "hf").exists()
+
+
 def test_config_says_what_the_model_is(folder, model, tokenizer):
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.architectures == ["LlamaForCausalLM"]
@@ -422,9 +475,9 @@ def test_reverse_names_what_our_model_cannot_hold(config, foreign, tmp_path):
 
 
 def test_reverse_names_every_fault_at_once(foreign, tmp_path):
-    hf = foreign(attention_bias=True, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    hf = foreign(attention_bias=True, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
     code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
-    assert code == 2 and "attention_bias" in err and "rope_scaling is of type 'yarn'" in err
+    assert code == 2 and "attention_bias" in err and "rope_scaling is of type 'dynamic'" in err
 
 
 @pytest.mark.parametrize(("remove", "sentence"), [

@@ -115,10 +115,32 @@ def test_stopped_on_two_ranks_it_goes_on_with_one(
             patch.setattr(lm, "seed_step", lm.seed_step)  # so that leaving puts it back
             signal_at(lm, "seed_step", 7 - step, signal.SIGUSR1)
             code, told, err = run(argv)
-        assert code == 128 + signal.SIGUSR1 and "instead of 2" in told, err
+        assert code == 128 + signal.SIGUSR1 and "keeps a step at 8 sequences" in told, err
+        assert "on 1 ranks: --batch_size 4 --grad_accum_steps 2 " in told
     assert run(argv)[0] == 0
     assert read_pt(out / "ckpt_last.pt")["samples"] == 96
     assert_same_curve(out, alone, 1e-4)
+
+
+def test_two_ranks_of_experts_and_muon_agree_and_are_one_rank(child, run, data_dir, tmp_path):
+    more = ["--n_expert", 4, "--optimizer", "muon", "--ema", 0.5, "--router_z_loss", 0,
+            "--balance_loss", 0, "--data_dir", f"a={data_dir}:0.6,b={data_dir}:0.4"]
+    both, lone = tmp_path / "both", tmp_path / "lone"  # side losses are a rank's own, hence 0
+    ended = two(child, [*flags(data_dir, both, 4), *more])
+    assert [code for code, _ in ended] == [0, 0], ended
+    ranks = [read_pt(both / f"rank{rank}.weights") for rank in range(2)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    assert run([*flags(data_dir, lone, 8), *more])[0] == 0
+    assert_same_curve(both, lone, 1e-3)
+    assert all({"val/loss/a", "val/loss/b"} <= set(row) for row in log_rows(both)[1::2])
+
+
+def test_two_ranks_of_experts_agree_with_side_losses(child, data_dir, tmp_path):
+    ended = two(child, [*flags(data_dir, tmp_path / "run", 4), "--n_expert", 4, "--optimizer",
+                        "muon", "--grad_accum_steps", 2, "--max_steps", 4])
+    assert [code for code, _ in ended] == [0, 0], ended
+    ranks = [read_pt(tmp_path / "run" / f"rank{rank}.weights") for rank in range(2)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
 
 
 def test_only_rank_0_talks(child, data_dir, tmp_path):

@@ -150,8 +150,8 @@ def spoiled_at(step, spoil):
     """pretrain_loss, spoiled from its `step`-th micro-batch on in training."""
     calls, honest = [], lm.pretrain_loss
 
-    def loss(model, ids, targets):
-        value = honest(model, ids, targets)
+    def loss(model, ids, targets, z_loss=0.0):
+        value = honest(model, ids, targets, z_loss)
         if model.training:
             calls.append(1)
             return spoil(value) if len(calls) >= step else value

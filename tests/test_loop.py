@@ -78,7 +78,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(trainer, monkey
         whole = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
         seen = []
         weights = list(one.job.model.parameters())
-        monkeypatch.setattr(one.optimizer, "step", lambda *a, w=weights, s=seen: s.append(
+        monkeypatch.setattr(one.optimizers[0], "step", lambda *a, w=weights, s=seen: s.append(
             math.sqrt(sum(float(p.grad.square().sum()) for p in w))))
         assert float(one.update()) == pytest.approx(whole, rel=1e-4)
         assert seen == [pytest.approx(clip or whole, rel=1e-3)]
@@ -100,11 +100,10 @@ def test_learning_rate_trace_is_its_formula_from_the_first_step(trained):
 def test_other_schedules_reach_the_optimiser(trainer, schedule, shape):
     one = trainer("--schedule", schedule, "--decay_share", 0.5)
     for step in range(12):
-        used = one.lr()
         one.train_step(0)
         want = 0.01 * ((step + 1) / 3 if step < 3 else shape(step))
-        assert used == pytest.approx(want)
-        assert {g["lr"] for g in one.optimizer.param_groups} == {used}
+        [used] = {g["lr"] for g in one.optimizers[0].param_groups}
+        assert used == log_rows(one.out)[-1]["train/lr"] == pytest.approx(want)
 
 
 def test_dropout_is_in_training_and_not_in_evaluation(trainer):
@@ -185,6 +184,104 @@ def test_a_run_begun_with_resume_0_prints_a_command_that_works(run, data_dir, tm
     command = shlex.split(re.search(r"go on with:\n(.*)", told)[1])
     code, _, err = run(command[2:])
     assert code == 0, err
+
+
+MIXED = "a={0}:0.7,b={0}:0.3"
+KINDS = {  # none may lose a byte when its run is stopped and gone on with
+    "muon": ["--optimizer", "muon"],
+    "muon_shape": ["--optimizer", "muon", "--muon_lr", 0.02, "--muon_scale", "shape",
+                   "--muon_warmup", 9, "--schedule", "wsd_sqrt"],
+    "ema": ["--ema", 0.9],
+    "mixture": ["--data_dir", MIXED],
+    "everything": ["--data_dir", MIXED, "--optimizer", "muon", "--ema", 0.5, "--n_expert", 4,
+                   "--n_sink", 2, "--qk_norm", 1, "--z_loss", 1e-3, "--grad_checkpoint", 1,
+                   "--grad_accum_steps", 2, "--schedule", "inverse_sqrt"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_goes_on_to_the_same_bytes(run, data_dir, tmp_path, monkeypatch, kind):
+    more = [str(word).format(data_dir) for word in KINDS[kind]]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(flags(data_dir, whole, *more))[0] == 0
+    for done, step in ((0, 3), (3, 8)):  # between two evaluations, and at the second
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "seed_step", lm.seed_step)  # so that leaving puts it back
+            signal_at(lm, "seed_step", step - done - 1, signal.SIGUSR1)
+            assert run(flags(data_dir, parted, *more))[0] == 128 + signal.SIGUSR1
+        assert read_pt(parted / "ckpt_last.pt")["step"] == step
+    assert run(flags(data_dir, parted, *more))[0] == 0
+    for name in ("ckpt_last.pt", "ckpt_best.pt", "ckpt_00000008.pt"):
+        assert weight_bytes(parted / name) == weight_bytes(whole / name), name
+    assert read_pt(parted / "pytorch_model.bin").keys() == read_pt(whole / "ckpt_last.pt")[
+        "model"].keys()
+    assert log_rows(parted) == log_rows(whole)
+
+
+def test_muon_and_an_average_learn_otherwise_than_without(run, data_dir, tmp_path, trained):
+    """Else the bytes of the test above would prove nothing."""
+    last = []
+    for kind in ("muon", "muon_shape", "mixture"):
+        more = [str(word).format(data_dir) for word in KINDS[kind]]
+        assert run(flags(data_dir, tmp_path / kind, *more))[0] == 0
+        last.append(log_rows(tmp_path / kind)[-1]["val/loss"])
+    last.append(log_rows(trained)[-1]["val/loss"])
+    assert len(set(last)) == 4 and max(last) < math.log(400) - 0.5
+
+
+def test_the_average_is_what_is_evaluated_kept_as_best_and_exported(run, data_dir, tmp_path,
+                                                                    trained):
+    out = tmp_path / "out"
+    assert run(flags(data_dir, out, "--ema", 0.9))[0] == 0
+    last, best, plain = (read_pt(out / n) for n in (
+        "ckpt_last.pt", "ckpt_best.pt", "pytorch_model.bin"))
+    then = read_pt(out / f"ckpt_{best['step']:08d}.pt")
+    names = [name for name in last["model"] if name != "lm_head.weight"]  # tied
+    average, at_best = (dict(zip(names, one["ema"], strict=True)) for one in (last, then))
+    assert read_pt(trained / "ckpt_last.pt")["model"].keys() == last["model"].keys()
+    for name in names:  # training itself goes on as if there were none
+        assert torch.equal(last["model"][name], read_pt(trained / "ckpt_last.pt")["model"][name])
+        assert torch.equal(plain[name], average[name]), name
+        assert not torch.equal(plain[name], last["model"][name]), name
+        assert torch.equal(best["model"][name], at_best[name]), name
+    model = lm.build_model(lm.load_checkpoint(out / "ckpt_best.pt"), torch.device("cpu"))
+    row = lm.perplexity(lm.Objective(model, lm.pretrain_loss),
+                        [("", lm.TokenFolder(data_dir), 1.0)], 4,
+                        lm.Machine(torch.device("cpu"), torch.float32), 32, 500)
+    assert row["val/loss"] == pytest.approx(best["best_val"], rel=1e-6)
+    logged = {r["step"]: r["val/loss"] for r in log_rows(out) if "val/loss" in r}
+    assert logged[best["step"]] == best["best_val"]
+
+
+def test_an_average_may_be_begun_later_and_given_up(run, data_dir, tmp_path, trained):
+    out = shutil.copytree(trained, tmp_path / "out")
+    for steps, more, kept in ((14, ["--ema", 0.9], True), (16, [], False)):
+        code, _, err = run(flags(data_dir, out, "--max_steps", steps, *more))
+        assert code == 0, err
+        assert (read_pt(out / "ckpt_last.pt")["ema"] is not None) == kept
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("spoilt", ["blocks.0.mlp.w1.weight", "tok_emb.weight"])
+def test_a_gradient_out_of_fp16s_range_skips_the_step_of_every_weight(
+        trainer, kind, value, spoilt):
+    one = trainer("--dtype", "fp16", "--optimizer", kind, "--tie", 0)
+    weights = dict(one.job.model.named_parameters())
+    before = {n: w.detach().clone() for n, w in weights.items()}
+    for name, weight in weights.items():
+        weight.grad = torch.ones_like(weight)
+        if name == spoilt:
+            weight.grad[0, 0] = value
+    one.scaler.scale(torch.zeros(()))  # so that it knows its scale
+    one.update()
+    assert [n for n, w in weights.items() if not torch.equal(before[n], w)] == []
+
+
+def test_another_optimiser_on_resume_is_one_sentence(run, data_dir, tmp_path, trained):
+    out = shutil.copytree(trained, tmp_path / "out")
+    code, _, err = run(flags(data_dir, out, "--optimizer", "muon", "--max_steps", 20))
+    assert code == 2 and err.count("error:") == 1 and "--optimizer" in err and "adamw" in err
 
 
 def test_a_second_signal_kills(child, data_dir, tmp_path):

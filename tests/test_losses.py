@@ -10,15 +10,19 @@ from test_model import build
 import standalone_transformer_lm as lm
 
 
-def by_hand(hidden, weight, targets):
-    """-log softmax(h W')[t] of every position, in float64 and one at a time; 0 where ignored."""
+def by_hand(hidden, weight, targets, z_loss=0.0):
+    """-log softmax(h W')[t] + z log(Z)^2 of every position in float64; 0 where ignored."""
     losses = []
     for h, t in zip(hidden.double().flatten(0, 1), targets.flatten().tolist(), strict=True):
         scores = [float(h @ row) for row in weight.double()]
         top = max(scores)
         total = top + math.log(sum(math.exp(s - top) for s in scores))
-        losses.append(0.0 if t == lm.IGNORE else total - scores[t])
+        losses.append(0.0 if t == lm.IGNORE else total - scores[t] + z_loss * total ** 2)
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def token_losses(hidden, weight, targets, **kwargs):
+    return lm.token_losses(hidden, lambda h: F.linear(h, weight), targets, **kwargs)
 
 
 def some_case(scale=1.0, ignored=(2, 9, 10)):
@@ -31,7 +35,7 @@ def some_case(scale=1.0, ignored=(2, 9, 10)):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 def test_token_losses_against_float64(scale):
     case = some_case(scale)
-    losses = lm.token_losses(*case)
+    losses = token_losses(*case)
     assert losses.shape == (15,) and losses.dtype == torch.float32
     assert torch.allclose(losses.double(), by_hand(*case), rtol=1e-5, atol=1e-5)
     assert losses[[2, 9, 10]].tolist() == [0, 0, 0]
@@ -40,7 +44,7 @@ def test_token_losses_against_float64(scale):
 def test_a_batch_of_ignored_targets_costs_nothing_and_is_no_nan():
     hidden, weight, targets = some_case()
     hidden.requires_grad_()
-    loss = lm.token_losses(hidden, weight, torch.full_like(targets, lm.IGNORE)).sum()
+    loss = token_losses(hidden, weight, torch.full_like(targets, lm.IGNORE)).sum()
     loss.backward()
     assert loss.item() == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
@@ -48,7 +52,7 @@ def test_a_batch_of_ignored_targets_costs_nothing_and_is_no_nan():
 def test_an_ignored_position_gets_no_gradient():
     hidden, weight, targets = some_case()
     hidden.requires_grad_()
-    lm.token_losses(hidden, weight, targets).sum().backward()
+    token_losses(hidden, weight, targets).sum().backward()
     silent = (hidden.grad.flatten(0, 1) == 0).all(dim=1).nonzero().flatten()
     assert silent.tolist() == [2, 9, 10]
 
@@ -56,7 +60,7 @@ def test_an_ignored_position_gets_no_gradient():
 def test_gradients_are_softmax_minus_one_hot():
     hidden, weight, targets = some_case(ignored=())
     hidden.requires_grad_()
-    lm.token_losses(hidden, weight, targets).sum().backward()
+    token_losses(hidden, weight, targets).sum().backward()
     logits = hidden.detach().double() @ weight.double().T
     error = logits.softmax(-1) - F.one_hot(targets, 11)
     assert torch.allclose(hidden.grad.double(), error @ weight.double(), atol=1e-5)
@@ -65,8 +69,8 @@ def test_gradients_are_softmax_minus_one_hot():
 def test_losses_are_fp32_whatever_the_matmul_is():
     hidden, weight, targets = some_case()
     with torch.autocast("cpu", torch.bfloat16):
-        cast = lm.token_losses(hidden, weight, targets)
-    half = lm.token_losses(hidden.bfloat16(), weight.bfloat16(), targets)
+        cast = token_losses(hidden, weight, targets)
+    half = token_losses(hidden.bfloat16(), weight.bfloat16(), targets)
     want = by_hand(hidden, weight, targets)
     for losses in (cast, half):
         assert losses.dtype == torch.float32
@@ -84,28 +88,61 @@ class Elsewhere(torch.Tensor):
         return self.as_subclass(torch.Tensor).split(size, dim)
 
 
-@pytest.mark.parametrize("at_once", [1, 11, 40, 44, 164, 165, 10 ** 6])
-def test_losses_in_parts_are_the_losses_whole(monkeypatch, at_once):
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 4, 5, 14, 15, 16, 10 ** 6])
+def test_losses_in_parts_are_the_losses_whole(monkeypatch, rows, z_loss):
     hidden, weight, targets = some_case()
-    monkeypatch.setattr(lm, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(lm, "LOSS_ROWS", rows)
     widths, whole = [], lm.some_token_losses
 
-    def watched(h, w, t):
+    def watched(h, head, t, z):
         widths.append(t.numel())
-        return whole(h, w, t)
+        return whole(h, head, t, z)
 
     monkeypatch.setattr(lm, "some_token_losses", watched)
     found = []
     for kind in (torch.Tensor, Elsewhere):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        losses = lm.token_losses(h.as_subclass(kind), w, targets).as_subclass(torch.Tensor)
+        losses = token_losses(h.as_subclass(kind), w, targets, z_loss=z_loss)
+        losses = losses.as_subclass(torch.Tensor)
         (losses * torch.arange(15)).sum().backward()
         found.append((losses.detach(), h.grad, w.grad))
     for one, parts in zip(*found, strict=True):
         assert torch.allclose(one, parts, atol=1e-6)
-    limit = max(1, -(-at_once // 11))
-    assert widths[0] == 15 and all(width <= limit for width in widths[1:])
+    assert widths[0] == 15 and all(width <= rows for width in widths[1:])
     assert sum(widths[1:]) in (15, 30)  # 30 where the parts are made again in the backward pass
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.5])
+def test_z_loss_against_float64(z_loss):
+    hidden, weight, targets = some_case()
+    hidden.requires_grad_()
+    losses = token_losses(hidden, weight, targets, z_loss=z_loss)
+    want = by_hand(hidden.detach(), weight, targets, z_loss)
+    assert torch.allclose(losses.double(), want, rtol=1e-5, atol=1e-5)
+    assert losses[[2, 9, 10]].tolist() == [0, 0, 0]
+    losses.sum().backward()  # d/ds of log Z is the softmax
+    scores = hidden.detach().double() @ weight.double().T
+    shares, kept = scores.softmax(-1), (targets != lm.IGNORE).unsqueeze(-1)
+    hit = F.one_hot(targets.clamp(min=0), 11)
+    error = shares - hit + 2 * z_loss * scores.logsumexp(-1, keepdim=True) * shares
+    assert torch.allclose(hidden.grad.double(), error * kept @ weight.double(), atol=1e-5)
+
+
+def test_z_loss_and_side_losses_are_in_training_and_not_in_evaluation():
+    model = build(dry=True, n_expert=4)
+    ids, targets = torch.randint(0, 61, (2, 16)), torch.randint(0, 61, (2, 16))
+    targets[1, 4:] = lm.IGNORE
+    logs = model(ids).detach().double()
+    real = targets != lm.IGNORE
+    plain = F.cross_entropy(logs[real], targets[real], reduction="sum").item()
+    _, side = model.hidden_and_side(ids)
+    z = logs[real].logsumexp(-1).square().sum().item()
+    want = plain + 0.25 * z + 20 * side.item()  # a side loss weighs as much as a token's
+    assert side.item() > 0.009 and z > 100  # an even balance loss is 0.01
+    assert lm.pretrain_loss(model, ids, targets, 0.25).item() == pytest.approx(plain, rel=1e-5)
+    model.train()
+    assert lm.pretrain_loss(model, ids, targets, 0.25).item() == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("tie", [True, False])

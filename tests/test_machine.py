@@ -136,7 +136,25 @@ def test_one_rank_needs_no_process_group():
     assert lm.distribute(module, machine) is module
     with lm.no_sync(module, last=False):
         module(torch.ones(1, 2)).sum().backward()
-    assert module.weight.grad is not None and machine.wait() is None
+    assert module.weight.grad is not None
+
+
+def test_work_of_rank_0_is_done_there_alone_and_its_failure_is_raised():
+    done, machine = [], lm.Machine(CPU, torch.float32)
+    assert machine.on_main(lambda: done.append(1)) is None and done == [1]
+    for fault in (OSError(28, "No space left"), lm.UserError("a", "b")):
+        def fail(fault=fault):
+            raise fault
+
+        with pytest.raises(type(fault)) as caught:
+            machine.on_main(fail)
+        assert caught.value is fault
+
+
+def test_a_failure_of_rank_0_is_raised_on_the_others(monkeypatch):
+    monkeypatch.setattr(lm.Machine, "from_main", lambda self, value: OSError(28, "on rank 0"))
+    with pytest.raises(OSError, match="on rank 0"):
+        lm.Machine(CPU, torch.float32, rank=1, world=2).on_main(pytest.fail)
 
 
 def test_seed_step_differs_by_seed_step_and_rank_and_repeats():

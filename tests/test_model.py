@@ -71,7 +71,7 @@ def test_an_earlier_token_reaches_every_later_logit():
 
 def turned(x, place, theta=10000.0):
     """x (D) turned to a place by the program's own tables."""
-    cos, sin = lm.rope_tables(len(x), 64, theta)
+    cos, sin = lm.rope_tables(config(head_dim=len(x), seq_len=64, rope_theta=theta))
     return lm.rotate(x.view(1, 1, 1, -1), cos[place:place + 1], sin[place:place + 1]).flatten()
 
 
@@ -95,6 +95,11 @@ def test_rope_keeps_norms_and_depends_on_relative_position_only():
         assert max(dots) - min(dots) < 1e-4
     near, far = turned(q, 3) @ turned(k, 2), turned(q, 30) @ turned(k, 2)
     assert abs(near - far) > 1e-2
+
+
+def plainly(cos, sin):
+    """The context of causal attention without a cache."""
+    return lm.Context(cos, sin, None, None, {False: None})
 
 
 def attention_by_hand(attn, x, cfg, keep=lambda q, k: k <= q):
@@ -128,7 +133,7 @@ def attention_by_hand(attn, x, cfg, keep=lambda q, k: k <= q):
 def test_attention_against_float64_loops(changes):
     model = build(n_layer=1, **changes)
     x = torch.randn(1, 6, 32)
-    found = model.blocks[0].attn(x, model.cos[:6], model.sin[:6], None, None, None)
+    found = model.blocks[0].attn(x, plainly(model.cos[:6], model.sin[:6]))
     want = attention_by_hand(model.blocks[0].attn, x[0], model.config)
     assert torch.allclose(found[0].double(), want, atol=1e-4)
 
@@ -280,10 +285,10 @@ def test_dropout_is_on_the_embedding_and_on_both_branches_of_a_layer():
 
 def test_attention_alone_is_random_under_dropout():
     attn = build(dropout=0.5).blocks[0].attn.train()
-    cos, sin = lm.rope_tables(8, 8, 1e4)
+    context = plainly(*lm.rope_tables(config(seq_len=8)))
     x = torch.randn(1, 8, 32)
-    runs = torch.stack([attn(x, cos, sin, None, None, None) for _ in range(3000)])
-    exact = attn.eval()(x, cos, sin, None, None, None)
+    runs = torch.stack([attn(x, context) for _ in range(3000)])
+    exact = attn.eval()(x, context)
     assert runs.std(0).min() > 0 and ((runs.mean(0) - exact).abs() < runs.std(0) / 8).all()
 
 

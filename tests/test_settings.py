@@ -195,7 +195,8 @@ def test_an_untied_head_and_fewer_key_heads_are_counted():
     config = dataclasses.replace(config, vocab_size=500)
     layer = 2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 100 + 2 * 64
     assert lm.parameter_counts(config) == {
-        "embedding": 32000, "head": 32000, "blocks": 3 * layer + 64, "total": 64064 + 3 * layer}
+        "embedding": 32000, "head": 32000, "blocks": 3 * layer + 64, "total": 64064 + 3 * layer,
+        "active": 64064 + 3 * layer}
 
 
 # ---- Faults ----
@@ -389,7 +390,7 @@ def test_args_txt_reads_back_equal(group, args_file):
         args_file.write_text(lm.settings_text(settings), encoding="utf-8")
         again, = read([f"@{args_file}"], (group,))
         expected = dataclasses.replace(settings, **(
-            {"preset": ""} if hasattr(settings, "preset") else {}))
+            {"preset": "", "resume": True} if hasattr(settings, "preset") else {}))
         assert again == expected
 
     check()
@@ -398,7 +399,7 @@ def test_args_txt_reads_back_equal(group, args_file):
 def test_args_txt_spells_the_preset_out(tmp_path):
     made = read(["--preset", "350m", "--n_layer", "2", "--tie", "0"])
     text = lm.settings_text(*made)
-    assert "--preset" not in text and "--d_model 1024" in text and "--n_layer 2" in text
+    assert "--preset" not in text and "--d_model=1024" in text and "--n_layer=2" in text
     path = tmp_path / "args.txt"
     path.write_text(text)
     again = lm.settings_dict(*read([f"@{path}"]))
