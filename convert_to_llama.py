@@ -245,12 +245,14 @@ def tokenizer_json(model: PieceModel, bos_id: int) -> dict:
     """The contents of tokenizer.json. Raises UserError where `model` cannot be written so."""
     refuse_tokenizer(model)
     unknown = model.of_kind(UNKNOWN)
+    # With byte fallback nothing is unknown, and text that spells <unk> (WikiText) stays text.
+    marked = (CONTROL,) if model.byte_fallback else (UNKNOWN, CONTROL)
     splitter = user_symbol_splitter(model)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(*piece) for piece in model.of_kind(UNKNOWN, CONTROL)],
+        "added_tokens": [added_token(*piece) for piece in model.of_kind(*marked)],
         "normalizer": normalizer(model),
         "pre_tokenizer": splitter,
         "post_processor": bos_first(model.pieces[bos_id].text, bos_id) if bos_id >= 0 else None,
@@ -630,27 +632,28 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def special_names(tokenizer: lm.Tokenizer) -> dict[str, str]:
+def special_names(tokenizer: lm.Tokenizer, pieces: PieceModel) -> dict[str, str]:
     """The names of the special tokens that this tokenizer has, under transformers' keys."""
-    ids = {"unk": tokenizer.sp.unk_id(), "bos": tokenizer.bos, "eos": tokenizer.eos,
-           "pad": tokenizer.pad}
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    if not pieces.byte_fallback:
+        ids["unk"] = tokenizer.sp.unk_id()
     return {f"{key}_token": tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i >= 0}
 
 
 def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None:
     """tokenizer.model, tokenizer.json and tokenizer_config.json."""
+    pieces = read_piece_model(tokenizer.data)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
         "add_bos_token": True,
         "add_eos_token": False,
-        **special_names(tokenizer),
+        **special_names(tokenizer, pieces),
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.roles:
         config["chat_template"] = CHAT_TEMPLATE
-    pieces = read_piece_model(tokenizer.data)
     if tied := tied_scores(pieces):
         lm.say(f"note: {tied} pieces of the tokenizer share a score; where two of them compete, "
                "tokenizer.json may join another one than SentencePiece")

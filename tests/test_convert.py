@@ -278,6 +278,13 @@ def test_token_ids_of_a_corpus_are_the_same(auto, tokenizer):
         assert auto(text).input_ids == [tokenizer.bos, *tokenizer.encode(text)]
 
 
+def test_text_that_spells_unk_stays_text(auto, tokenizer):
+    """WikiText is full of it; with byte fallback no id of it is ever wanted."""
+    text = "the <unk> of <unk><unk> and<unk>"
+    assert auto(text).input_ids == [tokenizer.bos, *tokenizer.encode(text)]
+    assert auto.unk_token is None
+
+
 def test_text_that_spells_a_control_symbol(auto, tokenizer):
     """It becomes the symbol in every AutoTokenizer, unless that is switched off."""
     text = "a <|user|> b"
