@@ -929,7 +929,7 @@ def open_machine(settings: DeviceSettings) -> Machine:
     device = pick_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -995,10 +995,14 @@ def no_sync(module: nn.Module, last: bool):
 
 
 class Signals:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 instead of dying of it; a second one kills as usual."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1 instead of dying of it.
+
+    A second Ctrl-C, a second or more after the first, ends the program as usual. Schedulers send
+    SIGTERM several times over, so that one is never taken for impatience.
+    """
 
     def __init__(self):
-        self.received = 0
+        self.received, self.at = 0, 0.0
         self.previous = {}
 
     def __enter__(self) -> "Signals":
@@ -1009,8 +1013,12 @@ class Signals:
         return self
 
     def note(self, number: int, _frame) -> None:
-        self.received = number
-        signal.signal(number, self.previous[number])
+        now = time.monotonic()
+        if self.received and number == signal.SIGINT and now - self.at > 1:
+            signal.signal(number, self.previous[number])
+            os.kill(os.getpid(), number)
+            return
+        self.received, self.at = self.received or number, now
 
     def __exit__(self, *_fault) -> None:
         for number, handler in self.previous.items():
@@ -2012,6 +2020,12 @@ class KVCache:
             self.lengths[row] -= count
 
 
+@functools.lru_cache(maxsize=1)
+def compiled_block_mask() -> Callable[..., BlockMask]:
+    """create_block_mask that never holds the whole (T, S) mask."""
+    return torch.compile(create_block_mask)
+
+
 @dataclass(frozen=True)
 class Sight:
     """What the queries of one forward pass may see.
@@ -2048,8 +2062,10 @@ class Sight:
             return near | ((key < sinks) & (key <= query))
 
         rows = None if documents is None else len(documents)
-        return create_block_mask(visible, rows, None, self.query.shape[1], self.key.shape[1],
-                                 device=self.key.device)
+        eager = self.key.device.type == "cpu" or torch.compiler.is_compiling()
+        create = create_block_mask if eager else compiled_block_mask()
+        return create(visible, rows, None, self.query.shape[1], self.key.shape[1],
+                      device=self.key.device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2080,7 +2096,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -2139,7 +2156,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     counts (E,) says how many rows each expert has. One kernel where torch offers it.
     """
-    if hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16:
+    aligned = weight.shape[-1] % 8 == weight.shape[-2] % 8 == 0  # strides of 16 bytes
+    if hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned:
         return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
     parts = x.split(counts.tolist())
     return torch.cat([part @ w for part, w in zip(parts, weight, strict=True)])
@@ -2161,12 +2179,13 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, d, width))
         self.w2 = nn.Parameter(torch.empty(E, d, width))
         self.w3 = nn.Parameter(torch.empty(E, width, d))
-        self.register_buffer("usage", torch.zeros(E), persistent=False)  # tokens an expert had
+        self.register_buffer("usage", torch.zeros(E), persistent=False)  # evaluated tokens
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, d) -> the same and a scalar side loss."""
         tokens = x.flatten(0, 1)  # (N, d)
-        scores = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
+        with torch.autocast(x.device.type, enabled=False):  # near-ties must not flip
+            scores = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
         chances = scores.softmax(-1)
         weights, experts = chances.topk(self.active, dim=-1)  # (N, active)
         weights = weights / weights.sum(-1, keepdim=True)
@@ -2176,7 +2195,8 @@ class MoE(nn.Module):
         rows = tokens[order // self.active]
         hidden = self.experts(rows, counts) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add_(0, order // self.active, hidden.to(x.dtype))
-        self.usage += counts.detach()
+        if not self.training:
+            self.usage += counts
         share = counts.float() / counts.sum()
         side = self.balance_loss * self.E * (share * chances.mean(0)).sum()
         side = side + self.router_z_loss * scores.logsumexp(-1).square().mean()
@@ -2294,8 +2314,8 @@ class Transformer(nn.Module):
         query = positions if seen else torch.arange(length, device=self.device).unsqueeze(0)
         key = torch.arange(seen + length, device=self.device).unsqueeze(0)
         sight = Sight(query, key, documents, self.config.n_sink)
-        flex = cache is None and self.device.type == "cuda" and not (
-            self.training and self.config.dropout)
+        flex = (cache is None and self.device.type == "cuda" and self.config.head_size >= 16
+                and not (self.training and self.config.dropout))
         make = sight.block_mask if flex else sight.mask
         masks = {False: None if plain and documents is None else make(0)}
         if self.config.window:
@@ -2342,23 +2362,6 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.logits(self.hidden(ids, cache))
-
-
-def expert_usage(model: Transformer) -> dict[str, float]:
-    """The least and the most used expert's share of its layer's tokens, times the experts.
-
-    1 is even, 0 a dead expert. Counts since the last call, which they end.
-    """
-    shares = []
-    for block in model.blocks:
-        if isinstance(block.mlp, MoE):
-            usage = block.mlp.usage
-            shares.append(usage / usage.sum().clamp(min=1) * len(usage))
-            usage.zero_()
-    if not shares:
-        return {}
-    shares = torch.stack(shares)
-    return {"moe/least": float(shares.min()), "moe/most": float(shares.max())}
 
 
 def parameter_counts(config: ModelSettings) -> dict[str, int]:
@@ -2642,6 +2645,7 @@ SCHEDULES = {"cosine": cosine_scale, "wsd": wsd_scale, "wsd_sqrt": wsd_sqrt_scal
              "constant": constant_scale, "inverse_sqrt": inverse_sqrt_scale}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
 NEWTON_SCHULZ_STEPS = 5
+MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
 MUON_SCALES = {"rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
                "shape": lambda rows, columns: math.sqrt(max(1.0, rows / columns))}
 
@@ -2692,7 +2696,7 @@ class Muon(torch.optim.Optimizer):
                 rows = group["rows"] or (weight.shape[-2],)
                 for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
                     shapes.setdefault(pair[0].shape, []).append(pair)
-            for shape, pairs in shapes.items():
+            for shape, pairs in self.batches(shapes):
                 rows, columns = shape if len(shape) == 2 else shape[:-3:-1]  # experts: (in, out)
                 size = group["lr"] * MUON_SCALES[group["scale"]](rows, columns)
                 updates = torch.stack([update for _, update in pairs])
@@ -2700,13 +2704,20 @@ class Muon(torch.optim.Optimizer):
                 for (part, _), direction in zip(pairs, directions, strict=True):
                     part.sub_(direction, alpha=size)
 
+    @staticmethod
+    def batches(shapes: dict) -> Iterator[tuple[torch.Size, list[tuple[Tensor, Tensor]]]]:
+        """The matrices of a shape, no more at once than MUON_AT_ONCE numbers."""
+        for shape, pairs in shapes.items():
+            count = max(1, MUON_AT_ONCE // math.prod(shape))
+            yield from ((shape, pairs[i:i + count]) for i in range(0, len(pairs), count))
+
     def momentum(self, weight: Tensor, share: float) -> Tensor:
         """Nesterov's look-ahead average of the gradients."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         state["momentum"].lerp_(weight.grad, 1 - share)
-        return weight.grad.lerp(state["momentum"], share)
+        return weight.grad.lerp_(state["momentum"], share)  # the gradient is spent
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -2977,7 +2988,7 @@ def save_step(out: Path, checkpoint: dict, keep_last: int) -> None:
         old.unlink()
 
 
-def resume_point(out: Path, resume: bool) -> dict | None:
+def newest_whole(out: Path, resume: bool) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none to go on from.
 
     A damaged one is named and the one before it taken. Raises UserError where --resume 0 meets a
@@ -2989,12 +3000,21 @@ def resume_point(out: Path, resume: bool) -> dict | None:
         raise UserError(f"{out} already holds a run", "name another --out_dir, or drop --resume 0")
     for path in candidates:
         try:
-            return read_checkpoint(path, verify=True)
+            read_checkpoint(path, verify=True)
+            return path
         except UserError as fault:
             say(f"warning: {fault.faults[0][0]}; trying the one before it")
     if candidates:
         raise UserError(f"every checkpoint in {out} is damaged", "start in another --out_dir")
     return None
+
+
+def resume_point(out: Path, resume: bool, machine: Machine) -> dict | None:
+    """The checkpoint to go on from, the one that rank 0 finds whole, on every rank; or None."""
+    found: list[Path | None] = []
+    machine.on_main(lambda: found.append(newest_whole(out, resume)))
+    path = machine.from_main(found[0] if found else None)
+    return read_checkpoint(path) if path else None
 
 
 def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -3028,13 +3048,18 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def wandb_sink(project: str, out: Path, config: dict) -> Callable[[dict], None]:
+    name = out / "wandb_id"
+    if not name.exists():
+        with atomic_write(name, "w") as file:
+            file.write(os.urandom(8).hex())
     run = need("wandb").init(project=project, dir=str(out), config=config, resume="allow",
-                             name=out.name, id=sha256(str(out.resolve()).encode())[:16])
+                             name=out.name, id=name.read_text(encoding="utf-8"))
     return lambda row: run.log(row, step=row["step"])
 
 
-def tensorboard_sink(out: Path) -> Callable[[dict], None]:
-    writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / "tensorboard"))
+def tensorboard_sink(out: Path, step: int) -> Callable[[dict], None]:
+    tensorboard = need("torch.utils.tensorboard", "tensorboard")
+    writer = tensorboard.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(row: dict) -> None:
         for key, value in row.items():
@@ -3063,7 +3088,7 @@ class Gauges:
             cut_log(out / "metrics.jsonl", self.step)
             self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
             self.sinks += [wandb_sink(run.wandb, out, dataclasses.asdict(run))] if run.wandb else []
-            self.sinks += [tensorboard_sink(out)] if run.tensorboard else []
+            self.sinks += [tensorboard_sink(out, self.step)] if run.tensorboard else []
 
     def add(self, step: int, loss: Tensor, norm: Tensor, tokens: int) -> None:
         """One step: its mean loss and gradient norm, still on the device, and its tokens."""
@@ -3222,8 +3247,13 @@ class Trainer:
         """Continue from a checkpoint's counters and optimiser; the model has its weights."""
         self.step, self.samples, self.best_val = saved["step"], saved["samples"], saved["best_val"]
         for optimizer, state in zip(self.optimizers, saved["optim"], strict=True):
+            flags = [{k: v for k, v in group.items() if k != "params"}
+                     for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(saved["scaler"])
+            for group, given in zip(optimizer.param_groups, flags, strict=True):
+                group.update(given)  # the flags of this start, not of the one before
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
 
     def checkpoint(self) -> dict:
         weights = self.job.model.state_dict()
@@ -3392,12 +3422,28 @@ def open_run(out: Path, args_text: str, machine: Machine) -> None:
     def write() -> None:
         with atomic_write(out / "args.txt", "w") as file:
             file.write(args_text)
+        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
+            half.unlink()
     machine.on_main(write)
 
 
 # ==================================================================================================
 # Judges: how good is a model
 # ==================================================================================================
+
+
+def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
+    """The least and the most used expert's share of its layer's tokens, times the experts.
+
+    1 is even, 0 a dead expert. Counts evaluated tokens since the last call, which it ends.
+    """
+    shares = []
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            usage = machine.total(*block.mlp.usage.tolist())
+            shares += [share / max(1.0, sum(usage)) * len(usage) for share in usage]
+            block.mlp.usage.zero_()
+    return {"moe/least": min(shares), "moe/most": max(shares)} if shares else {}
 
 
 def mean_loss(module: nn.Module, ids: np.ndarray, batch_size: int, machine: Machine,
@@ -3418,7 +3464,7 @@ def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]],
 
     `module` is an Objective of pretrain_loss. Named domains add val/loss/NAME each.
     """
-    expert_usage(module.model)  # count from here
+    expert_usage(module.model, machine)  # count from here
     row, losses, weights, spans = {}, [], [], []
     for name, folder, weight in domains:
         loss = mean_loss(module, folder.val, batch_size, machine, seq_len, most)
@@ -3433,7 +3479,7 @@ def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]],
     loss, span = np.average(losses, weights=weights), np.average(spans, weights=weights)
     return {"val/loss": float(loss), "val/ppl": math.exp(min(loss, 700.0)),
             "val/bpb": float(loss / math.log(2) / max(span, 1e-9)), **row,
-            **expert_usage(module.model)}
+            **expert_usage(module.model, machine)}
 
 
 # ==================================================================================================
@@ -3494,7 +3540,7 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
     windows = training_stream(domains, config.seq_len, device.seed)
     groups = (run, data, model, optim, device)
     args, text, out = settings_dict(*groups), settings_text(*groups), Path(run.out_dir)
-    saved = resume_point(out, run.resume)
+    saved = resume_point(out, run.resume, machine)
     if saved:
         check_same_run(saved, "train", config, tokenizer, args, out)
         keep_step_size(run, saved, machine.world)
@@ -3509,7 +3555,8 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
         perplexity, domains=domains, batch_size=run.batch_size, machine=machine,
         seq_len=config.seq_len, most=run.eval_tokens), tokenizer, config.seq_len)
     announce(job, machine, run, windows, saved)
-    return finish(Trainer(job, machine, run, optim, args, saved))
+    trainer, saved = Trainer(job, machine, run, optim, args, saved), None  # frees it
+    return finish(trainer)
 
 
 def read_prompts(settings: GenerateSettings) -> list[str]:
@@ -3629,7 +3676,8 @@ def plan_memory(config: ModelSettings, settings: InfoSettings,
         kinds = split_parameters(Transformer(config))
     lone = sum(w.numel() for kind in ("qkv", "hidden") for w in kinds[kind])
     states = 8 * total - 4 * lone * (optim.optimizer == "muon") + 4 * total * bool(optim.ema)
-    return {"weights": 4 * total, "gradients": 4 * total, "optimiser": states,
+    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
+            "gradients": 4 * total, "optimiser": states,
             "activations": tokens * kept + logits}
 
 
@@ -3791,7 +3839,9 @@ def complain(fault: UserError) -> int:
 def run_command(command: Command, argv: list[str]) -> int:
     """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
     try:
-        return command.run(*read_command(command.run, argv, command.about, command.example))
+        code = command.run(*read_command(command.run, argv, command.about, command.example))
+        close_machine()  # not after a bug: its traceback must not wait for the other ranks
+        return code
     except UserError as fault:
         return complain(fault)
     except KeyboardInterrupt:
@@ -3804,8 +3854,6 @@ def run_command(command: Command, argv: list[str]) -> int:
         if sentence is None:
             raise
         return complain(sentence)
-    finally:
-        close_machine()
 
 
 def main(argv: list[str] | None = None) -> int:

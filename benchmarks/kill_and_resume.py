@@ -77,7 +77,9 @@ def main() -> int:
     done = 0
     while done < args.kills:
         run = start(out / "killed", args.data_dir, args.steps)
-        after = rng.uniform(3, 4 + alone / args.kills)
+        after = rng.uniform(4, 6 + alone / args.kills)
+        for half in (out / "killed").glob(".ckpt_*.tmp"):
+            half.unlink()  # of the kill before, lest it be taken for one being written
         doing = kill_once(run, out / "killed", done % 3 == 2, after)
         if not doing:
             assert run.returncode == 0, run.stderr.read().decode()
