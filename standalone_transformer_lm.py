@@ -3769,7 +3769,7 @@ def demo_untrained(data: Path, shape: tuple) -> None:
 def cmd_demo(settings: DemoSettings) -> int:
     out = Path(settings.out_dir)
     data, run = out / "data", out / "run"
-    steps = settings.max_steps or (60 if settings.quick else 400)
+    steps = settings.max_steps or (60 if settings.quick else 250)
     vocab, layers, width, batch = (1024, 2, 128, 8) if settings.quick else (4096, 4, 256, 16)
     shutil.rmtree(run, ignore_errors=True)
     say("This demo trains a small model on the documentation of your Python interpreter.")
