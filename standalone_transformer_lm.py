@@ -42,8 +42,10 @@ File formats
   data folder   tokenizer.model, train.bin, val.bin (little-endian uint16, or uint32 above 65,535
                 ids), meta.json, written last; a document is <s> ids </s>
   checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
-                tokenizer; whole, unwrapped fp32 weights; read with weights_only=True
-  metrics.jsonl one object a line: step tokens time, train/*, val/*, perf/*, gpu/*, cost/*
+                tokenizer ema gauges; whole, unwrapped fp32 weights; optim is a list, a state for
+                each optimiser; read with weights_only=True
+  metrics.jsonl one object a line: step tokens time, train/*, val/*, moe/*, perf/*, gpu/*,
+                cost/*
 
 Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback;
 128 + signal after a signal, when the step was finished and saved.
@@ -3658,7 +3660,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         yield "tokenizer: none inside, use --spm"
 
 
-PLAN_FRACTIONS = 20  # tokens a parameter (Hoffmann et al. 2022)
+TOKENS_A_PARAMETER = 20  # (Hoffmann et al. 2022)
 
 
 def plan_memory(config: ModelSettings, settings: InfoSettings,
@@ -3684,7 +3686,7 @@ def plan_memory(config: ModelSettings, settings: InfoSettings,
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
     """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
     counts, flops = parameter_counts(config), flops_per_token(config)
-    tokens = settings.tokens or PLAN_FRACTIONS * counts["active"]
+    tokens = settings.tokens or TOKENS_A_PARAMETER * counts["active"]
     yield (f"{settings.preset}: {counts['total']:,} parameters (embedding {counts['embedding']:,}, "
            f"head {counts['head'] or 'tied'}, layers {counts['blocks']:,}; {counts['active']:,} "
            f"active), vocabulary {config.vocab_size:,}, context {config.seq_len:,}")
