@@ -8,6 +8,8 @@ Quick start
   python standalone_transformer_lm.py train --data_dir data --out_dir run --preset 138m
   torchrun --nproc_per_node=8 standalone_transformer_lm.py train --data_dir data --out_dir run
   python standalone_transformer_lm.py generate --ckpt run/ckpt_best.pt --prompt "Once upon a time"
+  python standalone_transformer_lm.py sft   --ckpt run --data chats.jsonl --out_dir sft
+  python standalone_transformer_lm.py dpo   --ckpt sft --data pairs.jsonl --out_dir dpo
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
 Every command explains its flags with --help, and @FILE reads flags from a file; each run writes
@@ -24,6 +26,7 @@ Rooms
   Prep         text in any packing becomes token files
   Batches      which tokens make up which step
   Model        the transformer; it touches no file and prints nothing
+  LoRA         low-rank adapters: attach, switch off, merge
   Engine       sampling and cached generation; token ids only
   Losses       tensors in, tensors out
   Optimisers   parameter groups and schedules
@@ -44,8 +47,11 @@ File formats
   checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
                 tokenizer ema gauges; whole, unwrapped fp32 weights; optim is a list, a state for
                 each optimiser; read with weights_only=True
+                A run with adapters stores them alone: lora says of which model they are
   metrics.jsonl one object a line: step tokens time, train/*, val/*, moe/*, perf/*, gpu/*,
                 cost/*
+  rows          .jsonl, .json or .parquet. sft: messages, or prompt and response, or instruction,
+                input and output; dpo: prompt, chosen, rejected; reward: those, or a label
 
 Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback;
 128 + signal after a signal, when the step was finished and saved.
@@ -53,6 +59,7 @@ Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with i
 
 import argparse
 import ast
+import bisect
 import bz2
 import contextlib
 import ctypes
@@ -443,10 +450,10 @@ class OptimSettings:
 
     lr: float = setting(6e-4, "peak learning rate", least=0.0)
     min_lr: float = setting(0.1, "where cosine and wsd end, as a share of --lr", least=0.0)
-    optimizer: str = setting("adamw", "muon takes the hidden matrices and leaves the rest to AdamW",
+    optimizer: str = setting("muon", "muon takes the hidden matrices and leaves the rest to AdamW",
                              choices=("adamw", "muon"))
     schedule: str = setting(
-        "cosine", "course of the learning rate after the warm-up; wsd is warm-up, stable, decay",
+        "wsd", "course of the learning rate after the warm-up; wsd is warm-up, stable, decay",
         choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"))
     warmup_steps: int = setting(100, "steps of linear warm-up", least=0)
     decay_share: float = setting(
@@ -513,6 +520,8 @@ class ModelSettings:
                                  least=0)
     vocab_size: int = setting(0, "token ids, read off the tokenizer", flag=False)
     bos_id: int = setting(1, "id of <s>, read off the tokenizer", flag=False)
+    scalar_head: bool = setting(False, "a head that scores, beside the one that speaks",
+                                flag=False)
     rope_layout: str = setting("half", "pairing of rotary dimensions", flag=False)
 
     def windowed(self, layer: int) -> bool:
@@ -571,6 +580,97 @@ class ModelSettings:
 
 
 @dataclass
+class TuneSettings:
+    """Where to start and what to learn from."""
+
+    ckpt: str = setting("", "checkpoint to start from, or the folder of a run")
+    spm: str = setting("", "tokenizer, for a checkpoint that carries none")
+    data: tuple[str, ...] = setting(
+        (), "files of rows, .jsonl .json or .parquet; with weights as NAME=FILE:WEIGHT each")
+    val_data: tuple[str, ...] = setting((), "files of validation rows, in place of --val_split")
+    val_split: float = setting(
+        0.05, "share of rows held out for validation, by their first question",
+        least=0.0, below=1.0)
+    on_bad_row: str = setting("error", "what to do about rows that are wrong",
+                              choices=("error", "skip"))
+    epochs: float = setting(1.0, "times through the data, where --max_steps is 0", least=0.0)
+    seq_len: int = setting(0, "context length in tokens; 0 means the checkpoint's", least=0)
+    dropout: float = setting(0.0, "dropout, attention included", least=0.0, below=1.0)
+
+    def domains(self) -> list[tuple[str, tuple[str, ...], float]]:
+        """(name, files, weight) of each part; weights sum to 1; files without one are one part."""
+        if not any("=" in path for path in self.data):
+            return [("", self.data, 1.0)]
+        parts = DataSettings(",".join(self.data)).domains()
+        return [(name, (path,), weight) for name, path, weight in parts]
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.ckpt:
+            yield "--ckpt is missing", "name the checkpoint to start from, --ckpt runs/lm"
+        if not self.data:
+            yield "--data is missing", "name a file of rows, --data rows.jsonl"
+        if any("=" in path for path in self.data):
+            for what, fix in DataSettings(",".join(self.data)).faults():
+                yield (what.replace("--data_dir", "--data"),
+                       fix.replace("web=data/web:0.9,code=data/code:0.1",
+                                   "--data chat=chat.jsonl:0.9 math=math.jsonl:0.1"))
+
+
+@dataclass
+class SftSettings:
+    """Conversations."""
+
+    pack: bool = setting(True, "several conversations in a sequence, each blind to the others")
+    samples: int = setting(3, "questions answered at each evaluation, for the eye", least=0)
+    sample_tokens: int = setting(64, "most tokens of such an answer", least=1)
+
+
+@dataclass
+class DpoSettings:
+    """Preference loss."""
+
+    loss: str = setting("sigmoid", "simpo and orpo need no reference model", choices=(
+        "sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo"))
+    beta: float = setting(0.1, "how closely the reference is followed; simpo wants about 2",
+                          least=1e-6)
+    label_smoothing: float = setting(
+        0.0, "share of pairs thought to be labelled the wrong way round (sigmoid, robust)",
+        least=0.0, below=0.5)
+    simpo_gamma: float = setting(0.5, "margin that simpo asks for", least=0.0)
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters."""
+
+    lora_rank: int = setting(0, "rank of adapters that are trained in place of the weights; "
+                             "0 trains all weights", least=0)
+    lora_alpha: float = setting(0.0, "adapters count times alpha / rank; 0 means twice the rank",
+                                least=0.0)
+    lora_dropout: float = setting(0.0, "dropout before the adapters", least=0.0, below=1.0)
+    lora_targets: str = setting("qkv,proj,w1,w2,w3", "matrices that get one, by name")
+    lora_merge: bool = setting(False, "also write OUT/merged.pt, a checkpoint that stands alone")
+
+    @property
+    def scale(self) -> float:
+        return (self.lora_alpha or 2.0 * self.lora_rank) / max(1, self.lora_rank)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        known = ("qkv", "proj", "w1", "w2", "w3")
+        for name in self.lora_targets.split(","):
+            if name not in known:
+                yield f"--lora_targets {name} is not known", f"choose among {','.join(known)}"
+
+
+@dataclass
+class RewardSettings:
+    """Scoring, in place of training."""
+
+    score: tuple[str, ...] = setting((), "score these rows with the reward model --ckpt")
+    out: str = setting("", "file for the scored rows, .jsonl")
+
+
+@dataclass
 class SamplingSettings:
     """Sampling."""
 
@@ -591,9 +691,16 @@ class GenerateSettings:
     ckpt: str = setting("", "checkpoint, or the folder of a run")
     spm: str = setting("", "tokenizer, for a checkpoint that carries none")
     prompt: str = setting("", "text to continue")
-    prompt_file: str = setting("", "file with a prompt a line")
+    prompt_file: str = setting("", "file with a prompt a line, or .jsonl rows as sft reads them, "
+                               "whose last answer is then asked for")
+    batch_size: int = setting(64, "completions written at once", least=1)
     num_samples: int = setting(1, "continuations of each prompt", least=1)
     stop_at_eos: bool = setting(True, "a continuation ends at </s>")
+    chat: bool = setting(False, "the prompt is a question to a chat model")
+    system: str = setting("", "with --chat, the instruction before the question")
+    best_of: int = setting(1, "completions drawn for each one shown, the best by --reward_ckpt",
+                           least=1)
+    reward_ckpt: str = setting("", "reward model that --best_of asks")
     out: str = setting("", "write {prompt, completion} rows to this .jsonl instead of the terminal")
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -601,6 +708,10 @@ class GenerateSettings:
             yield "--ckpt is missing", "name a checkpoint, --ckpt runs/lm/ckpt_best.pt"
         if self.prompt and self.prompt_file:
             yield "--prompt and --prompt_file are both given", "keep one of them"
+        if (self.best_of > 1) != bool(self.reward_ckpt):
+            yield "--best_of and --reward_ckpt need each other", "give both, or neither"
+        if self.system and not self.chat:
+            yield "--system is for a chat model", "add --chat"
 
 
 @dataclass
@@ -647,6 +758,26 @@ def parse_value(kind, text: str):
             raise ValueError("a finite number")
         return value
     return text
+
+
+def with_defaults(kind: type, **defaults) -> type:
+    """The same settings with other defaults, or with whole settings in the place of some."""
+    known = {f.name: f for f in fields(kind)}
+    changed = [(name, known[name].type, value if isinstance(value, dataclasses.Field)
+                else field(default=value, metadata=known[name].metadata))
+               for name, value in defaults.items()]
+    return dataclasses.make_dataclass(kind.__name__, changed, bases=(kind,),
+                                      namespace={"__doc__": kind.__doc__})
+
+
+TuneRun = with_defaults(
+    RunSettings, out_dir="runs/tuned", eval_interval=100, ckpt_interval=100,
+    preset=setting("", "that of the checkpoint", flag=False),
+    max_steps=setting(0, "optimiser steps in all; 0 means as many as --epochs take", least=0))
+TuneOptim = with_defaults(
+    OptimSettings, lr=1e-4, optimizer="adamw", schedule="cosine", warmup_steps=10,
+    weight_decay=0.0, z_loss=setting(0.0, "of pretraining alone", flag=False))
+DpoOptim = with_defaults(TuneOptim, lr=1e-5)
 
 
 def field_faults(settings) -> Iterator[tuple[str, str]]:
@@ -1068,6 +1199,27 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
 
+    def marker(self, role: str) -> list[int]:
+        """What opens a turn: a control symbol, or the same spelled in text where there is none."""
+        return [self.roles[role]] if self.roles else self.sp.encode(f"<|{role}|>")
+
+
+def encode_chat(tokenizer: Tokenizer, turns: Iterable[tuple[str, str]],
+                reply: bool = False) -> tuple[list[int], list[bool]]:
+    """ids of the turns (role, text), and which are to be learned: what the assistant says.
+
+    With `reply` they end where the assistant is to speak.
+    """
+    ids, learned = [tokenizer.bos], [False]
+    for role, text in turns:
+        marker, body = tokenizer.marker(role), [*tokenizer.encode(text), tokenizer.eos]
+        ids += marker + body
+        learned += [False] * len(marker) + [role == "assistant"] * len(body)
+    if reply:
+        ids += tokenizer.marker("assistant")
+        learned += [False] * (len(ids) - len(learned))
+    return ids, learned
+
 
 def vocabulary_error(message: str, vocab_size: int) -> Exception:
     """SentencePiece's complaint about the vocabulary's size as a sentence; else as it is."""
@@ -1204,8 +1356,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def find_sources(paths: Iterable[str], document: str,
-                 names: dict[str, str] | None = None) -> list[Source]:
+def find_sources(paths: Iterable[str], document: str, names: dict[str, str] | None = None,
+                 flag: str = "--text_path") -> list[Source]:
     """The files that the paths, folders and globs name, sorted within each.
 
     `names` may say how messages name a path. Raises UserError that lists every path which names
@@ -1224,7 +1376,7 @@ def find_sources(paths: Iterable[str], document: str,
                 named = []
         if not named:
             what = "holds no file" if exact else "does not exist"
-            faults.append((f"--text_path {path} {what}", "name a file, folder or glob with text"))
+            faults.append((f"{flag} {path} {what}", "name a file, folder or glob with text"))
     raise_all(faults)
     return found
 
@@ -1786,8 +1938,8 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
 class StepBatch:
     """One rank's share of one step: its micro-batches and what the whole step counts.
 
-    micros: tuples of tensors, on the CPU; targets: target tokens of this rank; samples, tokens:
-    sequences and positions of the whole step, all ranks.
+    micros: tuples of tensors, on the CPU; targets, tokens: what this rank's share of the loss is
+    counted in, and its positions; samples: sequences of the whole step, all ranks.
     """
 
     micros: list[tuple[Tensor, ...]]
@@ -1796,24 +1948,20 @@ class StepBatch:
     tokens: int
 
 
-class Windows:
-    """The training stream cut into windows of seq_len + 1 ids, stride seq_len.
+class Stream:
+    """Samples to train on: sample i is a pure function of (seed, i), each epoch a permutation.
 
-    Sample i is a pure function of (seed, i): each epoch is a permutation of all windows. So what
-    a step sees depends neither on batch size, accumulation and ranks nor on restarts.
+    So what a step sees depends neither on batch size, accumulation and ranks nor on restarts. A
+    kind of stream says what its samples are (items) and how they become tensors (collate).
+    count: samples in an epoch; tokens: positions in an epoch.
     """
 
-    def __init__(self, ids: np.ndarray, seq_len: int, seed: int):
-        self.ids, self.seq_len, self.seed = ids, seq_len, seed
-        self.count = (len(ids) - 1) // seq_len
-        if self.count < 1:
-            raise UserError(
-                f"the training split holds {len(ids)} tokens, too few for --seq_len {seq_len}",
-                (f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else "")
-                + "prepare more text")
+    count: int
+    tokens: int
+    seed: int
 
     def place(self, samples: np.ndarray) -> np.ndarray:
-        """Which window each sample number is."""
+        """Which item each sample number is."""
         epochs, places = np.divmod(samples, self.count)
         chosen = np.empty_like(samples)
         for epoch in np.unique(epochs):
@@ -1821,39 +1969,80 @@ class Windows:
             chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
         return chosen
 
-    def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) of the given sample numbers; a target is the next id."""
-        rows = torch.from_numpy(self.rows(samples))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def items(self, places: np.ndarray) -> list:
+        raise NotImplementedError
 
-    def rows(self, samples: np.ndarray) -> np.ndarray:
-        """The windows of the given sample numbers: (B, seq_len + 1)."""
-        starts = self.place(samples) * self.seq_len
-        return np.stack([self.ids[s:s + self.seq_len + 1] for s in starts]).astype(np.int64)
+    def collate(self, items: list) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def targets(self, micro: tuple[Tensor, ...]) -> int:
+        """What the loss of a micro-batch is counted in: target tokens."""
+        return int((micro[1] != IGNORE).sum())
+
+    def samples(self, numbers: np.ndarray) -> list:
+        return self.items(self.place(numbers))
+
+    def batch(self, numbers: np.ndarray) -> tuple[Tensor, ...]:
+        """The micro-batch of the given sample numbers."""
+        return self.collate(self.samples(numbers))
 
     def step(self, first: int, batch_size: int, accum: int, rank: int, world: int) -> StepBatch:
         """This rank's micro-batches of the step whose first sample number is `first`."""
         numbers = first + np.arange(batch_size * accum * world).reshape(accum, world, batch_size)
         micros = [self.batch(numbers[m, rank]) for m in range(accum)]
-        return StepBatch(micros, batch_size * accum * self.seq_len, numbers.size,
-                         numbers.size * self.seq_len)
+        return StepBatch(micros, sum(map(self.targets, micros)), numbers.size,
+                         sum(micro[0].numel() for micro in micros))
+
+    def in_order(self, batch_size: int, most: int, rank: int,
+                 world: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+        """This rank's share of the items, each once, up to `most` tokens: (micro, targets)."""
+        count = min(self.count, -(-most * self.count // max(1, self.tokens)))
+        mine = np.arange(rank, count, world)
+        for i in range(0, len(mine), batch_size):
+            micro = self.collate(self.items(mine[i:i + batch_size]))
+            yield micro, self.targets(micro)
 
 
-class Mixture(Windows):
+class Windows(Stream):
+    """The training stream cut into windows of seq_len + 1 ids, stride seq_len."""
+
+    def __init__(self, ids: np.ndarray, seq_len: int, seed: int):
+        self.ids, self.seq_len, self.seed = ids, seq_len, seed
+        self.count = (len(ids) - 1) // seq_len
+        self.tokens = self.count * seq_len
+        if self.count < 1:
+            raise UserError(
+                f"the training split holds {len(ids)} tokens, too few for --seq_len {seq_len}",
+                (f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else "")
+                + "prepare more text")
+
+    def items(self, places: np.ndarray) -> list[np.ndarray]:
+        starts = places * self.seq_len
+        return [self.ids[s:s + self.seq_len + 1] for s in starts]
+
+    def collate(self, items: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T); a target is the next id."""
+        rows = torch.from_numpy(np.stack(items).astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class Mixture(Stream):
     """Several streams, each with its share of the samples; as stateless as one.
 
     Every MIXTURE_BLOCK samples hold exactly each domain's share, rounded, in shuffled order; a
     domain's own samples follow its own permutations, so it repeats nothing before its epoch ends.
     """
 
-    def __init__(self, parts: list[Windows], weights: list[float]):
-        self.parts, self.seq_len, self.seed = parts, parts[0].seq_len, parts[0].seed
+    def __init__(self, parts: list[Stream], weights: list[float]):
+        self.parts, self.seed = parts, parts[0].seed
+        self.collate, self.targets = parts[0].collate, parts[0].targets
         self.ends = np.round(np.cumsum(weights) * MIXTURE_BLOCK).astype(np.int64)
         self.starts = np.concatenate(([0], self.ends[:-1]))
         if (self.ends == self.starts).any():
-            raise UserError("--data_dir gives a part less than 1 sample in "
-                            f"{MIXTURE_BLOCK}", "raise its weight, or leave it out")
+            raise UserError(f"a part of the data has less than 1 sample in {MIXTURE_BLOCK}",
+                            "raise its weight, or leave it out")
         self.count = sum(part.count for part in parts)
+        self.tokens = sum(part.tokens for part in parts)
 
     def domains(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The domain of each sample number, and its sample number there."""
@@ -1871,13 +2060,9 @@ class Mixture(Windows):
             domains[here], numbers[here] = whole[places[here]], ranks[places[here]]
         return domains, numbers
 
-    def rows(self, samples: np.ndarray) -> np.ndarray:
-        domains, numbers = self.domains(samples)
-        rows = np.empty((len(samples), self.seq_len + 1), np.int64)
-        for domain in np.unique(domains):
-            here = domains == domain
-            rows[here] = self.parts[domain].rows(numbers[here])
-        return rows
+    def samples(self, numbers: np.ndarray) -> list:
+        pairs = zip(*self.domains(numbers), strict=True)
+        return [self.parts[domain].samples(np.array([i]))[0] for domain, i in pairs]
 
 
 def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
@@ -1889,17 +2074,22 @@ def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
     return domains
 
 
+def mixed(parts: list[Stream], weights: list[float]) -> Stream:
+    return parts[0] if len(parts) == 1 else Mixture(parts, weights)
+
+
 def training_stream(domains: list[tuple[str, TokenFolder, float]], seq_len: int,
-                    seed: int) -> Windows:
+                    seed: int) -> Stream:
     parts = [Windows(folder.train, seq_len, seed) for _, folder, _ in domains]
-    return parts[0] if len(parts) == 1 else Mixture(parts, [weight for *_, weight in domains])
+    return mixed(parts, [weight for *_, weight in domains])
 
 
 def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int,
-                       world: int) -> Iterator[tuple[Tensor, Tensor]]:
+                       world: int) -> Iterator[tuple[tuple[Tensor, Tensor], int]]:
     """This rank's share of a split in order, up to `most` tokens, every batch of full shape.
 
-    The ragged end is filled with PAD inputs and IGNOREd targets, so each target counts once.
+    Yields (inputs, targets) and how many targets they hold. The ragged end is filled with PAD
+    inputs and IGNOREd targets, so each target counts once.
     """
     targets = min(len(ids) - 1, most)
     windows = -(-targets // seq_len)
@@ -1912,7 +2102,303 @@ def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int
             length = min(seq_len, targets - start)
             piece = torch.from_numpy(ids[start:start + length + 1].astype(np.int64))
             x[row, :length], y[row, :length] = piece[:-1], piece[1:]
-        yield x, y
+        yield (x, y), int((y != IGNORE).sum())
+
+
+ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+FAULTS_SHOWN = 5  # bad rows named in full; all are counted
+LENGTHS = 8  # a padded batch has one of so many lengths, so that compiling comes to an end
+Turns = list[tuple[str, str]]
+
+
+def clean(value: object, what: str) -> str:
+    """`value` as text; ValueError where it is none, or blank."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is missing" if value is None else f"{what} is no text")
+    if not value.strip():
+        raise ValueError(f"{what} is empty")
+    return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+
+
+def turns_of(value: object, role: str, what: str) -> Turns:
+    """Turns from a text, which `role` says, or from a list of messages."""
+    if not isinstance(value, list):
+        return [(role, clean(value, what))]
+    turns = []
+    for message in value:
+        if not isinstance(message, dict):
+            raise ValueError(f"{what} holds something else than messages")
+        named = message.get("role", message.get("from"))
+        if named not in ROLE_NAMES:
+            raise ValueError(f"{what} has the unknown role {named!r}")
+        text = clean(message.get("content", message.get("value")), f"a {named} message")
+        turns.append((ROLE_NAMES[named], text))
+    return turns
+
+
+def check_turns(turns: Turns) -> Turns:
+    """A conversation: a system turn or none, then user and assistant in turn; else ValueError."""
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    for i, role in enumerate(spoken):
+        if role == "system":
+            raise ValueError("a system message stands behind the first place")
+        if i and role == spoken[i - 1]:
+            raise ValueError(f"two {role} messages in a row")
+    if not spoken or spoken[0] != "user":
+        raise ValueError("the user does not speak first")
+    return turns
+
+
+def answered(turns: Turns) -> Turns:
+    if check_turns(turns)[-1][0] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    return turns
+
+
+def conversation(row: dict) -> Turns:
+    """The turns of a row: messages, or prompt and response, or instruction, input and output."""
+    key = next((k for k in ("messages", "conversations") if k in row), None)
+    if key:
+        return answered(turns_of(row[key], "user", key))
+    if "instruction" in row:
+        text = clean(row["instruction"], "instruction")
+        if isinstance(row.get("input"), str) and row["input"].strip():
+            text += "\n\n" + clean(row["input"], "input")
+        return answered([("user", text), *turns_of(row.get("output"), "assistant", "output")])
+    if "prompt" not in row:
+        raise ValueError("it has neither messages nor prompt nor instruction")
+    answer = "response" if "response" in row else "completion"
+    return answered(turns_of(row["prompt"], "user", "prompt")
+                    + turns_of(row.get(answer), "assistant", "response"))
+
+
+def preference(row: dict) -> tuple[Turns, Turns]:
+    """The conversations that end in the chosen and in the rejected answer."""
+    prompt = turns_of(row["prompt"], "user", "prompt") if "prompt" in row else []
+    pair = []
+    for key in ("chosen", "rejected"):
+        turns = turns_of(row.get(key), "assistant", key)
+        whole = turns if turns[:len(prompt)] == prompt else prompt + turns
+        pair.append(answered(whole))
+    if pair[0] == pair[1]:
+        raise ValueError("chosen and rejected are identical")
+    if pair[0][:-1] != pair[1][:-1]:
+        raise ValueError("chosen and rejected answer different prompts")
+    return pair[0], pair[1]
+
+
+def labelled(row: dict) -> tuple[Turns, float]:
+    """A conversation and whether its answer is right: 1.0 or 0.0."""
+    label = row.get("label")
+    if label not in (0, 1):
+        raise ValueError("label is missing" if label is None else f"label {label!r} is not 0 or 1")
+    return conversation(row), float(label)
+
+
+def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
+    """(line, text still to be parsed) of a .jsonl, or (row, object) of a .json or .parquet."""
+    if source.kind == "parquet":
+        yield from enumerate(need("pyarrow.parquet").read_table(source.path).to_pylist(), 1)
+        return
+    blocks = read_blocks(dataclasses.replace(source, kind="file") if source.path.suffix == ".json"
+                         else source, "")
+    for block in blocks:
+        text = decode_block(block, "strict")
+        if block.kind == "file" and text.lstrip().startswith("["):
+            yield from enumerate(json.loads(text), 1)
+            return
+        for number, line in enumerate(text.split("\n"), block.line):
+            if line.strip():
+                yield number, line
+
+
+def parse_row(row: object, parse: Callable[[dict], object]):
+    """The parsed row; ValueError says what is wrong with it."""
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as fault:
+            raise ValueError(f"not JSON ({fault})") from fault
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    return parse(row)
+
+
+def read_rows(paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str) -> list:
+    """Every row of the files, parsed.
+
+    Raises UserError that names the first bad rows by file and line and counts all of them, and
+    where there is no row at all; with on_bad_row "skip" the bad ones are named and passed over.
+    """
+    good, bad = [], []
+    for source in find_sources(paths, "jsonl", flag="--data"):
+        try:
+            for number, row in numbered_rows(source):
+                try:
+                    good.append(parse_row(row, parse))
+                except ValueError as fault:
+                    bad.append(f"{source.shown}, line {number}: {fault}")
+        except ValueError as fault:
+            raise UserError(f"{source.shown} is not JSON ({fault})", "mend the file") from fault
+    if bad:
+        shown = "; ".join(bad[:FAULTS_SHOWN])
+        more = f"; and {len(bad) - FAULTS_SHOWN} more" if len(bad) > FAULTS_SHOWN else ""
+        what = f"{len(bad)} of {len(bad) + len(good)} rows are bad: {shown}{more}"
+        if on_bad_row == "error":
+            raise UserError(what, "mend them, or pass over them with --on_bad_row skip")
+        say(f"warning: {what}; passed over")
+    if not good:
+        raise UserError(f"there is no row in {', '.join(paths)}", "give rows to learn from")
+    return good
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: its ids (n,) and which of them are learned (n,)."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+
+    def targets(self) -> np.ndarray:
+        """The target of each place (n,): the next id where that is learned, else IGNORE."""
+        shifted = np.append(self.ids[1:], 0)
+        return np.where(np.append(self.learned[1:], False), shifted, IGNORE)
+
+
+def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
+    """All answers of a conversation, cut behind the last one within `limit` ids; None: no one is.
+    """
+    ids, learned = encode_chat(tokenizer, turns)
+    if len(ids) > limit:
+        ends = [i + 1 for i in range(limit) if learned[i] and ids[i] == tokenizer.eos]
+        ids, learned = ids[:max(ends, default=0)], learned[:max(ends, default=0)]
+    return Example(np.array(ids), np.array(learned)) if ids else None
+
+
+def last_answer(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
+    """The last answer alone to be learned; None where it does not fit."""
+    prompt = encode_chat(tokenizer, turns[:-1], reply=True)[0]
+    ids = encode_chat(tokenizer, turns)[0]
+    learned = np.arange(len(ids)) >= len(prompt)
+    return Example(np.array(ids), learned) if len(ids) <= limit else None
+
+
+def held_out(turns: Turns, share: float) -> bool:
+    """Whether a conversation is for validation: by its first question, so none is on both sides."""
+    first = next(text for role, text in turns if role == "user")
+    return content_hash(first.encode(), b"rows") < share
+
+
+def fit_rows(rows: list[list[Turns]], make: Callable[[Turns], Example | None], eos: int,
+             name: str) -> tuple[list[list[Example]], list[int]]:
+    """Groups of examples and the rows they come from; says how many were cut, how many left out.
+
+    Raises UserError where not one fits.
+    """
+    groups = [[make(turns) for turns in row] for row in rows]
+    kept = [i for i, group in enumerate(groups) if all(group)]
+    cut = sum((one.ids == eos).sum() < len(turns) for i in kept
+              for one, turns in zip(groups[i], rows[i], strict=True))
+    notes = [f"{cut} cut behind the last answer that fits"] * bool(cut)
+    notes += [f"{len(rows) - len(kept)} longer than the context left out"] \
+        * (len(kept) < len(rows))
+    if not kept:
+        raise UserError(f"{name}: every row is longer than the context", "use a larger --seq_len")
+    say(f"{name}: {len(kept)} rows" + "".join(f", {note}" for note in notes))
+    return [groups[i] for i in kept], kept
+
+
+def data_key(groups: Iterable[list[Example]]) -> str:
+    """What tells these rows from any others, as they are encoded."""
+    digest = hashlib.blake2b(digest_size=16)
+    for one in (one for group in groups for one in group):
+        digest.update(one.ids.tobytes())
+        digest.update(one.learned.tobytes())
+    return digest.hexdigest()
+
+
+def padded(examples: list[Example], length: int) -> tuple[Tensor, Tensor]:
+    """ids and targets (B, length) of examples, one a row."""
+    ids = torch.full((len(examples), length), PAD)
+    targets = torch.full((len(examples), length), IGNORE)
+    for i, one in enumerate(examples):
+        ids[i, :len(one.ids)] = torch.from_numpy(one.ids)
+        targets[i, :len(one.ids)] = torch.from_numpy(one.targets())
+    return ids, targets
+
+
+def padded_length(longest: int, limit: int) -> int:
+    unit = -(-limit // LENGTHS)
+    return min(limit, -(-longest // unit) * unit)
+
+
+def pack_lengths(lengths: list[int], room: int) -> list[list[int]]:
+    """Indices of lengths in bins that hold `room`: longest first, each where it fits best."""
+    bins: list[list[int]] = []
+    spare: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(spare, (lengths[i], -1))
+        left, chosen = spare.pop(at) if at < len(spare) else (room, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(i)
+        bisect.insort(spare, (left - lengths[i], chosen))
+    return bins
+
+
+class Chats(Stream):
+    """Conversations, several packed in a sequence of seq_len, or one a sequence.
+
+    Packed, each begins with <s> and its last id is a target only, as the model's doc_mask wants.
+    """
+
+    def __init__(self, examples: list[Example], seq_len: int, seed: int, pack: bool):
+        self.examples, self.seq_len, self.seed, self.pack = examples, seq_len, seed, pack
+        lengths = [len(one.ids) - 1 for one in examples]
+        self.bins = pack_lengths(lengths, seq_len) if pack else [[i] for i in range(len(examples))]
+        self.count = len(self.bins)
+        self.tokens = self.count * seq_len if pack else sum(lengths)
+
+    def items(self, places: np.ndarray) -> list[list[Example]]:
+        return [[self.examples[i] for i in self.bins[place]] for place in places]
+
+    def collate(self, items: list[list[Example]]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T)."""
+        lengths = [sum(len(one.ids) - 1 for one in item) for item in items]
+        length = self.seq_len if self.pack else padded_length(max(lengths), self.seq_len)
+        x, y = torch.full((len(items), length), PAD), torch.full((len(items), length), IGNORE)
+        for row, (item, n) in enumerate(zip(items, lengths, strict=True)):
+            x[row, :n] = torch.from_numpy(np.concatenate([one.ids[:-1] for one in item]))
+            y[row, :n] = torch.from_numpy(np.concatenate([one.targets()[:-1] for one in item]))
+        return x, y
+
+
+class Groups(Stream):
+    """Answers that are judged together, each with a number: pairs with their reference's
+    log-probs, or single answers with their label.
+
+    groups: each g Examples; numbers (count, g). A loss is counted in groups.
+    """
+
+    def __init__(self, groups: list[list[Example]], numbers: np.ndarray, seq_len: int, seed: int):
+        self.groups, self.numbers, self.seq_len, self.seed = groups, numbers, seq_len, seed
+        self.count = len(groups)
+        self.tokens = sum(len(one.ids) for group in groups for one in group)
+
+    def items(self, places: np.ndarray) -> list[tuple[list[Example], np.ndarray]]:
+        return [(self.groups[place], self.numbers[place]) for place in places]
+
+    def collate(self, items: list[tuple[list[Example], np.ndarray]]) -> tuple[Tensor, ...]:
+        """ids and targets (B g, T) and numbers (B, g); a group's answers stand one after the other.
+        """
+        examples = [one for group, _ in items for one in group]
+        longest = max(len(one.ids) for one in examples)
+        numbers = torch.from_numpy(np.stack([number for _, number in items]).astype(np.float32))
+        return *padded(examples, padded_length(longest, self.seq_len)), numbers
+
+    def targets(self, micro: tuple[Tensor, ...]) -> int:
+        return len(micro[2])
 
 
 # ==================================================================================================
@@ -2248,6 +2734,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.tok_emb.weight
+        self.score = nn.Linear(config.d_model, 1, bias=False) if config.scalar_head else None
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)  # (n_sink + seq_len, D/2)
         self.register_buffer("sin", sin, persistent=False)
@@ -2267,8 +2754,8 @@ class Transformer(nn.Module):
         std = 0.5 / math.sqrt(width) if self.config.trunc_init else INIT_STD
         bound = 3 * std if self.config.trunc_init else math.inf
         for name, weight in self.named_parameters():
-            if weight.dim() < 2:
-                nn.init.ones_(weight)
+            if weight.dim() < 2 or name == "score.weight":
+                nn.init.constant_(weight, weight.dim() < 2)  # a new judge scores all alike
                 continue
             into_stream = name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3"))
             drawn = torch.randn(weight.shape, generator=generator) * std
@@ -2397,6 +2884,80 @@ def flops_per_token(config: ModelSettings) -> int:
 
 
 # ==================================================================================================
+# LoRA: low-rank adapters: attach, switch off, merge
+# ==================================================================================================
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear map W and a low-rank change of it: W x + scale B A x (Hu et al. 2021)."""
+
+    def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.scale, self.enabled = base.weight, settings.scale, True
+        self.drop = nn.Dropout(settings.lora_dropout)
+        a = torch.rand(settings.lora_rank, base.in_features, generator=generator) * 2 - 1
+        self.lora_a = nn.Parameter(a / math.sqrt(base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.lora_rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        if not self.enabled:
+            return y
+        return y + F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b) * self.scale
+
+
+def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
+    """Freeze the model and give the named matrices adapters, which change nothing yet.
+
+    Raises UserError where the model has no such matrix.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora"))
+    attached = 0
+    for part in (part for block in model.blocks for part in (block.attn, block.mlp)):
+        for name in settings.lora_targets.split(","):
+            if isinstance(base := getattr(part, name, None), nn.Linear):
+                setattr(part, name, LoraLinear(base, settings, generator))
+                attached += 1
+    if not attached:
+        raise UserError(f"--lora_targets {settings.lora_targets}: this model has no such matrix",
+                        "experts take no adapter; use --lora_targets qkv,proj")
+    if model.score is not None:
+        model.score.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def without_lora(model: nn.Module):
+    """Inside, the model is the one that was adapted: the reference of DPO and GRPO."""
+    adapters = [part for part in model.modules() if isinstance(part, LoraLinear)]
+    for part in adapters:
+        part.enabled = False
+    try:
+        yield
+    finally:
+        for part in adapters:
+            part.enabled = True
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
+
+
+def merge_lora(weights: dict[str, Tensor], adapter: dict[str, Tensor],
+               scale: float) -> dict[str, Tensor]:
+    """The weights with an adapter's trained_weights worked into them."""
+    merged = dict(weights)
+    for name, value in adapter.items():
+        stem, _, part = name.rpartition(".")
+        if part == "lora_b":
+            change = value.float() @ adapter[f"{stem}.lora_a"].float()
+            merged[f"{stem}.weight"] = weights[f"{stem}.weight"] + scale * change
+        elif part != "lora_a":
+            merged[name] = value
+    return merged
+
+
+# ==================================================================================================
 # Engine: sampling and cached generation; token ids only
 # ==================================================================================================
 
@@ -2519,14 +3080,15 @@ class Decoder:
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSettings, seed: int,
              stop: frozenset[int] = frozenset(), dtype: torch.dtype = torch.float32,
-             ) -> Iterator[tuple[int, int]]:
+             first: int = 0) -> Iterator[tuple[int, int]]:
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
     Each distinct prompt is read once and finished rows leave the batch. A row draws the same ids
-    alone as in any batch. Beyond the context the oldest half is forgotten.
+    alone as in any batch, where `first` counts the rows before it. Beyond the context the oldest
+    half is forgotten.
     """
     rows = list(range(len(prompts)))
-    chance = torch.stack([uniforms(seed, r, settings.max_new_tokens) for r in rows])
+    chance = torch.stack([uniforms(seed, first + r, settings.max_new_tokens) for r in rows])
     decoder = Decoder(model, prompts, dtype)
     done: set[int] = set()
     for t in range(settings.max_new_tokens):
@@ -2596,15 +3158,128 @@ def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor, z_loss: floa
     return loss
 
 
+def sequence_logps(model: Transformer, ids: Tensor,
+                   targets: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Summed log-probability of each row's targets (B,), and the mixture's side loss a row."""
+    hidden, side = model.hidden_and_side(ids)
+    logps = -token_losses(hidden, model.logits, targets).view(targets.shape).sum(1)
+    return logps, 0.0 if side is None or not model.training else side
+
+
+def gap(pairs: Tensor) -> Tensor:
+    """What the chosen has more than the rejected: (B, 2) -> (B,)."""
+    return pairs[:, 0] - pairs[:, 1]
+
+
+def smoothed(margin: Tensor, s: DpoSettings) -> Tensor:
+    """Cross-entropy of a logit where a share of the labels is thought to be wrong."""
+    right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return right * (1 - s.label_smoothing) + wrong * s.label_smoothing
+
+
+def robust_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Unbiased under flipped labels (Chowdhury et al. 2024, eq. 10)."""
+    right, wrong = -F.logsigmoid(gap(rewards)), -F.logsigmoid(-gap(rewards))
+    share = s.label_smoothing
+    return (right * (1 - share) - wrong * share) / (1 - 2 * share)
+
+
+def apo_zero_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Chosen up, rejected down, each by itself (D'Oosterlinck et al. 2024, section 3)."""
+    return 1 - rewards[:, 0].sigmoid() + rewards[:, 1].sigmoid()
+
+
+def apo_down_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Both down, the rejected further (D'Oosterlinck et al. 2024, section 3)."""
+    return rewards[:, 0].sigmoid() + 1 - gap(rewards).sigmoid()
+
+
+def orpo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Likelihood of the chosen and its odds over the rejected (Hong et al. 2024, eq. 6)."""
+    odds = means - torch.log1p(-means.clamp(max=-1e-6).exp())
+    return -means[:, 0] - s.beta * F.logsigmoid(gap(odds))
+
+
+# name -> loss (B,) of pairs' rewards (B, 2), their policy's mean log-probs a token (B, 2), settings
+PREFERENCE_LOSSES = {
+    "sigmoid": lambda rewards, means, s: smoothed(gap(rewards), s),  # Rafailov et al. 2023, eq. 7
+    "ipo": lambda rewards, means, s: (gap(rewards) / s.beta - 0.5 / s.beta).square(),
+    "hinge": lambda rewards, means, s: F.relu(1 - gap(rewards)),  # Zhao et al. 2023
+    "robust": robust_loss, "apo_zero": apo_zero_loss, "apo_down": apo_down_loss,
+    "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s),
+    "orpo": orpo_loss}
+BY_LENGTH = ("ipo", "simpo", "orpo")  # rewards are means a token (Meng et al. 2024, section 2.2)
+REFERENCE_FREE = ("simpo", "orpo")
+PAIR_METRICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "length_bias")
+BINS = 10  # of calibration
+JUDGE_METRICS = ("loss", "margin", "accuracy") + ("bin",) * BINS
+
+
+def preference_loss(model: Transformer, ids: Tensor, targets: Tensor, reference: Tensor,
+                    settings: DpoSettings) -> Tensor:
+    """PAIR_METRICS summed over pairs: ids, targets (2B, T), chosen and rejected in turn.
+
+    reference (B, 2) holds the reference's log-probs. length_bias: by how many tokens the answer
+    with the higher reward is the longer one.
+    """
+    logps, side = sequence_logps(model, ids, targets)
+    policy, lengths = logps.view(-1, 2), (targets != IGNORE).sum(1).view(-1, 2)
+    ratios = policy if settings.loss in REFERENCE_FREE else policy - reference
+    rewards = settings.beta * (ratios / lengths if settings.loss in BY_LENGTH else ratios)
+    losses = PREFERENCE_LOSSES[settings.loss](rewards, policy / lengths, settings) + side
+    margin = gap(rewards.detach())
+    metrics = (margin, (margin > 0).float(), *policy.detach().unbind(1),
+               margin.sign() * gap(lengths))
+    return torch.stack([losses.sum(), *(m.sum() for m in metrics)])
+
+
+def reward_scores(model: Transformer, ids: Tensor,
+                  targets: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The scalar head at the end of each row's last target (B,), and the side loss a row."""
+    hidden, side = model.hidden_and_side(ids)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    ends = ((targets != IGNORE) * places).amax(1) + 1
+    rows = torch.arange(len(ids), device=ids.device)
+    scores = model.score(hidden[rows, ends]).squeeze(-1).float()
+    return scores, 0.0 if side is None or not model.training else side
+
+
+def judge_metrics(losses: Tensor, logits: Tensor, right: Tensor) -> Tensor:
+    """JUDGE_METRICS summed: a judgement's logit in favour of what is right, and its confidence
+    less its success, by bins of confidence (Guo et al. 2017, eq. 3)."""
+    logits = logits.detach()
+    confidence = logits.abs().sigmoid()
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    error = torch.zeros(BINS, device=logits.device).scatter_add_(0, bins, confidence - right)
+    return torch.cat((torch.stack((losses.sum(), logits.sum(), right.sum())), error))
+
+
+def pair_loss(model: Transformer, ids: Tensor, targets: Tensor, numbers: Tensor) -> Tensor:
+    """JUDGE_METRICS of pairs, chosen and rejected in turn (Bradley and Terry 1952)."""
+    scores, side = reward_scores(model, ids, targets)
+    margin = gap(scores.view(-1, 2))
+    return judge_metrics(side - F.logsigmoid(margin), margin, (margin > 0).float())
+
+
+def label_loss(model: Transformer, ids: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    """JUDGE_METRICS of single answers with labels (B, 1): a verifier (Cobbe et al. 2021)."""
+    scores, side = reward_scores(model, ids, targets)
+    signed = scores * (2 * labels.squeeze(1) - 1)
+    return judge_metrics(side - F.logsigmoid(signed), signed, (signed > 0).float())
+
+
 class Objective(nn.Module):
-    """A model and its loss as one module, so that compile, DDP and FSDP wrap every gradient."""
+    """A model and its loss as one module, so that compile, DDP and FSDP wrap every gradient.
+
+    The loss is a scalar, or a vector of sums that begins with the one to be trained on.
+    """
 
     def __init__(self, model: Transformer, loss: Callable[..., Tensor]):
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, *batch: Tensor) -> Tensor:
-        return self.loss(self.model, *batch)
+        return self.loss(self.model, *batch).reshape(-1)
 
 
 # ==================================================================================================
@@ -2730,6 +3405,8 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     kinds: dict[str, list[nn.Parameter]] = {"qkv": [], "hidden": [], "head": [], "spared": []}
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         if weight.dim() < 2 or name.endswith(("tok_emb.weight", "sinks")):
             kinds["spared"].append(weight)
         elif "blocks." not in name or name.endswith("router.weight"):
@@ -2747,13 +3424,14 @@ def make_optimizers(model: Transformer, settings: OptimSettings,
     decayed = kinds["head"] + ([] if muon else kinds["qkv"] + kinds["hidden"])
     groups = [{"params": decayed, "weight_decay": settings.weight_decay},
               {"params": kinds["spared"], "weight_decay": 0.0}]
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr,
-                              betas=(settings.beta1, settings.beta2),
-                              fused=device.type in ("cpu", "cuda"))]
+    groups = [g for g in groups if g["params"]]
+    made = [torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2),
+                              fused=device.type in ("cpu", "cuda"))] if groups else []
     if muon:
         heads = (config.n_head, config.kv_heads, config.kv_heads)
         rows = tuple(count * config.head_size for count in heads)
-        made.append(Muon([{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}],
+        matrices = [{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}]
+        made.append(Muon([g for g in matrices if g["params"]],
                          settings.muon_lr or settings.lr, settings.weight_decay,
                          settings.muon_momentum, settings.muon_scale))
     return made
@@ -2763,7 +3441,7 @@ class Average:
     """An exponential moving average of a model's weights, which can stand in for them."""
 
     def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
-        self.live, self.decay = list(model.parameters()), decay
+        self.live, self.decay = [w for w in model.parameters() if w.requires_grad], decay
         self.weights = [w.detach().clone() for w in self.live]
         for mine, stored in zip(self.weights, weights or (), strict=bool(weights)):
             mine.copy_(stored)
@@ -2913,14 +3591,46 @@ def half_split(qkv: Tensor, config: ModelSettings) -> Tensor:
     return torch.cat((rows.transpose(1, 2).reshape(turned, qkv.shape[1]), qkv[turned:]))
 
 
+def weights_key(weights: dict[str, Tensor]) -> str:
+    """What tells one model's weights from any other's."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def with_base(checkpoint: dict, path: Path) -> dict:
+    """A checkpoint of adapters, merged into the model that they adapt.
+
+    Raises UserError where that model is not where it was, or has changed.
+    """
+    lora = checkpoint["lora"]
+    places = (Path(lora["base"]), path.parent / Path(lora["base"]).name)
+    found = next((place for place in places if place.exists() and place != path), None)
+    if found is None:
+        raise UserError(f"the model {lora['base']}, which {path} adapts, is not there",
+                        f"put it back, or copy it into {path.parent}")
+    base = load_checkpoint(found)
+    if weights_key(base["model"]) != lora["key"]:
+        raise UserError(f"{found} is no longer the model that {path} adapts",
+                        f"put that model's file into {path.parent}, under another folder's name")
+    weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
+    if not checkpoint["config"]["scalar_head"]:
+        weights.pop("score.weight", None)
+    return {**checkpoint, "model": weights, "original": False}
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of any age, ready to build from: names unwrapped, rotary pairs half-split.
 
-    "config" is a whole dict of ModelSettings fields, "tokenizer" the model's bytes or None.
-    Raises UserError where it cannot be used.
+    "config" is a whole dict of ModelSettings fields, "tokenizer" the model's bytes or None;
+    adapters are merged into what they adapt. Raises UserError where it cannot be used.
     """
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
+    if checkpoint.get("lora"):
+        return with_base(checkpoint, path)
     original = "rope_layout" not in checkpoint["config"]
     weights = {unwrapped(str(name)): weight for name, weight in checkpoint["model"].items()}
     if original:
@@ -3070,15 +3780,29 @@ def tensorboard_sink(out: Path, step: int) -> Callable[[dict], None]:
     return write
 
 
+def report(prefix: str, names: tuple[str, ...], values: Iterable[float]) -> dict[str, float]:
+    """Metrics under their prefix; bins of calibration as the one error they add up to."""
+    row, error = {}, None
+    for name, value in zip(names, values, strict=True):
+        if name == "bin":
+            error = (error or 0.0) + abs(value)
+        else:
+            row[f"{prefix}/{name}"] = value
+    return row if error is None else {**row, f"{prefix}/calibration_error": error}
+
+
 class Gauges:
     """What a run tells: metrics.jsonl, optional services, and the progress line.
 
     Losses and gradient norms gather on the device and are read when a line is written.
     """
 
-    def __init__(self, out: Path, run: RunSettings, machine: Machine, flops: int, state: dict):
+    def __init__(self, out: Path, run: RunSettings, machine: Machine, flops: int, state: dict,
+                 names: tuple[str, ...] = ("loss",)):
         self.out, self.run, self.machine, self.flops = out, run, machine, flops
-        self.sums = torch.tensor(state.get("sums", (0.0, 0.0)), device=machine.device)
+        self.names = names  # of the loss's sums
+        zeros = (0.0,) * (len(names) + 1)
+        self.sums = torch.tensor(state.get("sums", zeros), device=machine.device)
         self.steps, self.tokens = state.get("steps", 0), state.get("tokens", 0)
         self.seconds_before = state.get("seconds", 0.0)
         self.began, self.stopwatch, self.timed_tokens = time.monotonic(), time.monotonic(), 0
@@ -3087,41 +3811,46 @@ class Gauges:
         self.note = ""
         self.file, self.sinks = None, []
         if machine.main:
-            cut_log(out / "metrics.jsonl", self.step)
+            for log in ("metrics.jsonl", "samples.jsonl"):
+                cut_log(out / log, self.step)
             self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
             self.sinks += [wandb_sink(run.wandb, out, dataclasses.asdict(run))] if run.wandb else []
             self.sinks += [tensorboard_sink(out, self.step)] if run.tensorboard else []
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, tokens: int) -> None:
-        """One step: its mean loss and gradient norm, still on the device, and its tokens."""
-        self.sums += torch.stack((loss.detach().float(), norm.detach().float()))
+    def add(self, step: int, losses: Tensor, norm: Tensor, tokens: int) -> None:
+        """One step: its mean losses and gradient norm, still on the device, and its tokens."""
+        self.sums += torch.cat((losses.detach().float().view(-1), norm.detach().float().view(1)))
         self.step, self.steps = step, self.steps + 1
         self.tokens += tokens
         self.timed_tokens += tokens
         self.progress.update(step, self.note)
 
-    def means(self) -> tuple[float, float]:
-        """Mean loss and gradient norm since the last line, over all ranks.
+    def totals(self) -> list[float]:
+        """Losses and gradient norm summed since the last line, over all ranks."""
+        *losses, norm = self.sums.tolist()
+        return [total / self.machine.world for total in self.machine.total(*losses)] + [norm]
+
+    def means(self) -> list[float]:
+        """Mean losses and gradient norm since the last line, over all ranks.
 
         Raises UserError where the loss is no longer a number.
         """
-        loss, norm = self.sums.tolist()
-        loss = self.machine.total(loss)[0] / self.machine.world
-        if not math.isfinite(loss + norm):
+        totals = self.totals()
+        if not math.isfinite(sum(totals)):
             raise UserError(
                 f"the loss or its gradient is no longer a number at step {self.step}",
                 "resume with a lower --lr, more --warmup_steps, or --dtype fp32; the last "
                 "checkpoint is whole")
-        return loss / max(1, self.steps), norm / max(1, self.steps)
+        return [total / max(1, self.steps) for total in totals]
 
     def row(self, lr: float) -> dict:
         """The figures since the last row, which starts the next."""
-        loss, norm = self.means()
+        *losses, norm = self.means()
         seconds = max(time.monotonic() - self.stopwatch, 1e-9)
         speed = self.timed_tokens / seconds
         peak = peak_flops(self.machine.device)
         mfu = speed * self.flops / (peak * self.machine.world) if peak else None
-        row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr,
+        row = {**report("train", self.names, losses), "train/grad_norm": norm, "train/lr": lr,
                "perf/tok_per_s": round(speed, 1), "perf/mfu": mfu}
         if (memory := memory_gb(self.machine.device)) is not None:
             row["gpu/memory_gb"] = memory
@@ -3153,6 +3882,13 @@ class Gauges:
         for sink in self.sinks:
             sink(row)
 
+    def write_samples(self, rows: list[dict]) -> None:
+        """Answers of the model, a line each in samples.jsonl and on the terminal."""
+        with (self.out / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n")
+        say(*(f"  {row['prompt']!r} -> {row['answer']!r}" for row in rows))
+
     @contextlib.contextmanager
     def aside(self):
         """Time spent here, in evaluation or saving, does not count as training speed."""
@@ -3165,9 +3901,7 @@ class Gauges:
 
         To be called on every rank, for each holds its part of the loss.
         """
-        loss, norm = self.sums.tolist()
-        loss = self.machine.total(loss)[0] / self.machine.world
-        return {"sums": (loss, norm), "steps": self.steps, "tokens": self.tokens,
+        return {"sums": self.totals(), "steps": self.steps, "tokens": self.tokens,
                 "seconds": self.elapsed(), "step": self.step}
 
     def close(self) -> None:
@@ -3182,24 +3916,32 @@ class Gauges:
 
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
-SAME_ON_RESUME = ("seed", "seq_len", "optimizer")
+SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "lora_rank", "lora_targets",
+                  "data_key")
 
 
 @dataclass
 class Job:
     """What one trainer gives the loop.
 
-    batches(first sample, batch_size, grad_accum_steps, rank, world) is one step's share;
-    evaluate(module) runs on every rank and returns metrics with val/loss among them.
+    evaluate(module) runs on every rank and returns metrics with val/loss among them;
+    samples(model) runs on rank 0 and returns answers to be shown. names are those of the loss's
+    sums, and lora says what adapters belong to, where only such are trained.
     """
 
     kind: str
     model: Transformer
     loss: Callable[..., Tensor]
-    batches: Callable[..., StepBatch]
+    stream: Stream
     evaluate: Callable[[nn.Module], dict[str, float]]
     tokenizer: Tokenizer
-    sequence_tokens: int
+    names: tuple[str, ...] = ("loss",)
+    samples: Callable[[Transformer], list[dict]] | None = None
+    lora: dict | None = None
+
+    @property
+    def sample_tokens(self) -> float:
+        return self.stream.tokens / self.stream.count
 
 
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
@@ -3239,11 +3981,12 @@ class Trainer:
         flops = flops_per_token(job.model.config)
         objective = Objective(job.model, job.loss)
         self.step_samples = run.batch_size * run.grad_accum_steps * machine.world
-        total = float(flops) * run.max_steps * self.step_samples * job.sequence_tokens
+        total = float(flops) * run.max_steps * self.step_samples * job.sample_tokens
         if wants_compile(run.compile, total, machine):
             objective = torch.compile(objective, dynamic=False)
         self.objective, self.wrapped = objective, distribute(objective, machine)
-        self.gauges = Gauges(self.out, run, machine, flops, saved["gauges"] if saved else {})
+        gauges = saved["gauges"] if saved else {}
+        self.gauges = Gauges(self.out, run, machine, flops, gauges, job.names)
 
     def restore(self, saved: dict) -> None:
         """Continue from a checkpoint's counters and optimiser; the model has its weights."""
@@ -3258,12 +4001,13 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
 
     def checkpoint(self) -> dict:
-        weights = self.job.model.state_dict()
+        model, lora = self.job.model, self.job.lora
+        weights = trained_weights(model) if lora else model.state_dict()
         return {
             "format": CHECKPOINT_FORMAT, "kind": self.job.kind, "step": self.step,
             "samples": self.samples, "best_val": self.best_val,
             "model": {name: weight.detach() for name, weight in weights.items()},
-            "config": dataclasses.asdict(self.job.model.config),
+            "config": dataclasses.asdict(model.config), "lora": lora,
             "optim": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
@@ -3277,18 +4021,18 @@ class Trainer:
     def train_step(self, stop: int) -> bool:
         """One optimiser step over all ranks; whether any rank was told to stop."""
         run, machine = self.run, self.machine
-        batch = self.job.batches(self.samples, run.batch_size, run.grad_accum_steps, machine.rank,
-                                 machine.world)
-        targets, stops = machine.total(batch.targets, stop)
+        batch = self.job.stream.step(self.samples, run.batch_size, run.grad_accum_steps,
+                                     machine.rank, machine.world)
+        targets, tokens, stops = machine.total(batch.targets, batch.tokens, stop)
         seed_step(self.args["seed"], self.step, machine.rank)
         lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
-        loss = self.gradients(batch, machine.world / targets)
+        losses = self.gradients(batch, machine.world / targets)
         norm = self.update()
         self.step += 1
         if self.ema:
             self.ema.update(self.step)
         self.samples += batch.samples
-        self.gauges.add(self.step, loss, norm, batch.tokens)
+        self.gauges.add(self.step, losses, norm, int(tokens))
         row = self.gauges.row(lr) if self.due(run.log_interval) else {}
         if self.due(run.eval_interval):
             row |= self.evaluate()
@@ -3297,15 +4041,15 @@ class Trainer:
         return bool(stops)
 
     def gradients(self, batch: StepBatch, scale: float) -> Tensor:
-        """Accumulate the gradient of the step's mean token loss; this rank's share of the loss."""
-        total = torch.zeros((), device=self.machine.device)
+        """Accumulate the gradient of the step's mean loss; this rank's share of its losses."""
+        total = torch.zeros(len(self.job.names), device=self.machine.device)
         for i, micro in enumerate(batch.micros):
             tensors = [self.machine.to_device(t) for t in micro]
             with no_sync(self.wrapped, i + 1 == len(batch.micros)):
                 with self.machine.autocast():
-                    loss = self.wrapped(*tensors) * scale
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+                    losses = self.wrapped(*tensors) * scale
+                self.scaler.scale(losses[0]).backward()
+            total += losses.detach()
         return total
 
     def update(self) -> Tensor:
@@ -3335,6 +4079,8 @@ class Trainer:
             self.objective.eval()
             with torch.no_grad(), self.machine.autocast():
                 row = self.job.evaluate(self.objective)
+                if self.job.samples and self.machine.main:
+                    self.gauges.write_samples(self.job.samples(self.job.model))
             self.objective.train()
             if row.get("val/loss", math.inf) < self.best_val:
                 self.best_val = row["val/loss"]
@@ -3372,8 +4118,9 @@ class Trainer:
             if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
                 best = self.checkpoint()
                 self.machine.on_main(lambda: save_checkpoint(self.out / "ckpt_best.pt", best))
-            self.machine.on_main(
-                lambda: save_weights(self.out, self.job.model, self.job.tokenizer))
+            if not self.job.lora:
+                self.machine.on_main(
+                    lambda: save_weights(self.out, self.job.model, self.job.tokenizer))
         return 0
 
     def again(self) -> str:
@@ -3409,10 +4156,13 @@ def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tok
     if saved.get("kind") != kind or "gauges" not in saved:
         raise UserError(f"{out} holds a run of {saved.get('kind', 'the original program')}, not of "
                         f"{kind}", "name another --out_dir")
+    if (saved.get("lora") or {}).get("key") != args.get("lora_base"):
+        raise UserError(f"{out} adapts another model than this, or trains whole weights", again)
     if sha256(saved["tokenizer"]) != tokenizer.sha256:
         raise UserError(f"{out} was trained with another tokenizer than this data's", again)
-    new = {**dataclasses.asdict(config), **{key: args[key] for key in SAME_ON_RESUME}}
-    old = {**saved["config"], **{key: saved["args"][key] for key in SAME_ON_RESUME}}
+    same = [key for key in SAME_ON_RESUME if key in args]
+    new = {**dataclasses.asdict(config), **{key: args[key] for key in same}}
+    old = {"scalar_head": False, **saved["config"], **{k: saved["args"].get(k) for k in same}}
     unlike = [f"--{k} {old.get(k)} (now {new[k]})" for k in new
               if old.get(k) != new[k] and k != "dropout"]
     if unlike:
@@ -3448,16 +4198,40 @@ def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     return {"moe/least": min(shares), "moe/most": max(shares)} if shares else {}
 
 
-def mean_loss(module: nn.Module, ids: np.ndarray, batch_size: int, machine: Machine,
-              seq_len: int, most: int) -> float | None:
-    """Mean loss in nats of a split's targets over all ranks, whatever the batch size."""
-    losses, targets = [], 0
-    ranks = machine.rank, machine.world
-    for x, y in evaluation_batches(ids, seq_len, batch_size, most, *ranks):
-        losses.append(module(machine.to_device(x), machine.to_device(y)))
-        targets += int((y != IGNORE).sum())
-    loss, targets = machine.total(sum(float(part) for part in losses), targets)
-    return loss / targets if targets else None
+def mean_metrics(module: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], int]],
+                 machine: Machine, count: int) -> list[float] | None:
+    """The `count` sums of an Objective over (micro-batch, targets) of all ranks, a target."""
+    sums, targets = torch.zeros(count, dtype=torch.float64), 0
+    found = []
+    for micro, size in batches:
+        found.append(module(*(machine.to_device(t) for t in micro)))
+        targets += size
+    if found:
+        sums = torch.stack(found).double().sum(0)
+    *sums, targets = machine.total(*sums.tolist(), targets)
+    return [total / targets for total in sums] if targets else None
+
+
+Batches = Iterable[tuple[tuple[Tensor, ...], int]]
+
+
+def validate(module: nn.Module, parts: list[tuple[str, float, Batches]], machine: Machine,
+             names: tuple[str, ...] = ("loss",)) -> dict[str, float]:
+    """val/* of an Objective over the parts (name, weight, batches), weighted as trained.
+
+    Named parts add val/loss/NAME each; a part without targets is passed over.
+    """
+    row, means, weights = {}, [], []
+    for name, weight, batches in parts:
+        found = mean_metrics(module, batches, machine, len(names))
+        if found is not None:
+            row |= {f"val/loss/{name}": found[0]} if name else {}
+            means.append(found)
+            weights.append(weight)
+    if not means:
+        return {}
+    mean = np.average(means, axis=0, weights=weights).tolist()
+    return {**report("val", names, mean), **row}
 
 
 def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]], batch_size: int,
@@ -3467,21 +4241,63 @@ def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]],
     `module` is an Objective of pretrain_loss. Named domains add val/loss/NAME each.
     """
     expert_usage(module.model, machine)  # count from here
-    row, losses, weights, spans = {}, [], [], []
-    for name, folder, weight in domains:
-        loss = mean_loss(module, folder.val, batch_size, machine, seq_len, most)
-        if loss is None:
-            continue
-        row |= {f"val/loss/{name}": loss} if name else {}
-        losses.append(loss)
-        weights.append(weight)
-        spans.append(folder.bytes_per_token("val"))
-    if not losses:
+    filled = [d for d in domains if len(d[1].val) > 1]
+    parts = [(name, weight, evaluation_batches(folder.val, seq_len, batch_size, most, machine.rank,
+                                               machine.world)) for name, folder, weight in filled]
+    row = validate(module, parts, machine)
+    if not row:
         return {}
-    loss, span = np.average(losses, weights=weights), np.average(spans, weights=weights)
-    return {"val/loss": float(loss), "val/ppl": math.exp(min(loss, 700.0)),
+    spans = [folder.bytes_per_token("val") for _, folder, _ in filled]
+    span = np.average(spans, weights=[weight for *_, weight in filled])
+    loss = row.pop("val/loss")
+    return {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0)),
             "val/bpb": float(loss / math.log(2) / max(span, 1e-9)), **row,
             **expert_usage(module.model, machine)}
+
+
+@torch.inference_mode()
+def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Machine) -> np.ndarray:
+    """Log-probability of every answer of a stream (count, g), each rank doing its share."""
+    result = np.zeros(stream.numbers.shape)
+    mine = np.arange(machine.rank, stream.count, machine.world)
+    progress = Progress("reference log-probs", len(mine), "rows", talks=machine.main)
+    for i in range(0, len(mine), batch_size):
+        places = mine[i:i + batch_size]
+        ids, targets, _ = map(machine.to_device, stream.collate(stream.items(places)))
+        with machine.autocast():
+            result[places] = sequence_logps(model, ids, targets)[0].view(len(places), -1).cpu()
+        progress.update(min(len(mine), i + batch_size))
+    progress.close()
+    return np.array(machine.total(*result.flatten())).reshape(result.shape)
+
+
+@torch.inference_mode()
+def score_answers(model: Transformer, tokenizer: Tokenizer, chats: list[Turns], batch_size: int,
+                  machine: Machine) -> list[float]:
+    """A reward model's score of the last answer of each conversation; what is too long is read
+    from its newest end."""
+    limit, scores = model.config.seq_len, []
+    for i in range(0, len(chats), batch_size):
+        examples = []
+        for turns in chats[i:i + batch_size]:
+            ids = encode_chat(tokenizer, turns)[0][-limit:]
+            examples.append(Example(np.array(ids), np.arange(len(ids)) == len(ids) - 1))
+        longest = max(len(one.ids) for one in examples)
+        with machine.autocast():
+            ids, targets = map(machine.to_device, padded(examples, padded_length(longest, limit)))
+            scores += reward_scores(model, ids, targets)[0].tolist()
+    return scores
+
+
+def sample_answers(model: Transformer, tokenizer: Tokenizer, questions: list[Turns], most: int,
+                   dtype: torch.dtype) -> list[dict]:
+    """The likeliest answers to fixed questions, as rows of samples.jsonl."""
+    prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
+    answers = complete(model, prompts, SamplingSettings(max_new_tokens=most, temperature=0.0), 0,
+                       frozenset({tokenizer.eos}), dtype)
+    return [{"prompt": turns[-1][1], "answer": tokenizer.decode(ids),
+             "ended": bool(ids) and ids[-1] == tokenizer.eos}
+            for turns, ids in zip(questions, answers, strict=True)]
 
 
 # ==================================================================================================
@@ -3503,19 +4319,23 @@ def cmd_prep(settings: PrepSettings) -> int:
     return 0
 
 
-def announce(job: Job, machine: Machine, run: RunSettings, windows: Windows,
-             saved: dict | None) -> None:
+def announce(job: Job, machine: Machine, run: RunSettings, saved: dict | None) -> None:
     """What is about to be trained, on what, and from where."""
-    counts, world = parameter_counts(job.model.config), machine.world
-    step_tokens = run.batch_size * run.grad_accum_steps * world * job.sequence_tokens
+    config, stream = job.model.config, job.stream
+    counts = parameter_counts(config)
+    samples = run.batch_size * run.grad_accum_steps * machine.world
     embedded = short(counts["embedding"] + counts["head"])
     preset = f"{run.preset}, " if run.preset else ""
-    say(f"model: {preset}{short(counts['total'])} parameters ({embedded} in embeddings), "
-        f"{job.model.config.n_layer} layers, context {job.sequence_tokens}",
-        f"machine: {world} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}",
-        f"data: {short(windows.count * windows.seq_len)} training tokens; a step has "
-        f"{step_tokens:,}, the run {short(step_tokens * run.max_steps)} "
-        f"({step_tokens * run.max_steps / (windows.count * job.sequence_tokens):.2g} epochs)")
+    trained = sum(w.numel() for w in job.model.parameters() if w.requires_grad)
+    part = f", {trained / counts['total']:.1%} of them trained" if job.lora else ""
+    step_tokens = samples * job.sample_tokens
+    say(f"model: {preset}{short(counts['total'])} parameters ({embedded} in embeddings){part}, "
+        f"{config.n_layer} layers, context {config.seq_len}",
+        f"machine: {machine.world} x {machine.device.type}, "
+        f"{str(machine.dtype).removeprefix('torch.')}",
+        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
+        f"the run {short(step_tokens * run.max_steps)} "
+        f"({samples * run.max_steps / stream.count:.2g} epochs)")
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
 
@@ -3526,8 +4346,9 @@ def finish(trainer: Trainer) -> int:
     if code == 0:
         seconds, best = trainer.gauges.elapsed(), trainer.best_val
         best = f"best validation loss {best:.4f}; " if best < math.inf else ""
+        chat = "" if trainer.job.kind == "train" else " --chat"
         say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
-            f"  python {PROGRAM} generate --ckpt {shlex.quote(str(out))} --prompt \"…\"",
+            f"  python {PROGRAM} generate --ckpt {shlex.quote(str(out))}{chat} --prompt \"…\"",
             f"  python convert_to_llama.py --ckpt {shlex.quote(str(checkpoint_path(out)))} "
             f"--out {shlex.quote(str(out / 'hf'))}")
     return code
@@ -3553,25 +4374,282 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
         network.load_state_dict(saved["model"])
     network.grad_checkpoint = run.grad_checkpoint
     loss = functools.partial(pretrain_loss, z_loss=optim.z_loss)
-    job = Job("train", network.to(machine.device), loss, windows.step, functools.partial(
+    job = Job("train", network.to(machine.device), loss, windows, functools.partial(
         perplexity, domains=domains, batch_size=run.batch_size, machine=machine,
-        seq_len=config.seq_len, most=run.eval_tokens), tokenizer, config.seq_len)
-    announce(job, machine, run, windows, saved)
+        seq_len=config.seq_len, most=run.eval_tokens), tokenizer)
+    announce(job, machine, run, saved)
     trainer, saved = Trainer(job, machine, run, optim, args, saved), None  # frees it
     return finish(trainer)
 
 
-def read_prompts(settings: GenerateSettings) -> list[str]:
-    if not settings.prompt_file:
-        return [settings.prompt]
+@dataclass
+class Parts:
+    """Rows of one kind: encoded to train on, by weighted part, and held out; each its numbers."""
+
+    train: list[tuple[str, list[list[Example]], list[float], float]]
+    val: list[tuple[str, list[list[Example]], list[float], float]]
+    questions: list[Turns]  # of some that are held out
+
+
+Row = tuple[list[Turns], float]  # conversations judged together, and their number
+
+
+class Tuning:
+    """What sft, dpo and reward share: the model they start from, their rows, their run."""
+
+    def __init__(self, kind: str, run: RunSettings, tune: TuneSettings, lora: LoraSettings,
+                 optim: OptimSettings, device: DeviceSettings, *more, **config):
+        if not tune.data:
+            raise UserError("--data is missing", "name a file of rows, --data rows.jsonl")
+        self.kind, self.run, self.tune, self.lora, self.optim = kind, run, tune, lora, optim
+        self.machine, self.seed = open_machine(device), device.seed
+        self.path, self.out = checkpoint_path(tune.ckpt), Path(run.out_dir)
+        base = load_checkpoint(self.path)
+        self.tokenizer, self.weights = tokenizer_of(base, tune.spm, tune.ckpt), base["model"]
+        old = ModelSettings(**base["config"])
+        original = old.rope_original or round(old.seq_len / old.rope_factor)
+        self.config = dataclasses.replace(
+            old, seq_len=tune.seq_len or old.seq_len, dropout=tune.dropout, doc_mask=False,
+            scalar_head=False, bos_id=self.tokenizer.bos, **config,
+            rope_original=original if old.rope_scaling != "none" else 0)
+        groups = (run, tune, *more, lora, optim, device)
+        self.args, self.text = settings_dict(*groups), settings_text(*groups)
+        self.args["lora_base"] = weights_key(self.weights) if lora.lora_rank else None
+
+    def parts(self, parse: Callable[[dict], Row], make: Callable[..., Example | None]) -> Parts:
+        """Read, split and encode the rows; `make` is example or last_answer."""
+        tune, parts = self.tune, Parts([], [], [])
+        read = functools.partial(read_rows, parse=parse, on_bad_row=tune.on_bad_row)
+        share = 0.0 if tune.val_data else tune.val_split
+        for name, files, weight in tune.domains():
+            rows = read(files)
+            held = [row for row in rows if held_out(row[0][0], share)]
+            self.add(parts.train, name, [r for r in rows if not held_out(r[0][0], share)], weight,
+                     make)
+            self.add(parts.val, name, held, weight, make)
+            parts.questions += [row[0][0][:-1] for row in held]
+        if tune.val_data:
+            rows = read(tune.val_data)
+            self.add(parts.val, "", rows, 1.0, make)
+            parts.questions += [row[0][0][:-1] for row in rows]
+        self.args["data_key"] = data_key(group for _, groups, *_ in parts.train for group in groups)
+        return parts
+
+    def add(self, parts: list, name: str, rows: list[Row], weight: float,
+            make: Callable[..., Example | None]) -> None:
+        if not rows and parts is not None:
+            return
+        one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
+        shown = f"{name or self.kind} rows"
+        groups, kept = fit_rows([row[0] for row in rows], one, self.tokenizer.eos, shown)
+        parts.append((name, groups, [rows[i][1] for i in kept], weight))
+
+    def network(self) -> Transformer:
+        """The model to train, with the weights it starts from."""
+        network = Transformer(self.config)
+        network.init_weights(self.seed)
+        network.load_state_dict({k: w for k, w in self.weights.items() if k != "score.weight"},
+                                strict=False)
+        return network.to(self.machine.device)
+
+    def start(self, network: Transformer, stream: Stream, loss: Callable[..., Tensor],
+              val: list[tuple[str, Stream, float]], names: tuple[str, ...] = ("loss",),
+              samples: Callable | None = None) -> int:
+        """Train, from the start or from where the run in --out_dir stands; the exit code."""
+        run, machine, lora = self.run, self.machine, None
+        saved = resume_point(self.out, run.resume, machine)
+        if saved:
+            check_same_run(saved, self.kind, self.config, self.tokenizer, self.args, self.out)
+            keep_step_size(run, saved, machine.world)
+        if self.lora.lora_rank:
+            attach_lora(network, self.lora, self.seed)
+            lora = {"base": str(self.path.resolve()), "key": self.args["lora_base"],
+                    "scale": self.lora.scale, **dataclasses.asdict(self.lora)}
+        elif self.config.scalar_head and not self.config.tie:
+            network.lm_head.requires_grad_(False)  # it has no part in a score
+        if saved:
+            network.load_state_dict(saved["model"], strict=not lora)
+        network.to(machine.device).grad_checkpoint = run.grad_checkpoint
+        samples_a_step = run.batch_size * run.grad_accum_steps * machine.world
+        run.max_steps = run.max_steps or max(
+            1, math.ceil(self.tune.epochs * stream.count / samples_a_step))
+        open_run(self.out, self.text, machine)
+
+        def evaluate(module: nn.Module) -> dict[str, float]:
+            parts = [(name, weight, part.in_order(run.batch_size, run.eval_tokens, machine.rank,
+                                                  machine.world)) for name, part, weight in val]
+            return validate(module, parts, machine, names)
+
+        job = Job(self.kind, network, loss, stream, evaluate, self.tokenizer, names, samples, lora)
+        announce(job, machine, run, saved)
+        self.weights = None  # the network has them
+        code = finish(Trainer(job, machine, run, self.optim, self.args, saved))
+        if code == 0 and self.lora.lora_merge and lora:
+            machine.on_main(self.merge)
+        return code
+
+    def merge(self) -> None:
+        merged = load_checkpoint(self.out)
+        kept = ("format", "kind", "step", "samples", "best_val", "model", "config", "tokenizer")
+        save_checkpoint(self.out / "merged.pt", {key: merged[key] for key in kept})
+
+
+def cmd_sft(run: TuneRun, tune: TuneSettings, sft: SftSettings, lora: LoraSettings,
+            optim: TuneOptim, device: DeviceSettings) -> int:
+    tuning = Tuning("sft", run, tune, lora, optim, device, sft)
+    tuning.config.doc_mask = sft.pack
+    parts = tuning.parts(lambda row: ([conversation(row)], 0.0), example)
+
+    def chats(groups: list[list[Example]]) -> Chats:
+        return Chats([one for one, in groups], tuning.config.seq_len, device.seed, sft.pack)
+
+    stream = mixed([chats(groups) for _, groups, *_ in parts.train],
+                   [weight for *_, weight in parts.train])
+    val = [(name, chats(groups), weight) for name, groups, _, weight in parts.val]
+    samples = functools.partial(
+        sample_answers, tokenizer=tuning.tokenizer, questions=parts.questions[:sft.samples],
+        most=sft.sample_tokens, dtype=tuning.machine.dtype)
+    return tuning.start(tuning.network(), stream, pretrain_loss, val,
+                        samples=samples if sft.samples and parts.questions else None)
+
+
+def reference_logps(tuning: Tuning, network: Transformer, parts: Parts) -> Iterator[np.ndarray]:
+    """The starting model's log-probs (n, 2) of every part's pairs, kept in a file beside the data.
+    """
+    split = [groups for _, groups, *_ in parts.train + parts.val]
+    everything = [group for groups in split for group in groups]
+    name, machine = Path(tuning.tune.domains()[0][1][0]), tuning.machine
+    key = f"{weights_key(tuning.weights)}/{data_key(everything)}/{machine.dtype}"
+    file = f".{name.name}.{sha256(key.encode())[:16]}.reference.npy"
+    places = [folder / file for folder in (name.parent, tuning.out)]
+    found = machine.from_main(next((p for p in places if p.exists()), None))
+    if found is None:
+        stream = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
+        logps = row_logps(network.eval(), stream, tuning.run.batch_size, machine)
+        machine.on_main(lambda: save_beside(places, logps))
+    else:
+        logps = np.load(found)
+    ends = np.cumsum([len(groups) for groups in split])[:-1]
+    yield from np.split(logps, ends)
+
+
+def save_beside(places: list[Path], array: np.ndarray) -> None:
+    """Write an array to the first place that takes it."""
+    for place in places:
+        with contextlib.suppress(PermissionError), atomic_write(place) as file:
+            np.save(file, array)
+            return
+
+
+def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettings,
+            optim: DpoOptim, device: DeviceSettings) -> int:
+    tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
+    parts = tuning.parts(lambda row: (list(preference(row)), 0.0), last_answer)
+    network = tuning.network()
+    if dpo.loss in REFERENCE_FREE:
+        numbers = [np.zeros((len(groups), 2)) for _, groups, *_ in parts.train + parts.val]
+    else:
+        numbers = list(reference_logps(tuning, network, parts))
+    streams = [(name, Groups(groups, n, tuning.config.seq_len, device.seed), weight)
+               for (name, groups, _, weight), n in zip(parts.train + parts.val, numbers,
+                                                       strict=True)]
+    train, val = streams[:len(parts.train)], streams[len(parts.train):]
+    stream = mixed([part for _, part, _ in train], [weight for *_, weight in train])
+    loss = functools.partial(preference_loss, settings=dpo)
+    return tuning.start(network, stream, loss, val, PAIR_METRICS)
+
+
+def judged(row: dict) -> Row:
+    """A row for a reward model: a pair, or one answer with its label."""
+    if "label" in row:
+        turns, label = labelled(row)
+        return [turns], label
+    return list(preference(row)), 0.0
+
+
+def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
+               device: DeviceSettings) -> int:
+    """Write the rows of --score again, with the reward model's score of each answer."""
+    machine, saved = open_machine(device), load_checkpoint(tune.ckpt)
+    model = open_judge(saved, tune.ckpt, machine)
+    tokenizer = tokenizer_of(saved, tune.spm, tune.ckpt)
+
+    def parse(row: dict) -> tuple[dict, list[Turns]]:
+        return row, list(preference(row)) if "chosen" in row else [conversation(row)]
+
+    rows = read_rows(reward.score, parse, tune.on_bad_row)
+    chats = [turns for _, group in rows for turns in group]
+    scores = iter(score_answers(model, tokenizer, chats, run.batch_size, machine))
+    right, pairs = 0, 0
+    with atomic_write(Path(reward.out or "scored.jsonl"), "w") as file:
+        for row, group in rows:
+            keys = ("reward",) if len(group) == 1 else ("chosen_reward", "rejected_reward")
+            found = {key: next(scores) for key in keys}
+            pairs += len(group) == 2
+            right += len(group) == 2 and found["chosen_reward"] > found["rejected_reward"]
+            file.write(json.dumps({**row, **found}, ensure_ascii=False) + "\n")
+    say(f"{len(rows)} rows scored in {reward.out or 'scored.jsonl'}"
+        + (f"; the chosen answer scores higher in {right / pairs:.1%} of {pairs} pairs"
+           if pairs else ""))
+    return 0
+
+
+def open_judge(saved: dict, path: str, machine: Machine) -> Transformer:
+    """A reward model; raises UserError where the checkpoint is none."""
+    if not saved["config"].get("scalar_head"):
+        raise UserError(f"{path} is no reward model", f"train one: python {PROGRAM} reward --help")
+    return build_model(saved, machine.device)
+
+
+def cmd_reward(run: TuneRun, tune: TuneSettings, reward: RewardSettings, lora: LoraSettings,
+               optim: DpoOptim, device: DeviceSettings) -> int:
+    if reward.score:
+        return score_rows(reward, run, tune, device)
+    tuning = Tuning("reward", run, tune, lora, optim, device, scalar_head=True)
+    parts = tuning.parts(judged, last_answer)
+    sizes = {len(group) for _, groups, *_ in parts.train + parts.val for group in groups}
+    if len(sizes) > 1:
+        raise UserError("--data holds both pairs and labelled answers", "train on one kind")
+
+    def answers(part: tuple[str, list[list[Example]], list[float], float]) -> Groups:
+        _, groups, labels, _ = part
+        return Groups(groups, np.array(labels)[:, None], tuning.config.seq_len, device.seed)
+
+    stream = mixed(list(map(answers, parts.train)), [weight for *_, weight in parts.train])
+    val = [(part[0], answers(part), part[3]) for part in parts.val]
+    loss = pair_loss if sizes == {2} else label_loss
+    return tuning.start(tuning.network(), stream, loss, val, JUDGE_METRICS)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued or answered, and the answer that a row gives, if any."""
+
+    turns: Turns
+    expected: str | None = None
+
+
+def row_prompt(row: dict) -> Prompt:
+    if any(key in row for key in ("messages", "conversations", "instruction", "response")):
+        *turns, (_, answer) = conversation(row)
+        return Prompt(turns, answer)
+    return Prompt(check_turns(turns_of(row.get("prompt"), "user", "prompt")), row.get("answer"))
+
+
+def read_prompts(settings: GenerateSettings) -> list[Prompt]:
+    path = settings.prompt_file
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        return read_rows([path], row_prompt, "error")
+    system = [("system", settings.system)] if settings.system else []
+    if not path:
+        return [Prompt([*system, ("user", settings.prompt)])]
     try:
-        text = Path(settings.prompt_file).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
-        raise UserError(f"{settings.prompt_file} is not UTF-8 text ({fault.reason})",
-                        "save it as UTF-8") from fault
-    prompts = [line for line in text.split("\n") if line.strip()]
+        raise UserError(f"{path} is not UTF-8 text ({fault.reason})", "save it as UTF-8") from fault
+    prompts = [Prompt([*system, ("user", line)]) for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise UserError(f"{settings.prompt_file} holds no prompt", "write one a line")
+        raise UserError(f"{path} holds no prompt", "write one a line")
     return prompts
 
 
@@ -3594,22 +4672,51 @@ def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
     print(continuation(ids, new, tokenizer)[len(shown):])
 
 
-def write_samples(stream: Iterator[tuple[int, int]], prompts: list[str], ids: list[list[int]],
-                  tokenizer: Tokenizer, out: str) -> None:
-    """All continuations: to the terminal, or as rows of a .jsonl file."""
-    rows = [[] for _ in prompts]
-    for row, token in stream:
-        rows[row].append(token)
-    texts = [continuation(i, new, tokenizer) for i, new in zip(ids, rows, strict=True)]
-    if not out:
-        say(*(f"--- {i + 1} of {len(texts)}\n{prompt}{text}"
-              for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))))
-        return
-    with atomic_write(Path(out), "w") as file:
-        for prompt, text in zip(prompts, texts, strict=True):
-            row = {"prompt": prompt, "completion": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    say(f"{len(texts)} completions in {out}")
+def completions(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], size: int,
+                chat: bool, **how) -> Iterator[tuple[str, bool]]:
+    """The text that continues each prompt, `size` of them at once, and whether it ended itself."""
+    progress = Progress("writing", len(ids), "completions")
+    for i in range(0, len(ids), size):
+        batch = ids[i:i + size]
+        for prompt, new in zip(batch, complete(model, batch, first=i, **how), strict=True):
+            text = continuation([] if chat else prompt, new, tokenizer)
+            yield text, new[-1:] == [tokenizer.eos]
+        progress.update(min(len(ids), i + size))
+    progress.close()
+
+
+def write_samples(prompts: list[Prompt], found: list[tuple[str, bool]],
+                  settings: GenerateSettings) -> None:
+    """All completions, to the terminal or as rows of a .jsonl, and a count of how they fare."""
+    rows = [{"prompt": prompt.turns[-1][1], "completion": text, "ended": ended}
+            | ({} if prompt.expected is None else {"expected": prompt.expected})
+            for prompt, (text, ended) in zip(prompts, found, strict=True)]
+    if settings.out:
+        with atomic_write(Path(settings.out), "w") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        say(f"{len(rows)} completions in {settings.out}")
+    else:
+        between = "\n> " if settings.chat else ""
+        say(*(f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
+              for i, row in enumerate(rows, 1)))
+    known = [row for row in rows if "expected" in row]
+    same = sum(row["completion"].strip() == str(row["expected"]).strip() for row in known)
+    say(f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
+        + (f"; {same / len(known):.1%} are the expected answer" if known else ""))
+
+
+def keep_best(settings: GenerateSettings, prompts: list[Prompt], found: list[tuple[str, bool]],
+              machine: Machine) -> tuple[list[Prompt], list[tuple[str, bool]]]:
+    """Of every --best_of completions the one that the reward model likes best."""
+    saved = load_checkpoint(settings.reward_ckpt)
+    judge = open_judge(saved, settings.reward_ckpt, machine)
+    chats = [[*prompt.turns, ("assistant", text)]
+             for prompt, (text, _) in zip(prompts, found, strict=True)]
+    scores = score_answers(judge, tokenizer_of(saved, "", settings.reward_ckpt), chats,
+                           settings.batch_size, machine)
+    best = [max(range(i, i + settings.best_of), key=scores.__getitem__)
+            for i in range(0, len(chats), settings.best_of)]
+    return [prompts[i] for i in best], [found[i] for i in best]
 
 
 def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
@@ -3618,15 +4725,23 @@ def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
     saved = load_checkpoint(settings.ckpt)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
     model = build_model(saved, machine.device)
-    prompts = [p for p in read_prompts(settings) for _ in range(settings.num_samples)]
-    ids = [[tokenizer.bos, *tokenizer.encode(p)] for p in prompts]
-    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
+    count = settings.num_samples * settings.best_of
+    prompts = [p for p in read_prompts(settings) for _ in range(count)]
+    if settings.chat:
+        ids = [encode_chat(tokenizer, p.turns, reply=True)[0] for p in prompts]
+    else:
+        ids = [[tokenizer.bos, *tokenizer.encode(p.turns[-1][1])] for p in prompts]
+    how = {"settings": sampling, "seed": device.seed, "dtype": machine.dtype,
+           "stop": frozenset({tokenizer.eos} if settings.stop_at_eos else ())}
     with machine.autocast():
-        stream = generate(model, ids, sampling, device.seed, stop, machine.dtype)
         if len(prompts) == 1 and not settings.out:
-            print_stream(stream, prompts[0], ids[0], tokenizer)
-        else:
-            write_samples(stream, prompts, ids, tokenizer, settings.out)
+            shown = ("", []) if settings.chat else (prompts[0].turns[-1][1], ids[0])
+            print_stream(generate(model, ids, **how), *shown, tokenizer)
+            return 0
+        found = list(completions(model, tokenizer, ids, settings.batch_size, settings.chat, **how))
+    if settings.best_of > 1:
+        prompts, found = keep_best(settings, prompts, found, machine)
+    write_samples(prompts, found, settings)
     return 0
 
 
@@ -3816,6 +4931,13 @@ COMMANDS = {
                     f"python {PROGRAM} prep --text_path docs.txt --out_dir data --vocab_size 8192"),
     "train": Command(cmd_train, "pretrain a model on prepared data",
                      f"python {PROGRAM} train --data_dir data --out_dir runs/lm --preset 138m"),
+    "sft": Command(cmd_sft, "teach a model to answer, from conversations",
+                   f"python {PROGRAM} sft --ckpt runs/lm --data chats.jsonl --out_dir runs/sft"),
+    "dpo": Command(cmd_dpo, "prefer the better of two answers",
+                   f"python {PROGRAM} dpo --ckpt runs/sft --data pairs.jsonl --out_dir runs/dpo"),
+    "reward": Command(cmd_reward, "a model that scores answers, from pairs or labels",
+                      f"python {PROGRAM} reward --ckpt runs/sft --data pairs.jsonl "
+                      "--out_dir runs/reward"),
     "generate": Command(cmd_generate, "continue prompts with a trained model",
                         f'python {PROGRAM} generate --ckpt runs/lm --prompt "Once upon a time"'),
     "info": Command(cmd_info, "say what a checkpoint or a data folder is",
