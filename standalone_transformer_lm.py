@@ -607,8 +607,6 @@ class TuneSettings:
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
             yield "--ckpt is missing", "name the checkpoint to start from, --ckpt runs/lm"
-        if not self.data:
-            yield "--data is missing", "name a file of rows, --data rows.jsonl"
         if any("=" in path for path in self.data):
             for what, fix in DataSettings(",".join(self.data)).faults():
                 yield (what.replace("--data_dir", "--data"),
@@ -634,7 +632,7 @@ class DpoSettings:
     beta: float = setting(0.1, "how closely the reference is followed; simpo wants about 2",
                           least=1e-6)
     label_smoothing: float = setting(
-        0.0, "share of pairs thought to be labelled the wrong way round (sigmoid, robust)",
+        0.0, "share of pairs thought to be labelled the wrong way round (sigmoid, robust, simpo)",
         least=0.0, below=0.5)
     simpo_gamma: float = setting(0.5, "margin that simpo asks for", least=0.0)
 
@@ -1956,10 +1954,6 @@ class Stream:
     count: samples in an epoch; tokens: positions in an epoch.
     """
 
-    count: int
-    tokens: int
-    seed: int
-
     def place(self, samples: np.ndarray) -> np.ndarray:
         """Which item each sample number is."""
         epochs, places = np.divmod(samples, self.count)
@@ -1968,12 +1962,6 @@ class Stream:
             here = epochs == epoch
             chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
         return chosen
-
-    def items(self, places: np.ndarray) -> list:
-        raise NotImplementedError
-
-    def collate(self, items: list) -> tuple[Tensor, ...]:
-        raise NotImplementedError
 
     def targets(self, micro: tuple[Tensor, ...]) -> int:
         """What the loss of a micro-batch is counted in: target tokens."""
@@ -2129,7 +2117,7 @@ def turns_of(value: object, role: str, what: str) -> Turns:
         if not isinstance(message, dict):
             raise ValueError(f"{what} holds something else than messages")
         named = message.get("role", message.get("from"))
-        if named not in ROLE_NAMES:
+        if not isinstance(named, str) or named not in ROLE_NAMES:
             raise ValueError(f"{what} has the unknown role {named!r}")
         text = clean(message.get("content", message.get("value")), f"a {named} message")
         turns.append((ROLE_NAMES[named], text))
@@ -2225,21 +2213,22 @@ def parse_row(row: object, parse: Callable[[dict], object]):
     return parse(row)
 
 
-def read_rows(paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str) -> list:
+def read_rows(paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str,
+              flag: str = "--data") -> list:
     """Every row of the files, parsed.
 
     Raises UserError that names the first bad rows by file and line and counts all of them, and
     where there is no row at all; with on_bad_row "skip" the bad ones are named and passed over.
     """
     good, bad = [], []
-    for source in find_sources(paths, "jsonl", flag="--data"):
+    for source in find_sources(paths, "jsonl", flag=flag):
         try:
             for number, row in numbered_rows(source):
                 try:
                     good.append(parse_row(row, parse))
                 except ValueError as fault:
                     bad.append(f"{source.shown}, line {number}: {fault}")
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise UserError(f"{source.shown} is not JSON ({fault})", "mend the file") from fault
     if bad:
         shown = "; ".join(bad[:FAULTS_SHOWN])
@@ -2267,8 +2256,7 @@ class Example:
 
 
 def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
-    """All answers of a conversation, cut behind the last one within `limit` ids; None: no one is.
-    """
+    """A conversation's answers, cut behind the last one within `limit` ids, or None."""
     ids, learned = encode_chat(tokenizer, turns)
     if len(ids) > limit:
         ends = [i + 1 for i in range(limit) if learned[i] and ids[i] == tokenizer.eos]
@@ -2318,14 +2306,12 @@ def data_key(groups: Iterable[list[Example]]) -> str:
     return digest.hexdigest()
 
 
-def padded(examples: list[Example], length: int) -> tuple[Tensor, Tensor]:
-    """ids and targets (B, length) of examples, one a row."""
-    ids = torch.full((len(examples), length), PAD)
-    targets = torch.full((len(examples), length), IGNORE)
-    for i, one in enumerate(examples):
-        ids[i, :len(one.ids)] = torch.from_numpy(one.ids)
-        targets[i, :len(one.ids)] = torch.from_numpy(one.targets())
-    return ids, targets
+def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int) -> tuple[Tensor, Tensor]:
+    """ids and targets (B, length) of rows of ids and targets, each from the left."""
+    x, y = torch.full((len(rows), length), PAD), torch.full((len(rows), length), IGNORE)
+    for i, (ids, targets) in enumerate(rows):
+        x[i, :len(ids)], y[i, :len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
+    return x, y
 
 
 def padded_length(longest: int, limit: int) -> int:
@@ -2365,13 +2351,10 @@ class Chats(Stream):
 
     def collate(self, items: list[list[Example]]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T)."""
-        lengths = [sum(len(one.ids) - 1 for one in item) for item in items]
-        length = self.seq_len if self.pack else padded_length(max(lengths), self.seq_len)
-        x, y = torch.full((len(items), length), PAD), torch.full((len(items), length), IGNORE)
-        for row, (item, n) in enumerate(zip(items, lengths, strict=True)):
-            x[row, :n] = torch.from_numpy(np.concatenate([one.ids[:-1] for one in item]))
-            y[row, :n] = torch.from_numpy(np.concatenate([one.targets()[:-1] for one in item]))
-        return x, y
+        rows = [(np.concatenate([one.ids[:-1] for one in item]),
+                 np.concatenate([one.targets()[:-1] for one in item])) for item in items]
+        longest = max(len(ids) for ids, _ in rows)
+        return padded(rows, self.seq_len if self.pack else padded_length(longest, self.seq_len))
 
 
 class Groups(Stream):
@@ -2390,12 +2373,11 @@ class Groups(Stream):
         return [(self.groups[place], self.numbers[place]) for place in places]
 
     def collate(self, items: list[tuple[list[Example], np.ndarray]]) -> tuple[Tensor, ...]:
-        """ids and targets (B g, T) and numbers (B, g); a group's answers stand one after the other.
-        """
-        examples = [one for group, _ in items for one in group]
-        longest = max(len(one.ids) for one in examples)
+        """ids and targets (B g, T), a group's answers in turn, and numbers (B, g)."""
+        rows = [(one.ids, one.targets()) for group, _ in items for one in group]
+        longest = max(len(ids) for ids, _ in rows)
         numbers = torch.from_numpy(np.stack([number for _, number in items]).astype(np.float32))
-        return *padded(examples, padded_length(longest, self.seq_len)), numbers
+        return *padded(rows, padded_length(longest, self.seq_len)), numbers
 
     def targets(self, micro: tuple[Tensor, ...]) -> int:
         return len(micro[2])
@@ -3171,27 +3153,15 @@ def gap(pairs: Tensor) -> Tensor:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def smoothed(margin: Tensor, s: DpoSettings) -> Tensor:
-    """Cross-entropy of a logit where a share of the labels is thought to be wrong."""
-    right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
-    return right * (1 - s.label_smoothing) + wrong * s.label_smoothing
+def smoothed(margin: Tensor, share: float) -> Tensor:
+    """Cross-entropy of a logit where a `share` of the labels is thought to be wrong."""
+    return -F.logsigmoid(margin) * (1 - share) - F.logsigmoid(-margin) * share
 
 
 def robust_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
     """Unbiased under flipped labels (Chowdhury et al. 2024, eq. 10)."""
-    right, wrong = -F.logsigmoid(gap(rewards)), -F.logsigmoid(-gap(rewards))
-    share = s.label_smoothing
-    return (right * (1 - share) - wrong * share) / (1 - 2 * share)
-
-
-def apo_zero_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
-    """Chosen up, rejected down, each by itself (D'Oosterlinck et al. 2024, section 3)."""
-    return 1 - rewards[:, 0].sigmoid() + rewards[:, 1].sigmoid()
-
-
-def apo_down_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
-    """Both down, the rejected further (D'Oosterlinck et al. 2024, section 3)."""
-    return rewards[:, 0].sigmoid() + 1 - gap(rewards).sigmoid()
+    margin, share = gap(rewards), s.label_smoothing
+    return (-F.logsigmoid(margin) * (1 - share) + F.logsigmoid(-margin) * share) / (1 - 2 * share)
 
 
 def orpo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
@@ -3202,11 +3172,15 @@ def orpo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
 
 # name -> loss (B,) of pairs' rewards (B, 2), their policy's mean log-probs a token (B, 2), settings
 PREFERENCE_LOSSES = {
-    "sigmoid": lambda rewards, means, s: smoothed(gap(rewards), s),  # Rafailov et al. 2023, eq. 7
+    # Rafailov et al. 2023, eq. 7; Azar et al. 2023; Zhao et al. 2023
+    "sigmoid": lambda rewards, means, s: smoothed(gap(rewards), s.label_smoothing),
     "ipo": lambda rewards, means, s: (gap(rewards) / s.beta - 0.5 / s.beta).square(),
-    "hinge": lambda rewards, means, s: F.relu(1 - gap(rewards)),  # Zhao et al. 2023
-    "robust": robust_loss, "apo_zero": apo_zero_loss, "apo_down": apo_down_loss,
-    "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s),
+    "hinge": lambda rewards, means, s: F.relu(1 - gap(rewards)),
+    "robust": robust_loss,
+    # D'Oosterlinck et al. 2024, section 3: chosen up and rejected down; or both down, it further
+    "apo_zero": lambda rewards, means, s: 1 - rewards[:, 0].sigmoid() + rewards[:, 1].sigmoid(),
+    "apo_down": lambda rewards, means, s: rewards[:, 0].sigmoid() + 1 - gap(rewards).sigmoid(),
+    "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s.label_smoothing),
     "orpo": orpo_loss}
 BY_LENGTH = ("ipo", "simpo", "orpo")  # rewards are means a token (Meng et al. 2024, section 2.2)
 REFERENCE_FREE = ("simpo", "orpo")
@@ -3309,17 +3283,13 @@ def wsd_sqrt_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     return 1 - (1 - s.min_lr) * math.sqrt(decay_share(step, s, max_steps))
 
 
-def constant_scale(step: int, s: OptimSettings, max_steps: int) -> float:
-    return 1.0
-
-
 def inverse_sqrt_scale(step: int, s: OptimSettings, max_steps: int) -> float:
     """Falls with the root of the step, from the warm-up's end on (Vaswani et al. 2017)."""
     return math.sqrt(max(1, s.warmup_steps) / max(1, s.warmup_steps, step))
 
 
 SCHEDULES = {"cosine": cosine_scale, "wsd": wsd_scale, "wsd_sqrt": wsd_sqrt_scale,
-             "constant": constant_scale, "inverse_sqrt": inverse_sqrt_scale}
+             "constant": lambda step, s, max_steps: 1.0, "inverse_sqrt": inverse_sqrt_scale}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
 NEWTON_SCHULZ_STEPS = 5
 MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
@@ -3600,25 +3570,32 @@ def weights_key(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def with_base(checkpoint: dict, path: Path) -> dict:
-    """A checkpoint of adapters, merged into the model that they adapt.
+def model_key(checkpoint: dict) -> str:
+    """weights_key, or for merged adapters that of their parts: sums differ between processors."""
+    return checkpoint.get("key") or weights_key(checkpoint["model"])
 
-    Raises UserError where that model is not where it was, or has changed.
-    """
-    lora = checkpoint["lora"]
+
+def base_of(lora: dict, path: Path) -> Path:
+    """The checkpoint that the adapters in `path` belong to; raises UserError where it is gone."""
     places = (Path(lora["base"]), path.parent / Path(lora["base"]).name)
     found = next((place for place in places if place.exists() and place != path), None)
     if found is None:
         raise UserError(f"the model {lora['base']}, which {path} adapts, is not there",
-                        f"put it back, or copy it into {path.parent}")
-    base = load_checkpoint(found)
-    if weights_key(base["model"]) != lora["key"]:
-        raise UserError(f"{found} is no longer the model that {path} adapts",
-                        f"put that model's file into {path.parent}, under another folder's name")
+                        "put it back where it was")
+    return found
+
+
+def with_base(checkpoint: dict, base: dict, path: Path) -> dict:
+    """A checkpoint of adapters, merged into what they adapt; UserError where that has changed."""
+    lora = checkpoint["lora"]
+    if model_key(base) != lora["key"]:
+        raise UserError(f"{lora['base']} is no longer the model that {path} adapts",
+                        "put the model of that time back")
     weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
     if not checkpoint["config"]["scalar_head"]:
         weights.pop("score.weight", None)
-    return {**checkpoint, "model": weights, "original": False}
+    parts = f"{lora['key']}/{weights_key(checkpoint['model'])}/{lora['scale']}"
+    return {**checkpoint, "model": weights, "original": False, "key": sha256(parts.encode())}
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -3630,7 +3607,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
     if checkpoint.get("lora"):
-        return with_base(checkpoint, path)
+        return with_base(checkpoint, load_checkpoint(base_of(checkpoint["lora"], path)), path)
     original = "rope_layout" not in checkpoint["config"]
     weights = {unwrapped(str(name)): weight for name, weight in checkpoint["model"].items()}
     if original:
@@ -3916,8 +3893,8 @@ class Gauges:
 
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
-SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "lora_rank", "lora_targets",
-                  "data_key")
+SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "lora_rank", "lora_alpha",
+                  "lora_targets", "data_key", "reference")
 
 
 @dataclass
@@ -4163,7 +4140,8 @@ def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tok
     same = [key for key in SAME_ON_RESUME if key in args]
     new = {**dataclasses.asdict(config), **{key: args[key] for key in same}}
     old = {"scalar_head": False, **saved["config"], **{k: saved["args"].get(k) for k in same}}
-    unlike = [f"--{k} {old.get(k)} (now {new[k]})" for k in new
+    told = {"data_key": "other rows in --data", "reference": "another --ckpt as reference"}
+    unlike = [told.get(k) or f"--{k} {old.get(k)} (now {new[k]})" for k in new
               if old.get(k) != new[k] and k != "dropout"]
     if unlike:
         raise UserError(f"{out} holds another model: {', '.join(unlike)}", again)
@@ -4201,13 +4179,11 @@ def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
 def mean_metrics(module: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], int]],
                  machine: Machine, count: int) -> list[float] | None:
     """The `count` sums of an Objective over (micro-batch, targets) of all ranks, a target."""
-    sums, targets = torch.zeros(count, dtype=torch.float64), 0
-    found = []
+    found, targets = [torch.zeros(count)], 0
     for micro, size in batches:
-        found.append(module(*(machine.to_device(t) for t in micro)))
+        found.append(module(*(machine.to_device(t) for t in micro)).view(-1))
         targets += size
-    if found:
-        sums = torch.stack(found).double().sum(0)
+    sums = torch.stack([part.cpu() for part in found]).double().sum(0)
     *sums, targets = machine.total(*sums.tolist(), targets)
     return [total / targets for total in sums] if targets else None
 
@@ -4278,13 +4254,13 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, chats: list[Turns], 
     from its newest end."""
     limit, scores = model.config.seq_len, []
     for i in range(0, len(chats), batch_size):
-        examples = []
+        rows = []
         for turns in chats[i:i + batch_size]:
-            ids = encode_chat(tokenizer, turns)[0][-limit:]
-            examples.append(Example(np.array(ids), np.arange(len(ids)) == len(ids) - 1))
-        longest = max(len(one.ids) for one in examples)
+            ids = np.array(encode_chat(tokenizer, turns)[0][-limit:])
+            rows.append((ids, np.where(np.arange(len(ids)) == len(ids) - 2, ids[-1], IGNORE)))
+        longest = max(len(ids) for ids, _ in rows)
         with machine.autocast():
-            ids, targets = map(machine.to_device, padded(examples, padded_length(longest, limit)))
+            ids, targets = map(machine.to_device, padded(rows, padded_length(longest, limit)))
             scores += reward_scores(model, ids, targets)[0].tolist()
     return scores
 
@@ -4382,16 +4358,17 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
     return finish(trainer)
 
 
-@dataclass
-class Parts:
-    """Rows of one kind: encoded to train on, by weighted part, and held out; each its numbers."""
-
-    train: list[tuple[str, list[list[Example]], list[float], float]]
-    val: list[tuple[str, list[list[Example]], list[float], float]]
-    questions: list[Turns]  # of some that are held out
-
-
 Row = tuple[list[Turns], float]  # conversations judged together, and their number
+
+
+@dataclass
+class Part:
+    """Encoded rows of one domain, each a group with its number, and the domain's weight."""
+
+    name: str
+    groups: list[list[Example]]
+    numbers: np.ndarray
+    weight: float
 
 
 class Tuning:
@@ -4409,40 +4386,47 @@ class Tuning:
         old = ModelSettings(**base["config"])
         original = old.rope_original or round(old.seq_len / old.rope_factor)
         self.config = dataclasses.replace(
-            old, seq_len=tune.seq_len or old.seq_len, dropout=tune.dropout, doc_mask=False,
-            scalar_head=False, bos_id=self.tokenizer.bos, **config,
-            rope_original=original if old.rope_scaling != "none" else 0)
+            old, seq_len=tune.seq_len or old.seq_len, dropout=tune.dropout,
+            bos_id=self.tokenizer.bos, rope_original=original if old.rope_scaling != "none" else 0,
+            **{"doc_mask": False, "scalar_head": False, **config})
+        self.questions: list[Turns] = []  # of rows that are held out
         groups = (run, tune, *more, lora, optim, device)
         self.args, self.text = settings_dict(*groups), settings_text(*groups)
-        self.args["lora_base"] = weights_key(self.weights) if lora.lora_rank else None
+        self.key = model_key(base)
+        self.args["lora_base"] = self.key if lora.lora_rank else None
 
-    def parts(self, parse: Callable[[dict], Row], make: Callable[..., Example | None]) -> Parts:
-        """Read, split and encode the rows; `make` is example or last_answer."""
-        tune, parts = self.tune, Parts([], [], [])
+    def parts(self, parse: Callable[[dict], Row], make: Callable[..., Example | None],
+              ) -> tuple[list[Part], list[Part]]:
+        """Rows to train on and rows held out, encoded; `make` is example or last_answer."""
+        tune, train, val = self.tune, [], []
         read = functools.partial(read_rows, parse=parse, on_bad_row=tune.on_bad_row)
         share = 0.0 if tune.val_data else tune.val_split
         for name, files, weight in tune.domains():
-            rows = read(files)
-            held = [row for row in rows if held_out(row[0][0], share)]
-            self.add(parts.train, name, [r for r in rows if not held_out(r[0][0], share)], weight,
-                     make)
-            self.add(parts.val, name, held, weight, make)
-            parts.questions += [row[0][0][:-1] for row in held]
+            sides: tuple[list[Row], list[Row]] = [], []
+            for row in read(files):
+                sides[held_out(row[0][0], share)].append(row)
+            train.append(self.part(name, sides[0], weight, make))
+            val.append(self.part(name, sides[1], weight, make, "held-out "))
         if tune.val_data:
-            rows = read(tune.val_data)
-            self.add(parts.val, "", rows, 1.0, make)
-            parts.questions += [row[0][0][:-1] for row in rows]
-        self.args["data_key"] = data_key(group for _, groups, *_ in parts.train for group in groups)
-        return parts
+            val = [self.part("", read(tune.val_data), 1.0, make, "validation ")]
+        if not all(part and part.groups for part in train):
+            raise UserError("--val_split leaves no row to train on", "use a smaller one")
+        self.args["data_key"] = data_key(group for part in train for group in part.groups)
+        return train, [part for part in val if part]
 
-    def add(self, parts: list, name: str, rows: list[Row], weight: float,
-            make: Callable[..., Example | None]) -> None:
-        if not rows and parts is not None:
-            return
+    def part(self, name: str, rows: list[Row], weight: float,
+             make: Callable[..., Example | None], kind: str = "") -> Part | None:
+        if not rows:
+            return None
         one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
-        shown = f"{name or self.kind} rows"
+        shown = f"{kind}rows of {name}" if name else f"{kind}rows"
         groups, kept = fit_rows([row[0] for row in rows], one, self.tokenizer.eos, shown)
-        parts.append((name, groups, [rows[i][1] for i in kept], weight))
+        if kind:
+            self.questions += [rows[i][0][0][:-1] for i in kept]
+        return Part(name, groups, np.array([rows[i][1] for i in kept])[:, None], weight)
+
+    def groups(self, part: Part) -> Groups:
+        return Groups(part.groups, part.numbers, self.config.seq_len, self.seed)
 
     def network(self) -> Transformer:
         """The model to train, with the weights it starts from."""
@@ -4452,11 +4436,13 @@ class Tuning:
                                 strict=False)
         return network.to(self.machine.device)
 
-    def start(self, network: Transformer, stream: Stream, loss: Callable[..., Tensor],
-              val: list[tuple[str, Stream, float]], names: tuple[str, ...] = ("loss",),
-              samples: Callable | None = None) -> int:
+    def start(self, network: Transformer, train: list[Part], val: list[Part],
+              as_stream: Callable[[Part], Stream], loss: Callable[..., Tensor],
+              names: tuple[str, ...] = ("loss",), samples: Callable | None = None) -> int:
         """Train, from the start or from where the run in --out_dir stands; the exit code."""
         run, machine, lora = self.run, self.machine, None
+        stream = mixed(list(map(as_stream, train)), [part.weight for part in train])
+        held = [(part.name, part.weight, as_stream(part)) for part in val]
         saved = resume_point(self.out, run.resume, machine)
         if saved:
             check_same_run(saved, self.kind, self.config, self.tokenizer, self.args, self.out)
@@ -4477,7 +4463,7 @@ class Tuning:
 
         def evaluate(module: nn.Module) -> dict[str, float]:
             parts = [(name, weight, part.in_order(run.batch_size, run.eval_tokens, machine.rank,
-                                                  machine.world)) for name, part, weight in val]
+                                                  machine.world)) for name, weight, part in held]
             return validate(module, parts, machine, names)
 
         job = Job(self.kind, network, loss, stream, evaluate, self.tokenizer, names, samples, lora)
@@ -4498,65 +4484,56 @@ def cmd_sft(run: TuneRun, tune: TuneSettings, sft: SftSettings, lora: LoraSettin
             optim: TuneOptim, device: DeviceSettings) -> int:
     tuning = Tuning("sft", run, tune, lora, optim, device, sft)
     tuning.config.doc_mask = sft.pack
-    parts = tuning.parts(lambda row: ([conversation(row)], 0.0), example)
+    train, val = tuning.parts(lambda row: ([conversation(row)], 0.0), example)
 
-    def chats(groups: list[list[Example]]) -> Chats:
-        return Chats([one for one, in groups], tuning.config.seq_len, device.seed, sft.pack)
+    def chats(part: Part) -> Chats:
+        return Chats([one for one, in part.groups], tuning.config.seq_len, device.seed, sft.pack)
 
-    stream = mixed([chats(groups) for _, groups, *_ in parts.train],
-                   [weight for *_, weight in parts.train])
-    val = [(name, chats(groups), weight) for name, groups, _, weight in parts.val]
     samples = functools.partial(
-        sample_answers, tokenizer=tuning.tokenizer, questions=parts.questions[:sft.samples],
+        sample_answers, tokenizer=tuning.tokenizer, questions=tuning.questions[:sft.samples],
         most=sft.sample_tokens, dtype=tuning.machine.dtype)
-    return tuning.start(tuning.network(), stream, pretrain_loss, val,
-                        samples=samples if sft.samples and parts.questions else None)
-
-
-def reference_logps(tuning: Tuning, network: Transformer, parts: Parts) -> Iterator[np.ndarray]:
-    """The starting model's log-probs (n, 2) of every part's pairs, kept in a file beside the data.
-    """
-    split = [groups for _, groups, *_ in parts.train + parts.val]
-    everything = [group for groups in split for group in groups]
-    name, machine = Path(tuning.tune.domains()[0][1][0]), tuning.machine
-    key = f"{weights_key(tuning.weights)}/{data_key(everything)}/{machine.dtype}"
-    file = f".{name.name}.{sha256(key.encode())[:16]}.reference.npy"
-    places = [folder / file for folder in (name.parent, tuning.out)]
-    found = machine.from_main(next((p for p in places if p.exists()), None))
-    if found is None:
-        stream = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
-        logps = row_logps(network.eval(), stream, tuning.run.batch_size, machine)
-        machine.on_main(lambda: save_beside(places, logps))
-    else:
-        logps = np.load(found)
-    ends = np.cumsum([len(groups) for groups in split])[:-1]
-    yield from np.split(logps, ends)
+    return tuning.start(tuning.network(), train, val, chats, pretrain_loss,
+                        samples=samples if sft.samples and tuning.questions else None)
 
 
 def save_beside(places: list[Path], array: np.ndarray) -> None:
     """Write an array to the first place that takes it."""
     for place in places:
-        with contextlib.suppress(PermissionError), atomic_write(place) as file:
-            np.save(file, array)
+        with contextlib.suppress(OSError):
+            with atomic_write(place) as file:
+                np.save(file, array)
             return
+
+
+def add_reference(tuning: Tuning, network: Transformer, parts: list[Part]) -> None:
+    """Give every pair the starting model's log-probs, which are kept in a file beside the data."""
+    everything = [group for part in parts for group in part.groups]
+    name, machine = Path(tuning.tune.domains()[0][1][0]), tuning.machine
+    key = f"{tuning.key}/{data_key(everything)}/{machine.dtype}"
+    file = f".{name.name}.{sha256(key.encode())[:16]}.reference.npy"
+    places = [folder / file for folder in (name.parent, tuning.out)]
+    found = machine.from_main(next((p for p in places if p.exists()), None))
+    if found:
+        logps = np.load(found)
+    else:
+        stream = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
+        logps = row_logps(network.eval(), stream, tuning.run.batch_size, machine)
+        machine.on_main(lambda: save_beside(places, logps))
+    ends = np.cumsum([len(part.groups) for part in parts])[:-1]
+    for part, numbers in zip(parts, np.split(logps, ends), strict=True):
+        part.numbers = numbers
 
 
 def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettings,
             optim: DpoOptim, device: DeviceSettings) -> int:
     tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
-    parts = tuning.parts(lambda row: (list(preference(row)), 0.0), last_answer)
+    train, val = tuning.parts(lambda row: (list(preference(row)), 0.0), last_answer)
     network = tuning.network()
-    if dpo.loss in REFERENCE_FREE:
-        numbers = [np.zeros((len(groups), 2)) for _, groups, *_ in parts.train + parts.val]
-    else:
-        numbers = list(reference_logps(tuning, network, parts))
-    streams = [(name, Groups(groups, n, tuning.config.seq_len, device.seed), weight)
-               for (name, groups, _, weight), n in zip(parts.train + parts.val, numbers,
-                                                       strict=True)]
-    train, val = streams[:len(parts.train)], streams[len(parts.train):]
-    stream = mixed([part for _, part, _ in train], [weight for *_, weight in train])
+    if dpo.loss not in REFERENCE_FREE:
+        tuning.args["reference"] = tuning.key
+        add_reference(tuning, network, train + val)
     loss = functools.partial(preference_loss, settings=dpo)
-    return tuning.start(network, stream, loss, val, PAIR_METRICS)
+    return tuning.start(network, train, val, tuning.groups, loss, PAIR_METRICS)
 
 
 def judged(row: dict) -> Row:
@@ -4567,17 +4544,24 @@ def judged(row: dict) -> Row:
     return list(preference(row)), 0.0
 
 
+def open_judge(path: str, spm: str, machine: Machine) -> tuple[Transformer, Tokenizer]:
+    """A reward model; raises UserError where the checkpoint is none."""
+    saved = load_checkpoint(path)
+    if not saved["config"].get("scalar_head"):
+        raise UserError(f"{path} is no reward model", f"train one: python {PROGRAM} reward --help")
+    return build_model(saved, machine.device), tokenizer_of(saved, spm, path)
+
+
 def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
                device: DeviceSettings) -> int:
     """Write the rows of --score again, with the reward model's score of each answer."""
-    machine, saved = open_machine(device), load_checkpoint(tune.ckpt)
-    model = open_judge(saved, tune.ckpt, machine)
-    tokenizer = tokenizer_of(saved, tune.spm, tune.ckpt)
+    machine = open_machine(device)
+    model, tokenizer = open_judge(tune.ckpt, tune.spm, machine)
 
     def parse(row: dict) -> tuple[dict, list[Turns]]:
         return row, list(preference(row)) if "chosen" in row else [conversation(row)]
 
-    rows = read_rows(reward.score, parse, tune.on_bad_row)
+    rows = read_rows(reward.score, parse, tune.on_bad_row, "--score")
     chats = [turns for _, group in rows for turns in group]
     scores = iter(score_answers(model, tokenizer, chats, run.batch_size, machine))
     right, pairs = 0, 0
@@ -4594,31 +4578,17 @@ def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
     return 0
 
 
-def open_judge(saved: dict, path: str, machine: Machine) -> Transformer:
-    """A reward model; raises UserError where the checkpoint is none."""
-    if not saved["config"].get("scalar_head"):
-        raise UserError(f"{path} is no reward model", f"train one: python {PROGRAM} reward --help")
-    return build_model(saved, machine.device)
-
-
 def cmd_reward(run: TuneRun, tune: TuneSettings, reward: RewardSettings, lora: LoraSettings,
                optim: DpoOptim, device: DeviceSettings) -> int:
     if reward.score:
         return score_rows(reward, run, tune, device)
     tuning = Tuning("reward", run, tune, lora, optim, device, scalar_head=True)
-    parts = tuning.parts(judged, last_answer)
-    sizes = {len(group) for _, groups, *_ in parts.train + parts.val for group in groups}
+    train, val = tuning.parts(judged, last_answer)
+    sizes = {len(group) for part in train + val for group in part.groups}
     if len(sizes) > 1:
         raise UserError("--data holds both pairs and labelled answers", "train on one kind")
-
-    def answers(part: tuple[str, list[list[Example]], list[float], float]) -> Groups:
-        _, groups, labels, _ = part
-        return Groups(groups, np.array(labels)[:, None], tuning.config.seq_len, device.seed)
-
-    stream = mixed(list(map(answers, parts.train)), [weight for *_, weight in parts.train])
-    val = [(part[0], answers(part), part[3]) for part in parts.val]
     loss = pair_loss if sizes == {2} else label_loss
-    return tuning.start(tuning.network(), stream, loss, val, JUDGE_METRICS)
+    return tuning.start(tuning.network(), train, val, tuning.groups, loss, JUDGE_METRICS)
 
 
 @dataclass(frozen=True)
@@ -4638,9 +4608,11 @@ def row_prompt(row: dict) -> Prompt:
 
 def read_prompts(settings: GenerateSettings) -> list[Prompt]:
     path = settings.prompt_file
-    if path.endswith((".jsonl", ".json", ".parquet")):
-        return read_rows([path], row_prompt, "error")
     system = [("system", settings.system)] if settings.system else []
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        rows = read_rows([path], row_prompt, "error", "--prompt_file")
+        return [row if row.turns[0][0] == "system"
+                else dataclasses.replace(row, turns=system + row.turns) for row in rows]
     if not path:
         return [Prompt([*system, ("user", settings.prompt)])]
     try:
@@ -4708,12 +4680,10 @@ def write_samples(prompts: list[Prompt], found: list[tuple[str, bool]],
 def keep_best(settings: GenerateSettings, prompts: list[Prompt], found: list[tuple[str, bool]],
               machine: Machine) -> tuple[list[Prompt], list[tuple[str, bool]]]:
     """Of every --best_of completions the one that the reward model likes best."""
-    saved = load_checkpoint(settings.reward_ckpt)
-    judge = open_judge(saved, settings.reward_ckpt, machine)
+    judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
     chats = [[*prompt.turns, ("assistant", text)]
              for prompt, (text, _) in zip(prompts, found, strict=True)]
-    scores = score_answers(judge, tokenizer_of(saved, "", settings.reward_ckpt), chats,
-                           settings.batch_size, machine)
+    scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
     best = [max(range(i, i + settings.best_of), key=scores.__getitem__)
             for i in range(0, len(chats), settings.best_of)]
     return [prompts[i] for i in best], [found[i] for i in best]
@@ -4883,12 +4853,42 @@ def demo_untrained(data: Path, shape: tuple) -> None:
                  folder.tokenizer)
 
 
+def demo_chats(out: Path) -> None:
+    """Sums, asked and answered in two styles, and which of the two is preferred."""
+    chats, pairs = [], []
+    for a, b in ((a, b) for a in range(10) for b in range(10)):
+        prompt, kind, curt = f"What is {a} + {b}?", f"The sum is {a + b}.", str(a + b)
+        chats += [{"prompt": prompt, "response": answer} for answer in (kind, curt)]
+        pairs.append({"prompt": prompt, "chosen": kind, "rejected": curt})
+    for name, rows in (("chats", chats), ("pairs", pairs)):
+        with atomic_write(out / f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def demo_alignment(out: Path, base: Path) -> None:
+    """Teach the demo's model to answer, then to answer in the kinder of two styles."""
+    demo_chats(out)
+    ask = ("--chat", "--prompt", "What is 3 + 4?", "--num_samples", 4, "--temperature", 1,
+           "--max_new_tokens", 16, "--ckpt")
+    common = ("--compile", 0, "--val_split", 0)
+    say("", "Now it is taught to answer questions, in two styles:")
+    demo_step(cmd_sft, "--ckpt", base, "--data", out / "chats.jsonl", "--out_dir", out / "sft",
+              "--epochs", 30, "--batch_size", 4, "--lr", 2e-3, *common)
+    demo_step(cmd_generate, *ask, out / "sft")
+    say("", "And to prefer the kinder one:")
+    demo_step(cmd_dpo, "--ckpt", out / "sft", "--data", out / "pairs.jsonl", "--out_dir",
+              out / "dpo", "--epochs", 3, "--batch_size", 8, "--lr", 1e-4, "--beta", 0.3,
+              *common)
+    demo_step(cmd_generate, *ask, out / "dpo")
+
+
 def cmd_demo(settings: DemoSettings) -> int:
     out = Path(settings.out_dir)
     data, run = out / "data", out / "run"
     steps = settings.max_steps or (60 if settings.quick else 250)
     vocab, layers, width, batch = (1024, 2, 128, 8) if settings.quick else (4096, 4, 256, 16)
-    shutil.rmtree(run, ignore_errors=True)
+    for folder in (run, out / "sft", out / "dpo"):
+        shutil.rmtree(folder, ignore_errors=True)
     say("This demo trains a small model on the documentation of your Python interpreter.")
     demo_corpus(out / "corpus.jsonl")
     demo_step(cmd_prep, "--text_path", out / "corpus.jsonl", "--out_dir", data,
@@ -4902,6 +4902,7 @@ def cmd_demo(settings: DemoSettings) -> int:
     demo_untrained(data, shape)
     demo_step(cmd_train, *train, *shape, "--max_steps", steps)
     demo_step(cmd_generate, *sample, run / "ckpt_best.pt")
+    demo_alignment(out, run)
     say("", f"The model is {run}/ckpt_best.pt. What you may do next:",
         f"  python {PROGRAM} train @{run}/args.txt --max_steps {steps * 4}",
         f"  python {PROGRAM} info {run}",

@@ -119,7 +119,7 @@ def test_batch_accumulation_and_ranks_are_interchangeable(first, batch, data):
 def test_a_step_counts_its_samples_and_shapes():
     windows = lm.Windows(PLACES[:1009], 16, seed=5)
     step = windows.step(0, 3, 2, rank=1, world=4)
-    assert (step.samples, step.tokens, step.targets) == (24, 24 * 16, 3 * 2 * 16)
+    assert (step.samples, step.tokens, step.targets) == (24, 3 * 2 * 16, 3 * 2 * 16)
     assert [tuple(t.shape) for micro in step.micros for t in micro] == [(3, 16)] * 4
     assert all(t.dtype == torch.int64 and t.is_contiguous() for m in step.micros for t in m)
 
@@ -296,7 +296,8 @@ def test_evaluation_sees_every_target_once(length, seq_len, batch, world, most):
     ids = PLACES[100:100 + length]  # clear of PAD
     targets = []
     for rank in range(world):
-        for x, y in lm.evaluation_batches(ids, seq_len, batch, most, rank, world):
+        for (x, y), count in lm.evaluation_batches(ids, seq_len, batch, most, rank, world):
+            assert count == (y != lm.IGNORE).sum()
             real = y != lm.IGNORE
             assert x.shape == y.shape == (batch, seq_len) and real.any()
             assert torch.equal(x[real] + 1, y[real]) and (x[~real] == lm.PAD).all()
@@ -308,7 +309,8 @@ def test_evaluation_windows_do_not_depend_on_batch_or_ranks():
     def windows(batch, world):
         found = []
         for rank in range(world):
-            found += rows_of(lm.evaluation_batches(PLACES[50:150], 8, batch, 90, rank, world))
+            batches = lm.evaluation_batches(PLACES[50:150], 8, batch, 90, rank, world)
+            found += rows_of([micro for micro, _ in batches])
         return {row for row in found if set(row[1]) != {lm.IGNORE}}
 
     assert windows(1, 1) == windows(5, 1) == windows(2, 3) == windows(4, 4)

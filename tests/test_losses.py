@@ -168,6 +168,6 @@ def test_objective_is_its_loss_and_shares_the_parameters():
     model = build()
     objective = lm.Objective(model, lm.pretrain_loss)
     ids = torch.randint(0, 61, (2, 16))
-    assert torch.equal(objective(ids, ids), lm.pretrain_loss(model, ids, ids))
+    assert torch.equal(objective(ids, ids), lm.pretrain_loss(model, ids, ids).view(1))
     assert {id(p) for p in objective.parameters()} == {id(p) for p in model.parameters()}
     assert not objective.eval().model.training

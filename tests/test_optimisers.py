@@ -45,7 +45,7 @@ def test_trace_equals_its_formula_from_step_0(schedule, warmup, steps):
 
 
 def test_known_points():
-    s = lm.OptimSettings(warmup_steps=4, min_lr=0.1)
+    s = lm.OptimSettings(warmup_steps=4, min_lr=0.1, schedule="cosine")
     assert [lm.lr_scale(k, s, 24) for k in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert lm.lr_scale(14, s, 24) == pytest.approx(0.55)  # half of the cosine
     s = lm.OptimSettings(schedule="wsd", warmup_steps=4, min_lr=0.0, decay_share=0.25)
@@ -142,7 +142,7 @@ def test_muon_takes_the_matrices_of_the_layers_alone(changes, wrapped):
 def test_steps_equal_a_float64_adamw():
     model = build()
     s = lm.OptimSettings(lr=0.02, weight_decay=0.2, beta1=0.8, beta2=0.9, schedule="constant",
-                         warmup_steps=0)
+                         warmup_steps=0, optimizer="adamw")
     [optimizer], rates = lm.make_optimizers(model, s, CPU), [0.02, 0.01, 0.003]
     names = ["tok_emb.weight", "norm.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.w3.weight"]
     weights = dict(model.named_parameters())
