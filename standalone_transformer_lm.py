@@ -1905,6 +1905,7 @@ def prepare(settings: PrepSettings) -> dict:
 
 FEISTEL_ROUNDS = 4
 MIXTURE_BLOCK = 1024  # samples in which each domain has its share
+Batches = Iterator[tuple[tuple[Tensor, ...], int]]  # micro-batches and their targets
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -1981,8 +1982,7 @@ class Stream:
         return StepBatch(micros, sum(map(self.targets, micros)), numbers.size,
                          sum(micro[0].numel() for micro in micros))
 
-    def in_order(self, batch_size: int, most: int, rank: int,
-                 world: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    def in_order(self, batch_size: int, most: int, rank: int, world: int) -> Batches:
         """This rank's share of the items, each once, up to `most` tokens: (micro, targets)."""
         count = min(self.count, -(-most * self.count // max(1, self.tokens)))
         mine = np.arange(rank, count, world)
@@ -2073,7 +2073,7 @@ def training_stream(domains: list[tuple[str, TokenFolder, float]], seq_len: int,
 
 
 def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int,
-                       world: int) -> Iterator[tuple[tuple[Tensor, Tensor], int]]:
+                       world: int) -> Batches:
     """This rank's share of a split in order, up to `most` tokens, every batch of full shape.
 
     Yields (inputs, targets) and how many targets they hold. The ragged end is filled with PAD
@@ -4176,8 +4176,8 @@ def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     return {"moe/least": min(shares), "moe/most": max(shares)} if shares else {}
 
 
-def mean_metrics(module: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], int]],
-                 machine: Machine, count: int) -> list[float] | None:
+def mean_metrics(module: nn.Module, batches: Batches, machine: Machine,
+                 count: int) -> list[float] | None:
     """The `count` sums of an Objective over (micro-batch, targets) of all ranks, a target."""
     found, targets = [torch.zeros(count)], 0
     for micro, size in batches:
@@ -4186,9 +4186,6 @@ def mean_metrics(module: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], 
     sums = torch.stack([part.cpu() for part in found]).double().sum(0)
     *sums, targets = machine.total(*sums.tolist(), targets)
     return [total / targets for total in sums] if targets else None
-
-
-Batches = Iterable[tuple[tuple[Tensor, ...], int]]
 
 
 def validate(module: nn.Module, parts: list[tuple[str, float, Batches]], machine: Machine,
@@ -4322,11 +4319,13 @@ def finish(trainer: Trainer) -> int:
     if code == 0:
         seconds, best = trainer.gauges.elapsed(), trainer.best_val
         best = f"best validation loss {best:.4f}; " if best < math.inf else ""
-        chat = "" if trainer.job.kind == "train" else " --chat"
+        kind, name = trainer.job.kind, shlex.quote(str(out))
+        speak = "" if kind == "train" else " --chat"
+        more = [f"{PROGRAM} reward --ckpt {name} --score rows.jsonl"] if kind == "reward" else [
+            f"{PROGRAM} generate --ckpt {name}{speak} --prompt \"…\"",
+            f"convert_to_llama.py --ckpt {shlex.quote(str(checkpoint_path(out)))} --out {name}/hf"]
         say(f"done after {trainer.step} steps in {duration(seconds)}; {best}next:",
-            f"  python {PROGRAM} generate --ckpt {shlex.quote(str(out))}{chat} --prompt \"…\"",
-            f"  python convert_to_llama.py --ckpt {shlex.quote(str(checkpoint_path(out)))} "
-            f"--out {shlex.quote(str(out / 'hf'))}")
+            *(f"  python {line}" for line in more))
     return code
 
 

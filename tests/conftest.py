@@ -24,7 +24,8 @@ hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("fixed")
 
 TINY = """--n_layer 2 --d_model 32 --n_head 4 --n_kv_head 2 --seq_len 32 --ffn_mult 2 --lr 1e-2
---batch_size 4 --warmup_steps 3 --dtype fp32 --device cpu --threads 1 --compile 0""".split()
+--batch_size 4 --warmup_steps 3 --dtype fp32 --device cpu --threads 1 --compile 0
+--optimizer adamw --schedule cosine""".split()
 SHORT = """--max_steps 12 --dropout 0.1 --log_interval 1 --eval_interval 4 --ckpt_interval 4
 --eval_tokens 500""".split()
 PRELOADED = ["torch._dynamo", "torch.distributed", "sentencepiece", "hypothesis", "pytest"]

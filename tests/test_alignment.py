@@ -590,7 +590,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(child, base, run, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_refuses_other_rows_and_another_kind(tune, tmp_path, kind):
     assert tune(kind, rows_of(kind, 12))[0] == 0
-    complaint(tune(kind, rows_of(kind, 13)), "data_key")
+    complaint(tune(kind, rows_of(kind, 13)), "other rows in --data")
     others = [other for other in KINDS if other != kind]
     for other in others:
         complaint(tune(other, rows_of(other, 12)), f"holds a run of {kind}")

@@ -37,7 +37,7 @@ def accumulated(trainer, steps=0):
     """The gradients of a trainer's next step, and its loss."""
     run = trainer.run
     trainer.objective.train()
-    batch = trainer.job.batches(8 * steps, run.batch_size, run.grad_accum_steps, 0, 1)
+    batch = trainer.job.stream.step(8 * steps, run.batch_size, run.grad_accum_steps, 0, 1)
     loss = float(trainer.gradients(batch, 1 / batch.targets))
     return loss, {n: w.grad.clone() for n, w in trainer.job.model.named_parameters()}
 
@@ -51,7 +51,7 @@ def test_any_accumulation_has_the_gradient_of_the_mean_token_loss(trainer, batch
     loss, found = accumulated(one)
     model = one.job.model
     model.zero_grad()
-    x, y = one.job.batches.__self__.batch(torch.arange(8).numpy())
+    x, y = one.job.stream.batch(torch.arange(8).numpy())
     wanted = F.cross_entropy(model(x).reshape(-1, 400), y.reshape(-1))
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), abs=1e-5)
@@ -111,7 +111,7 @@ def test_dropout_is_in_training_and_not_in_evaluation(trainer):
     one.objective.train()
     first, second = one.evaluate(), one.evaluate()
     assert first == second and one.objective.training and one.job.model.blocks[0].attn.training
-    batch = one.job.batches(0, 4, 1, 0, 1)
+    batch = one.job.stream.step(0, 4, 1, 0, 1)
     torch.manual_seed(1)
     a = one.gradients(batch, 1 / batch.targets)
     torch.manual_seed(2)
