@@ -251,12 +251,12 @@ def test_label_loss_is_the_cross_entropy_of_the_label(scale):
 
 def test_calibration_error_is_that_of_guo_2017():
     logits = torch.linspace(-4, 4, 41)
-    sums = lm.judge_metrics(-F.logsigmoid(logits), logits, (logits > 0).float())
+    sums = lm.judge_metrics(logits, 0.0)
     row = lm.report("val", lm.JUDGE_METRICS, (sums / 41).tolist())
     want = sum(abs(b) for b in bins_by_hand(logits.tolist())) / 41
     assert row["val/calibration_error"] == pytest.approx(want, rel=1e-5)
     assert set(row) == {"val/loss", "val/margin", "val/accuracy", "val/calibration_error"}
-    perfect = lm.judge_metrics(torch.zeros(2), torch.tensor([50.0, 50.0]), torch.ones(2))
+    perfect = lm.judge_metrics(torch.tensor([50.0, 50.0]), 0.0)
     assert perfect[3:].abs().max() < 1e-6
 
 
@@ -326,33 +326,33 @@ def test_cut_and_left_out_rows_are_counted(tune, tmp_path):
 
 BAD_CHATS = {
     "{": "not JSON", "[1]": "no JSON object", "{}": "neither messages nor prompt nor instruction",
-    '{"messages": []}': "does not speak first", '{"messages": 3}': "messages is no text",
+    '{"messages": []}': "do not speak in turn", '{"messages": 3}': "messages is missing",
     '{"messages": ["a"]}': "something else than messages",
     '{"messages": [{"role": "bot", "content": "a"}]}': "unknown role 'bot'",
     '{"messages": [{"role": ["user"], "content": "a"}]}': "unknown role",
-    '{"messages": [{"role": "user", "content": 3}]}': "a user message is no text",
+    '{"messages": [{"role": "user", "content": 3}]}': "a user message is missing, empty or no text",
     '{"messages": [{"role": "user", "content": "a"}]}': "not the assistant's",
-    '{"messages": [{"role": "assistant", "content": "a"}]}': "does not speak first",
+    '{"messages": [{"role": "assistant", "content": "a"}]}': "do not speak in turn",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}':
-        "two user messages in a row",
+        "do not speak in turn",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}':
-        "behind the first place",
-    '{"prompt": "a"}': "response is missing", '{"prompt": " ", "response": "a"}': "prompt is empty",
-    '{"prompt": "a", "response": ""}': "response is empty",
+        "do not speak in turn",
+    '{"prompt": "a"}': "response is missing", '{"prompt": " ", "response": "a"}': "prompt is miss",
+    '{"prompt": "a", "response": ""}': "response is missing, empty or no text",
     '{"prompt": null, "response": "a"}': "prompt is missing",
     '{"instruction": "a", "output": null}': "output is missing",
 }
 BAD_PAIRS = {
     '{"prompt": "a", "chosen": "b"}': "rejected is missing",
     '{"prompt": "a", "chosen": "b", "rejected": "b"}': "identical",
-    '{"chosen": "b", "rejected": "c"}': "does not speak first",
+    '{"chosen": "b", "rejected": "c"}': "do not speak in turn",
     '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], '
     '"rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "y"}]}':
         "different prompts",
 }
 BAD_JUDGED = {'{"prompt": "a", "response": "b", "label": "yes"}': "label 'yes' is not 0 or 1",
               '{"prompt": "a", "response": "b", "label": [1]}': "is not 0 or 1",
-              '{"prompt": "a", "response": "b", "label": null}': "label is missing"}
+              '{"prompt": "a", "response": "b", "label": null}': "label None is not 0 or 1"}
 
 
 @pytest.mark.parametrize("kind, line, what", [
@@ -371,7 +371,7 @@ def test_bad_rows_are_all_counted_and_may_be_passed_over(tune, tmp_path):
     path.write_text("\n".join([*map(json.dumps, chat_rows(5)), *BAD_CHATS]))
     bad = len(BAD_CHATS)
     result = tune("sft", (path,))
-    complaint(result, f"{bad} of {bad + 5} rows are bad", f"and {bad - 5} more", "line 6: ")
+    complaint(result, f"{bad} of {bad + 5} rows are bad", "the first: ", "line 6: ", "line 10: ")
     code, told, err = tune("sft", (path,), "--on_bad_row", "skip", "--val_split", 0)
     assert code == 0 and f"warning: {bad} of {bad + 5} rows are bad" in told, err
     assert "rows: 5 rows" in told

@@ -1,6 +1,10 @@
 """Room Batches: which tokens make up which step."""
 
+import itertools
+import random
 import re
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -314,3 +318,164 @@ def test_evaluation_windows_do_not_depend_on_batch_or_ranks():
         return {row for row in found if set(row[1]) != {lm.IGNORE}}
 
     assert windows(1, 1) == windows(5, 1) == windows(2, 3) == windows(4, 4)
+
+
+# --- made rows ------------------------------------------------------------------------------------
+
+TASKS = ("add", "countdown", "sort", "copy")
+
+
+def made(task, difficulty=2, count=60, seed=0):
+    return lm.task_rows(lm.TaskSettings(task, difficulty, count), seed)
+
+
+def numbers_in(text):
+    return [int(word) for word in re.findall(r"\d+", text)]
+
+
+def add_is_right(row, difficulty):
+    a, b = re.fullmatch(r"What is (\d+) \+ (\d+)\?", row["prompt"]).groups()
+    assert row["answer"] == row["response"] == str(int(a) + int(b))
+    assert {len(a), len(b)} <= set(range(min(2, difficulty), difficulty + 1))
+
+
+def countdown_is_right(row, difficulty):
+    """Every order and every choice of signs is tried, with Python's own precedence."""
+    target, *numbers = numbers_in(row["prompt"])
+    assert numbers == row["numbers"] and len(numbers) == max(2, difficulty)
+    assert 0 < target < 100 and row["answer"] == str(target) and min(numbers) > 0
+    found = set()
+    for order in itertools.permutations(numbers):
+        for signs in itertools.product("+-*", repeat=len(order) - 1):
+            text = "".join(f"{n}{sign}" for n, sign in zip(order, (*signs, ""), strict=True))
+            found.add((eval(text), text))
+    solved = next(text for value, text in found if value == target)
+    assert lm.REWARDS["countdown"](row["prompt"], solved, row) == 1.0
+    wrong = next((text for value, text in found if value != target), None)
+    assert wrong is None or lm.REWARDS["countdown"](row["prompt"], wrong, row) == 0.1
+    assert sorted(numbers_in(row["response"])) == sorted(numbers)
+    assert lm.REWARDS["countdown"]("", row["response"], row) == (
+        1.0 if eval(row["response"]) == target else 0.1)
+
+
+def sort_is_right(row, difficulty):
+    asked, answer = numbers_in(row["prompt"]), numbers_in(row["answer"])
+    assert len(asked) == difficulty + 1 and row["response"] == row["answer"]
+    for number in answer:
+        asked.remove(number)
+    assert not asked and all(a <= b for a, b in zip(answer, answer[1:], strict=False))
+
+
+def copy_is_right(row, difficulty):
+    assert row["response"] == row["answer"] and len(row["answer"].split()) == difficulty + 1
+    assert row["prompt"] == f"Repeat {row['answer']}." and re.fullmatch("[a-z ]+", row["answer"])
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3, 4])
+@pytest.mark.parametrize("task", TASKS)
+def test_made_rows_differ_and_their_answers_are_right(task, difficulty):
+    rows = made(task, difficulty, 30)
+    assert len(rows) == len({row["prompt"] for row in rows}) == 30
+    for row in rows:
+        globals()[f"{task}_is_right"](row, difficulty)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tasks_own_reward_knows_the_right_answer_from_a_wrong_one(task):
+    assert set(lm.TASKS) == set(lm.TASK_REWARDS) == set(TASKS)
+    reward = lm.REWARDS[lm.TASK_REWARDS[task]]
+    for row in made(task, 3):
+        if task != "countdown":
+            assert reward(row["prompt"], row["response"], row) == 1.0
+            assert reward(row["prompt"], "1" + row["response"], row) == 0.0
+        assert reward(row["prompt"], "", row) == 0.0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_made_rows_depend_on_seed_and_difficulty_alone(task):
+    rows = made(task, 3)
+    random.seed(7)
+    assert made(task, 3) == rows and made(task, 3, 20) == rows[:20], "and not on how many are made"
+    random.seed(8)
+    others = [made(task, 3, seed=1), made(task, 4), made(task, 3)]
+    prompts = [{row["prompt"] for row in some} for some in others]
+    assert others[2] == rows and len(prompts[0] & prompts[2]) < 10 > len(prompts[1] & prompts[2])
+
+
+def test_there_are_as_many_rows_as_there_are_different_ones():
+    rows = made("add", 1, 200)
+    assert {row["prompt"] for row in rows} == {
+        f"What is {a} + {b}?" for a in range(10) for b in range(10)}
+    assert len(made("copy", 1, 1000)) == 26 ** 2
+
+
+def test_sums_are_of_every_size_equally_often():
+    sizes = [tuple(map(len, re.findall(r"\d+", row["prompt"]))) for row in made("add", 3, 2000)]
+    counts = [sizes.count(pair) for pair in ((2, 2), (2, 3), (3, 2), (3, 3))]
+    assert sum(counts) == 2000 and all(abs(count - 500) < 100 for count in counts)
+    parts = np.array([numbers_in(row["prompt"]) for row in made("add", 2, 2000)])
+    assert parts.min() == 10 and parts.max() == 99 and abs(parts.mean() - 54.5) < 2
+
+
+@pytest.mark.parametrize(("difficulty", "least", "most"), [(2, 0.2, 0.6), (3, 0.02, 0.3)])
+def test_countdowns_responses_are_right_by_chance_alone(difficulty, least, most):
+    rows = made("countdown", difficulty, 400)
+    right = sum(eval(row["response"]) == int(row["answer"]) for row in rows)
+    assert least < right / len(rows) < most, "what SFT learns from them is the form"
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+def joined(parts):
+    """An expression in brackets of two others, with its value or None where that is undefined."""
+    (a, x), sign, (b, y) = parts
+    gap = " " if len(a) % 2 else ""
+    known = x is not None and y is not None and (sign != "/" or y)
+    value = {"+": lambda: x + y, "-": lambda: x - y, "*": lambda: x * y, "/": lambda: x / y}
+    return f"({a}{gap}{sign}{gap}{b})", value[sign]() if known else None
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(0, 99).map(lambda n: (str(n), Fraction(n))),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from("+-*/"), inner).map(joined),
+        inner.map(lambda part: (f"-{part[0]}", None if part[1] is None else -part[1]))),
+    max_leaves=8)
+
+
+@given(EXPRESSIONS)
+def test_arithmetic_is_exact(expression):
+    text, value = expression
+    if value is None:
+        with pytest.raises(ValueError, match="arithmetic"):
+            lm.arithmetic(text)
+    else:
+        assert lm.arithmetic(f" {text}\n") == value
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1 + 2 * 3", 7), ("(1 + 2) * 3", 9), ("2 - 3 - 4", -5), ("8 / 4 / 2", 1), ("1/3 + 1/6", 0.5),
+    ("- 2 * -3", 6), ("+5", 5), ("0 * 7", 0), ("10 - (2 - 3)", 11)])
+def test_arithmetic_knows_precedence(text, value):
+    assert lm.arithmetic(text) == value
+
+
+@pytest.mark.parametrize("text", """
+x|a + 1|abs(3)|__import__("os")|exit()|(1).real|[1][0]|[1]|(1, 2)|1, 2|{1}|1 if 1 else 2|lambda: 1
+1 == 1|1 < 2|1 and 2|not 1|~1|1 // 2|7 % 4|2 ** 3|2 ** 9 ** 9 ** 9|1 << 9|1 << 99999999999
+1 & 2|1 ^ 2|2 @ 3|1.5|.5|1e3|2j|True|None|...|"1"|"a" * 9|f"{1}"|(x := 1)|await 1|1; 2|1 +|+|* 2
+(1|1)|)(||1 2|2(3)|1 / 0|1 / (2 - 2)|1 % 0|\x00|1\x00|٣|²|½|1 − 2|3 × 4|1 = 1|1 + 2 = 3|1!|3,4|$5
+0x1f|0b11|0o7|1_000|1 # 2|# 1""".replace("\n", "|").split("|") + ["1 | 2"])
+def test_nothing_but_arithmetic_is_computed(text):
+    with pytest.raises(ValueError, match="arithmetic"):
+        lm.arithmetic(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "(" * 5000 + "1" + ")" * 5000, "-" * 20000 + "1",
+                                  "1" + "+1" * 20000, "9" * 4000 + "*9" * 20000, "(" * 99999])
+def test_arithmetic_without_end_is_refused_at_once(text):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="arithmetic"):
+        lm.arithmetic(text)
+    assert time.monotonic() - began < 5

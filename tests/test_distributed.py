@@ -1,5 +1,7 @@
 """Two processes over gloo: the same step as one, the same weights, one voice."""
 
+import functools
+import os
 import shutil
 import signal
 import socket
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT, TINY, log_rows, read_pt, signal_at, weight_bytes
+from test_lora import complaint, question, save_base, write_rows
 
 import standalone_transformer_lm as lm
 
@@ -36,12 +39,14 @@ def torchrun(argv):
                             stderr=subprocess.PIPE)
 
 
-def two(child, argv, *hooks):
-    """The program as two ranks without a launcher, to its end; hooks are for rank 1 alone."""
+def two(child, argv, *hooks, each=()):
+    """The program as two ranks without a launcher, to its end; hooks are for rank 1 alone, and
+    those of `each` for both, which get the rank."""
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(free_port())}
-    ranks = [child(argv, (keep_weights, rank), *(hooks if rank else ()), RANK=str(rank),
-                   LOCAL_RANK=str(rank), **env) for rank in range(2)]
+    ranks = [child(argv, (keep_weights, rank), *((hook, rank) for hook in each),
+                   *(hooks if rank else ()), RANK=str(rank), LOCAL_RANK=str(rank), **env)
+             for rank in range(2)]
     return [rank.end() for rank in ranks]
 
 
@@ -178,3 +183,176 @@ def test_a_mistake_is_told_once_however_many_ranks_make_it(data_dir, tmp_path):
         ours = err.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
         assert ours.count("error: ") == ours.count("fix: ") == 1, err
         assert "standalone_transformer_lm.py\", line" not in err, err
+
+
+# ---- Reinforcement learning ----
+
+
+@pytest.fixture(scope="module")
+def grpo(tiny_tokenizer, tmp_path_factory):
+    """`grpo(out, *flags)` is the command line of two steps, in groups of three."""
+    folder = tmp_path_factory.mktemp("grpo")
+    base = save_base(folder / "base.pt", tiny_tokenizer)
+    saved = read_pt(base)
+    for name in {"tok_emb.weight", "lm_head.weight"} & set(saved["model"]):
+        saved["model"][name][lm.Tokenizer(tiny_tokenizer).eos] *= 6  # answers of many lengths
+    lm.save_checkpoint(base, saved)
+    rows = write_rows(folder / "rows.jsonl", [{"prompt": question(i), "answer": str(i)}
+                                              for i in range(40)])
+    fixed = """--prompts 4 --group_size 3 --max_new_tokens 16 --batch_size 4 --eval_prompts 5
+    --eval_samples 2 --lr 1e-3 --warmup_steps 0 --max_steps 2 --eval_interval 2 --dtype fp32
+    --val_split 0.2 --device cpu --threads 1 --compile 0 --reward regex --pattern ^.*e""".split()
+    return lambda out, *flags: ["grpo", *fixed, "--ckpt", base, "--data", rows, "--out_dir", out,
+                                *flags]
+
+
+def keep_gradients(program, rank):
+    """Write each update's gradient, the number of collectives and the lengths of completions."""
+    seen, clip = {"calls": 0, "lengths": [], "gradients": []}, torch.nn.utils.clip_grad_norm_
+    fit, draw, reduce = program.Trainer.fit, program.Sampler.draw, torch.distributed.all_reduce
+
+    def clipped(parameters, *more):
+        parameters = list(parameters)
+        seen["gradients"].append(torch.cat([w.grad.flatten() for w in parameters
+                                            if w.requires_grad]))
+        return clip(parameters, *more)
+
+    def reduced(*args, **kwargs):
+        seen["calls"] += 1
+        return reduce(*args, **kwargs)
+
+    def drawn(*args):
+        groups = draw(*args)
+        seen["lengths"].append([len(one.ids) for group in groups for one in group])
+        return groups
+
+    def fitted(trainer):
+        seen.update(calls=0, lengths=[], gradients=[])
+        code = fit(trainer)
+        torch.save(seen, trainer.out / f"rank{rank}.seen")
+        return code
+
+    torch.nn.utils.clip_grad_norm_, torch.distributed.all_reduce = clipped, reduced
+    program.Sampler.draw, program.Trainer.fit = drawn, fitted
+
+
+def in_turn(runs, program, rank):
+    """Have main run these command lines instead, each on a port of its own."""
+    main = program.main
+
+    def each(_):
+        for port, argv in runs:
+            os.environ["MASTER_PORT"] = str(port)
+            if code := main([str(word) for word in argv]):
+                return code
+        return 0
+
+    program.main = each
+
+
+def assert_ranks_agree(out):
+    """That both made as many collectives, and have the same gradients and weights."""
+    a, b = (read_pt(out / f"rank{rank}.seen") for rank in range(2))
+    assert a["calls"] == b["calls"] > 0 and len(a["gradients"]) == len(b["gradients"])
+    assert all(map(torch.equal, a["gradients"], b["gradients"]))
+    ranks = [read_pt(out / f"rank{rank}.weights") for rank in range(2)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    return a["lengths"], b["lengths"]
+
+
+def two_in_turn(child, runs, *hooks):
+    """Two ranks that make these runs one after the other."""
+    runs = [(free_port(), argv) for argv in runs]
+    ended = two(child, runs[0][1], *hooks, each=[keep_gradients, functools.partial(in_turn, runs)])
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+@pytest.fixture
+def lone(run, monkeypatch):
+    """`lone(argv)` is the run on one rank, with its gradients."""
+    def call(argv):
+        with monkeypatch.context() as patch:
+            for owner, name in ((torch.nn.utils, "clip_grad_norm_"), (lm.Sampler, "draw"),
+                                (torch.distributed, "all_reduce"), (lm.Trainer, "fit")):
+                patch.setattr(owner, name, getattr(owner, name))  # so that leaving puts it back
+            keep_gradients(lm, "lone")
+            code, _, err = run(argv)
+        assert code == 0, err
+
+    return call
+
+
+def apart(a, b, start):
+    """How far two models are from each other, of how far they came."""
+    far, way = (sum((one[name] - other[name]).square().sum() for name in one)
+                for one, other in ((a, b), (a, start)))
+    return float((far / way).sqrt())
+
+
+def assert_near(out, wanted, tolerance):
+    for a, b in zip(log_rows(out), log_rows(wanted), strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for key in a:
+            if key.startswith("train/") and not key.startswith(("train/clip", "train/value_cl")):
+                assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
+
+
+def test_two_ranks_of_every_algorithm_are_one(child, grpo, lone, tmp_path):
+    runs = [algo.split() for algo in [*lm.ALGORITHMS, "grpo --lora_rank 2"]]
+    more = ["--kl", 0.1, "--updates", 2, "--value_warmup", 1, "--dynamic_sampling", 0]
+    both, one = ([grpo(tmp_path / name / "-".join(run), *more, "--algo", *run) for run in runs]
+                 for name in ("both", "one"))
+    two_in_turn(child, both)
+    for run, argv in zip(runs, one, strict=True):
+        lone(argv)
+        outs = [tmp_path / name / "-".join(run) for name in ("both", "one")]
+        lengths, alone = assert_ranks_agree(outs[0]), read_pt(outs[1] / "ranklone.seen")
+        shares = [[rank[1] for rank in lengths], alone["lengths"][1]]  # behind the evaluation
+        assert sum(shares[0], []) == shares[1] and sum(shares[0][0]) != sum(shares[0][1]), run
+        pairs = zip(read_pt(outs[0] / "rank0.seen")["gradients"], alone["gradients"], strict=True)
+        for i, (a, b) in enumerate(pairs):
+            assert (a - b).norm() <= (1e-2 if i else 1e-5) * b.norm(), (run, i)
+        assert_near(*outs, 1e-3)
+        a, b = (read_pt(out / "ckpt_last.pt")["model"] for out in outs)
+        start = read_pt(argv[argv.index("--ckpt") + 1])["model"]
+        start = {name: start.get(name, 0 * w) for name, w in a.items()}
+        assert apart(a, b, start) < 0.02, run
+
+
+def test_ranks_that_draw_again_wait_for_each_other(child, grpo, tmp_path):
+    patterns = {"some": "^.*e", "few": "^.*the", "none": "(?!)"}
+    two_in_turn(child, [
+        grpo(tmp_path / name, "--algo", "dapo", "--overlong", 0, "--max_draws", 3, "--pattern",
+             pattern, "--eval_prompts", 1) for name, pattern in patterns.items()])
+    for name in patterns:
+        assert_ranks_agree(tmp_path / name)  # where rank 1 has nothing to evaluate
+        draws = [row["train/draws"] for row in log_rows(tmp_path / name)[1:]]
+        assert max(draws) > 1 and (name != "none" or draws == [3, 3])
+        assert read_pt(tmp_path / name / "ckpt_last.pt")["samples"] == 4 * sum(draws)
+
+
+def never_right(program):
+    program.REWARDS["regex"] = lambda *args: 0.0
+
+
+def test_a_rank_with_groups_to_spare_waits_for_the_other(child, grpo, tmp_path):
+    out = tmp_path / "run"
+    two_in_turn(child, [grpo(out, "--dynamic_sampling", 1, "--max_draws", 4, "--prompts", 12,
+                             "--pattern", "e", "--max_steps", 4)], (never_right,))
+    assert_ranks_agree(out)
+    assert [row["train/draws"] for row in log_rows(out)[1:]] == [4, 4, 4, 4]
+
+
+def test_stopped_on_two_ranks_vapo_goes_on_with_one(child, grpo, run, tmp_path):
+    flags = ["--algo", "vapo", "--value_warmup", 1, "--kl", 0.1, "--max_steps", 4, "--lr", 1e-4]
+    both, one = (grpo(tmp_path / name, *flags) for name in ("both", "one"))
+    stopped_on_two(child, both, tmp_path / "both", 2)
+    assert run(both)[0] == run(one)[0] == 0
+    assert_near(tmp_path / "both", tmp_path / "one", 1e-3)
+
+
+def test_prompts_that_ranks_cannot_share_are_refused(child, grpo, tmp_path):
+    ended = two(child, grpo(tmp_path / "run", "--prompts", 5))
+    assert [code for code, _ in ended] == [2, 2]
+    complaint((2, "", ended[0][1]), "--prompts 5 cannot be shared by 2 ranks", "a multiple of 2")
+    assert not (tmp_path / "run").exists()

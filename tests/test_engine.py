@@ -221,6 +221,170 @@ def test_generation_under_autocast(model, dtype):
     assert all(0 <= token < 61 for row in rows for token in row)
 
 
+# --- rows in turn ---------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": {}, "gqa": {"n_kv_head": 2}, "window": {"window": 5}, "sinks": {"n_sink": 3},
+    "gqa+sinks+window": {"n_kv_head": 2, "n_sink": 2, "window": 6},
+}
+QUEUE = [RAGGED[1], [33], [5, 6] * 20, RAGGED[3], RAGGED[1], [1, 2, 3] * 5, [7] * 16, [44, 2],
+         [44, 2], list(range(40, 57))]
+
+
+def alone(model, prompts, s, seed, stop=frozenset(), first=0):
+    return [lm.complete(model, [p], s, seed, stop, first=first + r)[0]
+            for r, p in enumerate(prompts)]
+
+
+def ended(rows, stop):
+    """The rows, each up to its first id of `stop`."""
+    ends = [next((i + 1 for i, t in enumerate(row) if t in stop), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+TURNS = {"greedy": ({}, GREEDY), "fussy": ({}, FUSSY)} | {
+    kind: (shape, SAMPLED) for kind, shape in KINDS.items()}
+
+
+@pytest.fixture(params=TURNS, scope="module")
+def line(request):
+    """A model, settings, stop ids by which rows end at different times, and what rows write."""
+    shape, how = TURNS[request.param]
+    network, s = build(tie=False, **shape), sampling(max_new_tokens=18, **how)
+    whole = alone(network, QUEUE, s, 11)
+    stop = frozenset({whole[2][0], whole[0][3], whole[7][4]})
+    want = ended(whole, stop)
+    lengths = {len(row) for row in want}
+    assert 1 in lengths and len(lengths) > 3 and max(lengths) > 9, "the test needs such rows"
+    return network, s, stop, want
+
+
+def test_rows_that_wait_write_the_same_as_alone(line):
+    network, s, stop, want = line
+    for at_once in (2, 5):
+        assert lm.complete(network, QUEUE, s, 11, stop, at_once=at_once) == want, at_once
+
+
+def test_steps_of_fixed_shapes_write_the_same(line, monkeypatch):
+    """What is compiled, run as it is: few sizes, padded with ended rows and unseen keys."""
+    network, s, stop, want = line
+    sizes, ends, real = [], [], lm.Transformer.next_logits
+
+    def step(model, ids, positions, cache, end):
+        sizes.append(len(ids))
+        ends.append(end)
+        return real(model, ids, positions, cache, end)
+
+    monkeypatch.setattr(lm, "compiled", lambda function, **options: {real: step}[function])
+    monkeypatch.setattr(lm, "LEAST_END", 4)
+    assert lm.complete(network, QUEUE, s, 11, stop, at_once=6, compiled=True) == want
+    assert sizes[0] == 6 and set(sizes) <= {6, 3, 1} and sizes == sorted(sizes, reverse=True)
+    assert set(ends) <= {4, 8, 16, CONTEXT + network.config.n_sink}
+
+
+def under_way(model, prompts, s, at_once, stop=frozenset(range(0, 61, 9))):
+    """Of a run: what it yielded, and by each pass through the model which rows were under way."""
+    rows, moments, passes, real = [[] for _ in prompts], [], [], model.hidden
+
+    def hidden(ids, *rest):
+        passes.append(len(ids))
+        return real(ids, *rest)
+
+    model.hidden = hidden
+    try:
+        for row, token in lm.generate(model, prompts, s, 4, stop, at_once=at_once):
+            rows[row].append(token)
+            live = {r for r, out in enumerate(rows)
+                    if out and out[-1] not in stop and len(out) < s.max_new_tokens}
+            moments.append(live | {row})
+    finally:
+        del model.hidden
+    return rows, moments, passes
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_no_more_rows_than_asked_are_under_way(model, at_once):
+    rows, moments, passes = under_way(model, QUEUE, sampling(max_new_tokens=14), at_once)
+    assert max(map(len, moments)) == at_once == max(passes)
+    assert all(rows) and len(moments) == sum(map(len, rows))
+
+
+def test_waiting_rows_enter_while_others_run(model):
+    """One row of 60 beside 40 of three: no one waits for the slowest."""
+    prompts, s = [[5, 6, 7]] + [[9, 8]] * 40, sampling(temperature=0.0, max_new_tokens=60)
+    (long,), (brief,) = (lm.complete(model, [p], s, 0) for p in prompts[:2])
+    stop = frozenset({next(t for t in brief[2:] if t not in long)})
+    want = alone(model, prompts[:2], s, 0, stop)
+    assert len(want[0]) == 60 > 12 >= len(want[1]), "the test needs a long row and a short one"
+    rows, moments, passes = under_way(model, prompts, s, 5, stop)
+    assert rows == [want[0]] + [want[1]] * 40
+    began = [min(i for i, live in enumerate(moments) if row in live) for row in range(41)]
+    assert began == sorted(began), "first come, first served"
+    steps = 10 * len(want[1])  # four places beside the long row, a tenth of 40 rows each
+    assert len(passes) <= max(60, steps) + 41 + 20
+    assert sum(0 in live and len(live) > 1 for live in moments) > len(moments) / 2
+
+
+def test_rows_that_end_at_their_first_token_make_room_without_a_step(model):
+    everything = frozenset(range(61))
+    for at_once in (1, 3, 50):
+        rows, moments, passes = under_way(model, QUEUE, sampling(), at_once, everything)
+        assert [len(row) for row in rows] == [1] * len(QUEUE)
+        assert len(passes) == -(-len(QUEUE) // at_once), "prompts are read, and nothing else"
+    one = sampling(max_new_tokens=1)
+    assert lm.complete(model, QUEUE, one, 3, at_once=4) == alone(model, QUEUE, one, 3)
+
+
+def test_equal_prompts_that_enter_together_are_read_once(model, monkeypatch):
+    read, prefill = [], lm.prefill
+    monkeypatch.setattr(lm, "prefill", lambda m, texts, *rest: read.append(
+        [tuple(text) for text in texts]) or prefill(m, texts, *rest))
+    prompts = [p for p in ([5, 6, 7], [9], [1, 2, 3, 4]) for _ in range(4)]
+    rows = lm.complete(model, prompts, sampling(max_new_tokens=5), 0, at_once=8)
+    assert read == [[(5, 6, 7), (9,)], [(1, 2, 3, 4)]] and len(set(map(tuple, rows))) == 12
+    assert all(len(row) == 5 for row in rows)
+
+
+def test_a_share_of_the_rows_draws_as_within_the_whole(model):
+    s = sampling(max_new_tokens=9, **SAMPLED)
+    whole = lm.complete(model, QUEUE, s, 6, at_once=4)
+    assert lm.complete(model, QUEUE[5:], s, 6, first=5, at_once=3) == whole[5:]
+    assert lm.complete(model, QUEUE[5:], s, 6, first=4, at_once=3) != whole[5:]
+
+
+def test_put_begins_rows_anew_and_leaves_the_others(model):
+    """What follows a row is what follows the one it was begun with; the rest go on."""
+    texts, others = [[3, 4, 5, 6], [7, 8], [9] * 9, [10]], [[20, 21, 22], [30] * 6]
+    cache = lm.KVCache(model.config, len(texts), torch.device("cpu"), torch.float32, CONTEXT)
+    cache.put([0, 1, 2, 3], lm.prefill(model, texts, torch.float32)[1], [0, 1, 2, 3])
+    _, other = lm.prefill(model, others, torch.float32)
+    kept = other.k.clone(), other.v.clone(), list(other.lengths)
+    cache.put([2, 0], other, [0, 1])
+    now = [others[1], texts[1], others[0], texts[3]]
+    assert cache.lengths == [len(text) for text in now]
+    after = model(torch.full((4, 1), 50), cache)[:, -1]
+    for row, text in zip(after, now, strict=True):
+        assert torch.allclose(row, model(torch.tensor([[*text, 50]]))[0, -1], atol=1e-4)
+    assert torch.equal(other.k, kept[0]) and torch.equal(other.v, kept[1])
+    assert other.lengths == kept[2] == [3, 6]
+    cache.put([0, 1, 2, 3], other, [1, 1, 0, 0])  # one row may begin several
+    assert cache.lengths == [6, 6, 3, 3]
+    assert torch.equal(cache.k[:, 0, :, :6], other.k[:, 1]) and torch.equal(
+        cache.v[:, 1, :, :6], other.v[:, 1])
+
+
+def test_a_compiled_step_writes_the_same():
+    """One compile of one layer for two rows, the slowest test here."""
+    network = build(n_layer=1, n_kv_head=2, n_sink=2, window=9, tie=False)
+    s, prompts = sampling(max_new_tokens=20), [[33], [5, 6] * 20, RAGGED[1]]
+    whole = alone(network, prompts, s, 0)
+    stop = frozenset({whole[0][3], whole[2][15]})
+    want = ended(whole, stop)
+    assert [len(row) for row in want] == [4, 20, 16], "in two places until the last step"
+    found = lm.complete(network, prompts, s, 0, stop, at_once=2, compiled=True)
+    assert found == want
+
+
 # --- the distribution -----------------------------------------------------------------------------
 
 CUTS = [{}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 7}, {"top_k": 29},

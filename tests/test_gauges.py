@@ -100,7 +100,7 @@ def test_mfu_says_unknown_where_it_is(tmp_path):
     gauge = gauges(tmp_path)
     gauge.add(1, torch.tensor(2.0), torch.tensor(1.0), 64)
     row = gauge.row(1e-3)
-    assert row["perf/mfu"] is None and "mfu unknown" in gauge.describe(row)
+    assert row["perf/mfu"] is None and "mfu unknown" in gauge.note
     assert "cost/usd" not in row and "gpu/memory_gb" not in row
 
 
@@ -110,7 +110,7 @@ def test_mfu_is_flops_over_peak(tmp_path, monkeypatch):
     gauge.add(1, torch.tensor(2.0), torch.tensor(1.0), 64)
     row = gauge.row(1e-3)
     assert row["perf/mfu"] == pytest.approx(row["perf/tok_per_s"] * 1000 / 1e6, rel=1e-2)
-    assert f"mfu {row['perf/mfu']:.1%}" in gauge.describe(row)
+    assert f"mfu {row['perf/mfu']:.1%}" in gauge.note
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA T400",

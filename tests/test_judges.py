@@ -1,11 +1,18 @@
-"""Perplexity against a slow count by hand, on any batch size, share of ranks and cut."""
+"""Rewards on hostile texts, and perplexity, on any batch size and ranks, against a slow count."""
 
+import dataclasses
 import math
+import multiprocessing
+import time
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import standalone_transformer_lm as lm
 
@@ -148,3 +155,360 @@ def test_use_of_experts_counts_the_evaluation_alone(folder):
                         32, 300)
     assert (row["moe/least"], row["moe/most"]) == (0.0, 2.0)
     assert not any(block.mlp.usage.any() for block in model.blocks)
+
+
+# ---- Rewards ----
+
+ANSWERS = {  # a text and the number it answers with
+    "": None, "none at all": None, "12/0": None, "seventy-two": None,
+    "$1,234.50": 1234.5, "72.0": 72, "72.": 72, ".5": 0.5, "£3": 3, "0": 0, "007": 7,
+    "3/4": Fraction(3, 4), "a sixth, or 1 / 6": Fraction(1, 6), "6/3 of them": 2,
+    r"\frac{3}{4}": Fraction(3, 4), r"\dfrac{-3}{4}": Fraction(-3, 4),
+    r"It is $\frac{10}{4}$ metres": Fraction(5, 2),
+    "-5": -5, "x=-5": -5, "-$5": -5, "$-5": -5, "it fell to - 3 degrees": -3, "-3/4": -0.75,
+    "12,345,678 people": 12345678, "1, 2 and 3": 3, "(4) apples": 4,
+    "First 3, then 4, so 7.": 7, "5 + 6 = 11": 11, "7 apples and 2 pears make 9 fruits": 9,
+    "so 5\n#### 72": 72, "#### -1,234 dollars, not 9": -1234, "####72.50": 72.5,
+    "#### 1\nno:\n#### 2\nor 3": 2,
+    r"\boxed{5} is more than 4": 5, r"\boxed{\frac{1}{2}} or 3": Fraction(1, 2),
+    r"\boxed{72\text{ cm}^2}": 72, r"\boxed{x = -7}, 8": -7, r"\boxed{1} but then \boxed{2}": 2,
+    "<answer>42</answer> 43": 42, "<answer>\n 42 of 50\n</answer>": 42,
+    "The answer is $18. I am 90% sure": 18, "Answer: 6 of 7": 6, "the ANSWER IS 8 (not 9)": 8,
+}
+TRAPS = {  # numbers whose neighbours are easily misread
+    "10-15": 15, "between 3-5 kg": 5, "3\u20135 kg": 5, "on 2024-05-17": 17, "10-5 = 5": 5,
+    "5/6/2024": 2024, r"-\frac{7}{9}": Fraction(-7, 9), r"$-\dfrac{1}{2}$": Fraction(-1, 2),
+    r"\tfrac{1}{2}": Fraction(1, 2), "1,2,3": 3, "(3,4)": 4, "\u22125": -5,
+    "My first answer is 5, but the right answer is 7": 7,
+    "To answer this we need 3 steps: 4 + 4 = 8": 8,
+}
+
+
+@pytest.mark.parametrize(("text", "number"), [*ANSWERS.items(), *TRAPS.items()],
+                         ids=lambda value: str(value)[:30])
+def test_the_number_that_a_text_answers_with(text, number):
+    found = lm.final_number(text)
+    assert (found if found is None else found[0]) == number
+
+
+@pytest.mark.parametrize("text", ["12%", "12 %", r"12\%", "12.0% of it", r"\boxed{12\%}"])
+def test_a_percentage_is_told(text):
+    assert lm.final_number(text) == (12, True) and lm.final_number("12 or so") == (12, False)
+
+
+@pytest.mark.parametrize(("completion", "answer", "points"), [
+    ("It costs $1,234.50 in all.", "1234.5", 1), ("72.0", "72", 1), ("72", 72, 1),
+    ("0.75", "3/4", 1), (r"\boxed{\frac{3}{4}}", "0.75", 1), ("12%", "0.12", 1), ("12", "12%", 1),
+    ("0.12", "12%", 1), ("12%", "12", 1), ("12%", "12%", 1), ("0.12%", "12%", 0),
+    ("1200%", "12%", 0), ("0.3333333", "1/3", 1), ("0.333", "1/3", 0), ("-5", "5", 0),
+    ("5", "-5", 0), ("0", "0", 1), ("0.0000001", "0", 0), ("72 or 73", "72", 0), ("", "72", 0),
+    ("no idea", "72", 0), ("72", "none", 0), ("none", "none", 0), ("1,000,001", "1000000", 1),
+    ("100,001", "100000", 0), ("#### 72", "so 8 * 9\n#### 72", 1),
+])
+def test_number_reward(completion, answer, points):
+    assert lm.number_reward("", completion, {"answer": answer}) == points
+
+
+@pytest.mark.parametrize("form", ["{}", "1/{}", "{}.5", r"\frac{{1}}{{{}}}", "1.{}%", "#### {}"])
+def test_a_model_that_writes_digits_without_end_is_wrong_and_no_crash(form):
+    """Python refuses to read whole numbers of more than 4,300 digits."""
+    text = form.format("9" * 5000)
+    assert lm.number_reward("", text, {"answer": "72"}) == 0
+    assert lm.number_reward("", "72", {"answer": text}) == 0
+    assert lm.REWARDS["countdown"]("", text, {"answer": "72", "numbers": [9]}) == 0
+
+
+@settings(max_examples=50)
+@given(st.fractions(max_denominator=999), st.sampled_from(["", "So ", "The answer is ", "#### "]),
+       st.sampled_from(["", ".", " apples", " %", "\n", "!"]))
+def test_every_way_to_write_a_number_is_read_back(number, before, after):
+    ways = [str(number), f"{number.numerator:,}" + f"/{number.denominator}"]
+    if number >= 0 or "answer" in before:
+        ways.append(f"\\frac{{{number.numerator}}}{{{number.denominator}}}")
+    if number == int(number):
+        ways += [f"{int(number):,}.00", f"${int(number)}"]
+    assert {lm.final_number(before + way + after)[0] for way in ways} == {number}
+
+
+@given(st.text(st.sampled_from("0123456789,./$%-−\\frac{}boxed#answer is<>ABI ()\n"), max_size=60))
+def test_no_text_breaks_a_reward(text):
+    row = {"answer": "5", "pattern": "5", "numbers": [2, 3]}
+    for name, reward in lm.REWARDS.items():
+        points = reward("", text, row)
+        assert isinstance(points, float) and (name == "length" or 0 <= points <= 1), name
+
+
+LETTERS = {  # answers to a question of four choices, as models and rows write them
+    "B": "B", " (B)": "B", "B.": "B", "B) Cholesterol embolization": "B",
+    "B: Cholesterol embolization": "B", "B Cholesterol embolization": "B", "**B**": "B",
+    "**C. Aspirin**": "C", "The answer is D": "D", "The correct answer is (A).": "A",
+    "Answer: A": "A", "<answer>C</answer>": "C", r"\boxed{B}": "B", r"\boxed{\text{D}}": "D",
+    "#### C": "C", "It is option D": "D", "D, since A) is wrong and so is B)": "D",
+    "Not (A), as he has fever; so (C).": "C", "vitamin C, hence B": "B",
+    "He has hepatitis.\nThe answer is C. Not D.": "C", "": None, "cholesterol": None, "b": None,
+    "Aspirin": None, "It's": None,
+}
+SENTENCES = {  # A and I are also words
+    "I think it is (C).": "C", "I would choose B.": "B", "The answer is: I believe D.": "D",
+    "A 40-year-old patient with fever: D.": "D", "A man with gout, so the choice is (B)": "B",
+    "The answer is B, not C": "B",
+}
+
+
+@pytest.mark.parametrize(("text", "letter"), [*LETTERS.items(), *SENTENCES.items()])
+def test_the_letter_that_a_text_chooses(text, letter):
+    assert lm.choice_letter(text) == letter
+
+
+@pytest.mark.parametrize(("name", "completion", "row", "points"), [
+    ("number", "so 7", {"answer": "7"}, 1), ("number", "so 8", {"answer": "7"}, 0),
+    ("choice", "The answer is B.", {"answer": "B"}, 1), ("choice", "C", {"answer": "B"}, 0),
+    ("choice", "B", {"answer": "B. Cholesterol embolization"}, 1),
+    ("choice", "", {"answer": ""}, 0), ("choice", "", {"answer": "B"}, 0),
+    ("choice", "none", {"answer": "none"}, 0),
+    ("exact", " 1 2 3\n", {"answer": "1 2 3"}, 1), ("exact", "1 2", {"answer": "1 2 3"}, 0),
+    ("exact", "7", {"answer": 7}, 1), ("exact", "abc", {"answer": "ABC"}, 0),
+    ("regex", "say hello", {"pattern": r"\bhel+o$"}, 1), ("regex", "help", {"pattern": "hel+o"}, 0),
+    ("format", "#### 7", {}, 1), ("format", "<answer>x</answer>", {}, 1), ("format", "7", {}, 0),
+    ("format", "", {}, 0), ("format", r"\boxed{7}", {}, 1), ("format", "####", {}, 0),
+    ("length", "", {}, 0), ("length", "x" * 500, {}, -0.5),
+    ("countdown", "3 * 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+    ("countdown", "3 * 4 - 2 = 10", {"numbers": [2, 3, 4], "answer": 10}, 1),
+    ("countdown", "<answer>(4 + 1) / 5</answer>", {"numbers": [5, 1, 4], "answer": "1"}, 1),
+    ("countdown", "1 / 3 * 3", {"numbers": [3, 1, 3], "answer": "1"}, 1),  # exactly, no float
+    ("countdown", "3 + 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 0.1),
+    ("countdown", "10", {"numbers": [2, 3, 4], "answer": "10"}, 0),
+    ("countdown", "3 * 4 - 2 - 2", {"numbers": [2, 3, 4], "answer": "8"}, 0),
+    ("countdown", "3 * 4", {"numbers": [2, 3, 4], "answer": "12"}, 0),
+    ("countdown", "34 - 2", {"numbers": [2, 3, 4], "answer": "32"}, 0),
+    ("countdown", "3 ** 4 - 2", {"numbers": [2, 3, 4], "answer": "79"}, 0),
+    ("countdown", "4 / (3 - 3)", {"numbers": [3, 3, 4], "answer": "1"}, 0),
+    ("countdown", "", {"numbers": [3], "answer": "3"}, 0),
+    ("countdown", "x = 3", {"numbers": [3], "answer": "3"}, 0),
+    ("countdown", "3_4", {"numbers": [3, 4], "answer": "34"}, 0),  # two numbers, read as one
+    ("countdown", "34 # 2 5", {"numbers": [2, 5, 34], "answer": "34"}, 0),  # a comment
+])
+def test_each_reward_gives_its_points(name, completion, row, points):
+    assert lm.REWARDS[name]("prompt", completion, row) == pytest.approx(points)
+
+
+def opened(*specs, seconds=5.0):
+    return lm.Rewards(tuple(map(str, specs)), seconds, 2, CPU)
+
+
+def shut(rewards):
+    """End the processes of the user's functions now, not with the tests."""
+    for part in rewards.parts.values():
+        if isinstance(part, lm.UserReward) and part.pool:
+            part.pool.shutdown()
+
+
+def problem(row, prompt="?"):
+    return lm.Problem(np.array([1]), [("system", "Be brief."), ("user", prompt)], row)
+
+
+def test_parts_are_scored_one_by_one_and_weighed():
+    rewards = opened("number:2", "format", "length:-.5", "exact:0")
+    asked = [problem({"answer": "7"}), problem({"answer": "8"}), problem({"answer": "9"})]
+    scores = rewards.score(asked, ["#### 7", "8", "x" * 100])
+    assert list(rewards.parts) == ["number", "format", "length", "exact"]
+    assert scores.tolist() == [[1, 1, -0.006, 0], [1, 0, -0.001, 1], [0, 0, -0.1, 0]]
+    assert (scores @ rewards.weights).tolist() == pytest.approx([3.003, 2.0005, 0.05])
+
+
+@pytest.mark.parametrize("spec", ["numbr", "number:", "number:x", "nothing", "", ":2", "gone.pt",
+                                  "gone.py:score", "gone/run:0.5"])
+def test_what_names_no_reward_is_refused(spec):
+    with pytest.raises(lm.UserError) as error:
+        opened(spec)
+    what, fix = error.value.faults[0]
+    assert spec.partition(":")[0] in what
+    assert all(name in fix for name in lm.REWARDS), "what may be chosen"
+
+
+@pytest.mark.parametrize(("source", "told"), [
+    ("def other(p, c, r): return 1\n", "no function score"), ("score = 1\n", "no function score"),
+    ("def score(p, c, r) return 1\n", "cannot be read"), ("def score():\n\0", "cannot be read"),
+])
+def test_a_file_without_the_function_is_refused(tmp_path, source, told):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(lm.UserError, match=told):
+        opened(tmp_path / "mine.py:score")
+
+
+def test_a_part_given_twice_keeps_one_weight_a_part(tmp_path):
+    """Also two files of one name; two of the same are either refused or both counted."""
+    for folder, points in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"def score(p, c, r): return {points}\n")
+    rewards = opened(*(tmp_path / folder / "mine.py:score" for folder in "ab"))
+    assert rewards.score([problem({})], [""]).tolist() == [[1, 2]]
+    assert len(rewards.parts) == len(rewards.weights) == 2
+    shut(rewards)
+    try:
+        rewards = opened("length", "length:2")
+    except lm.UserError:
+        return
+    assert rewards.score([problem({})], ["x" * 1000]) @ rewards.weights == pytest.approx([-3])
+
+
+@pytest.mark.parametrize(("spec", "row", "lacking"), [
+    ("number", {}, "answer"), ("choice", {"pattern": "x"}, "answer"), ("exact", {}, "answer"),
+    ("regex", {"answer": "7"}, "pattern"), ("countdown", {"answer": "7"}, "numbers"),
+    ("countdown", {"numbers": [3, 4]}, "answer"), ("regex", {"pattern": "("}, "unterminated"),
+])
+def test_a_row_without_what_a_part_needs_is_a_fault_of_the_row(spec, row, lacking):
+    whole = {"answer": "7", "pattern": "7", "numbers": [3, 4]}
+    assert opened(spec, "length").check(whole) == whole
+    with pytest.raises(ValueError, match=lacking):
+        opened("length", spec).check(row)
+
+
+def test_what_needs_nothing_takes_any_row():
+    assert opened("format", "length").check({}) == {}
+    with pytest.raises(ValueError, match="(answer|pattern) is missing"):
+        opened("regex", "number:2").check({})
+
+
+# ---- Functions of the user's ----
+
+MINE = '''
+import os, sys, threading, time
+
+def score(prompt, completion, row):
+    if completion == "raises":
+        raise KeyError("no such thing")
+    if completion == "hangs":
+        while True:
+            pass
+    if completion == "dies":
+        os._exit(3)
+    if completion == "dies later":
+        threading.Timer(0.05, os._exit, [3]).start()
+        return 1
+    if completion == "quits":
+        sys.exit(1)
+    if completion == "odd error":
+        class Odd(Exception):
+            def __init__(self, a, b):
+                super().__init__("odd")
+        raise Odd(1, 2)
+    if completion == "complex":
+        return 1j
+    words = {"nan": float("nan"), "inf": -float("inf"), "none": None, "text": "many", "list": [1]}
+    return words[completion] if completion in words else len(prompt) + row["more"]
+
+def short(prompt):
+    return 1.0
+
+def spoils(prompt, completion, row):
+    return row.pop("answer") == completion
+'''
+FAULTS = {  # a completion, and what is told of it
+    "raises": "no such thing", "hangs": "more than 2 seconds", "dies": "warning",
+    "quits": "SystemExit", "nan": "nan", "inf": "-inf", "none": "TypeError", "text": "many",
+    "list": "TypeError", "complex": "TypeError", "odd error": "warning"}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """`mine(function)` opens it as the rewards' only part, with two seconds to spare."""
+    path, every = tmp_path / "mine.py", []
+    path.write_text(MINE)
+
+    def start(name):
+        every.append(opened(f"{path}:{name}:0.5", seconds=2.0))
+        return every[-1]
+
+    yield start
+    for rewards in every:
+        shut(rewards)
+
+
+def test_a_function_gets_the_last_question_the_completion_and_the_row(mine):
+    rewards = mine("score")
+    asked = [problem({"more": 3}, "?"), problem({"more": 0.25}, "four")]
+    assert rewards.score(asked, ["", "x"]).tolist() == [[4], [4.25]]
+    assert list(rewards.parts) == ["mine.py:score"] and rewards.weights == [0.5]
+    row = {"answer": "7"}
+    assert mine("spoils").score([problem(row)], ["7"]).tolist() == [[1]] and row == {"answer": "7"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_function_costs_that_completion_alone_and_is_told(mine, capsys, fault):
+    asked = [problem({"more": n}) for n in range(4)]
+    began = time.monotonic()
+    scores = mine("score").score(asked, ["fine", fault, fault if fault != "hangs" else "", "fine"])
+    assert scores[[0, 1, 3], 0].tolist() == [1, 0, 4] and time.monotonic() - began < 20
+    told = capsys.readouterr().out
+    assert told.count("warning") == 1 and "mine.py:score" in told and FAULTS[fault] in told
+
+
+def test_a_function_of_other_arguments_is_told_once(mine, capsys):
+    assert mine("short").score([problem({})] * 3, ["a", "b", "c"]).tolist() == [[0]] * 3
+    told = capsys.readouterr().out
+    assert told.count("warning") == 1 and "mine.py:short" in told and "argument" in told
+
+
+def test_a_process_that_dies_between_two_completions_is_replaced(mine):
+    rewards = mine("score")
+    assert rewards.score([problem({})], ["dies later"]).tolist() == [[1]]
+    time.sleep(0.5)
+    found = rewards.score([problem({"more": n}) for n in range(3)], ["fine"] * 3)[:, 0].tolist()
+    assert found[1:] == [2, 3] and found[0] in (0, 1), "at most the one that found it dead is lost"
+
+
+def test_many_different_faults_do_not_flood_the_terminal(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def score(p, completion, r): raise ValueError(completion)\n")
+    rewards = opened(f"{path}:score")
+    assert not rewards.score([problem({})] * 30, [f"completion {n}" for n in range(30)]).any()
+    shut(rewards)
+    assert 1 <= capsys.readouterr().out.count("warning") <= 10
+
+
+def test_a_process_that_hangs_does_not_stay_behind(mine):
+    rewards, before = mine("score"), set(multiprocessing.active_children())
+    rewards.score([problem({"more": 1})] * 2, ["fine", "hangs"])
+    rewards.score([problem({"more": 1})], ["fine"])
+    (one,) = rewards.parts.values()
+    (left,) = set(multiprocessing.active_children()) - before
+    assert list(one.pool._processes) == [left.pid]
+
+
+# ---- Reward models ----
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_tokenizer, tmp_path_factory):
+    """The folder of a reward model whose scores spread, its model, and its tokenizer."""
+    model = lm.Transformer(lm.ModelSettings(vocab_size=400, n_layer=1, d_model=16, n_head=2,
+                                            seq_len=48, scalar_head=True)).eval()
+    model.init_weights(3)
+    torch.nn.init.normal_(model.score.weight)
+    folder, tokenizer = tmp_path_factory.mktemp("judge"), lm.Tokenizer(tiny_tokenizer)
+    lm.save_checkpoint(folder / "ckpt_last.pt", {
+        "model": model.state_dict(), "config": dataclasses.asdict(model.config),
+        "tokenizer": tiny_tokenizer})
+    return folder, model, tokenizer
+
+
+@torch.no_grad()
+def test_a_reward_model_is_a_part_beside_others(judge):
+    folder, model, tokenizer = judge
+    texts = ["a quiet harbour", "", "7", "the village and the river " * 20]
+    asked = [lm.Problem(np.array([1]), [("user", q)], {"answer": "7"}) for q in "abcd"]
+    rewards = opened("exact", f"{folder}:0.25")
+    scores = rewards.score(asked, texts)
+    assert rewards.weights == [1, 0.25] and scores[:, 0].tolist() == [0, 0, 1, 0]
+    for one, text, found in zip(asked, texts, scores[:, 1], strict=True):
+        ids, _ = lm.encode_chat(tokenizer, [*one.turns, ("assistant", text)])
+        assert ids[-1] == tokenizer.eos and (len(ids) > 48) == (len(text) > 50)
+        hidden, _ = model.hidden_and_side(torch.tensor([ids[-48:]]))
+        assert found == pytest.approx(float(model.score(hidden[0, -1])), abs=1e-5)
+    assert len(set(scores[:, 1].round(4))) == 4
+
+
+def test_a_language_model_is_no_judge(trained):
+    with pytest.raises(lm.UserError, match="no reward model"):
+        opened("number", f"{trained}:2")

@@ -219,9 +219,9 @@ def test_jsonl_documents_keep_newlines_and_lose_only_lone_surrogates(tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ('{"text": "x"', "not JSON"), ("plain", "not JSON"), ('["text"]', "no text under text"),
+    ('{"text": "x"', "not JSON"), ("plain", "not JSON"), ('["text"]', "no JSON object"),
     ('{"body": "x", "id": 1}', "body, id"), ('{"text": 5}', "no text under text"),
-    ('{"text": null}', "no text under text"), ('"text"', "no text under text"),
+    ('{"text": null}', "no text under text"), ('"text"', "no JSON object"),
     ("[" * 100_000, "not JSON"),
 ], ids=["cut", "plain", "list", "key", "number", "null", "string", "deep"])
 def test_a_bad_row_is_named_by_its_line(prep, tmp_path, monkeypatch, row, said):
@@ -259,7 +259,7 @@ def test_a_damaged_parquet_file_is_named(prep, tmp_path, keep):
 
 
 @pytest.mark.parametrize("name, modules", [
-    ("t.txt.zst", ["zstandard"]), ("t.parquet", ["pyarrow", "pyarrow.parquet"]),
+    ("t.txt.zst", ["pyarrow"]), ("t.parquet", ["pyarrow", "pyarrow.parquet"]),
 ])
 def test_a_missing_package_is_one_sentence(prep, tmp_path, monkeypatch, name, modules):
     for module in modules:
@@ -293,7 +293,7 @@ def test_every_missing_path_is_told_at_once(prep, tmp_path):
     (tmp_path / "empty").mkdir()
     good = write(tmp_path / "t.txt", LINES)
     result = prep(tmp_path / "no1.txt", good, tmp_path / "no2*.txt", tmp_path / "empty", "")
-    refused(result, "no1.txt does not exist", "no2*.txt", "empty holds no file")
+    refused(result, "no1.txt does not exist", "no2*.txt", "empty does not exist or holds no file")
     assert result[2].count("error: ") == 4
 
 
@@ -482,21 +482,21 @@ def test_a_few_documents_larger_than_the_sample_still_give_one(run, tmp_path, mo
 
 def encoded(texts, spm, val_split):
     block = lm.TextBlock("t", "parquet", 1, texts, 0)
-    return lm.encode_block(block, str(spm), "<u2", val_split, "text", "strict")
+    return lm.encode_block(block, str(spm), lm.PrepSettings(val_split=val_split))
 
 
 def test_the_split_has_its_share_and_depends_on_the_content_alone(spm):
     texts = [f"document {i}" for i in range(4000)]
     splits = encoded(texts, spm, 0.2)
-    assert splits["train"].documents + splits["val"].documents == 4000
-    assert abs(splits["val"].documents - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
-    apart = [encoded([text], spm, 0.2)["val"].documents for text in texts[:200]]
-    assert sum(apart) == encoded(texts[:200][::-1], spm, 0.2)["val"].documents > 0
-    assert [encoded([text], spm, 0.2)["val"].documents for text in texts[:200]] == apart
+    assert splits["train"]["documents"] + splits["val"]["documents"] == 4000
+    assert abs(splits["val"]["documents"] - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
+    apart = [encoded([text], spm, 0.2)["val"]["documents"] for text in texts[:200]]
+    assert sum(apart) == encoded(texts[:200][::-1], spm, 0.2)["val"]["documents"] > 0
+    assert [encoded([text], spm, 0.2)["val"]["documents"] for text in texts[:200]] == apart
 
 
 def test_a_larger_share_only_adds_to_val(spm):
-    val = [{t for t in TEXTS if encoded([t], spm, share)["val"].documents}
+    val = [{t for t in TEXTS if encoded([t], spm, share)["val"]["documents"]}
            for share in (0.0, 0.1, 0.3, 0.6)]
     assert not val[0] and val[0] <= val[1] < val[2] < val[3]
 
@@ -576,12 +576,12 @@ def test_a_worker_that_finds_bad_input_leaves_the_old_folder_as_it_was(prep, fin
 
 
 @pytest.mark.parametrize("place, nth, usable", [
-    ("Progress.update", 1, True), ("write_meta", 1, True), ("os.replace", 1, True),
-    ("os.replace", 2, False), ("os.replace", 5, False), ("fsync_folder", 2, True),
+    ("Progress.update", 1, True), ("write_meta", 1, True), ("os.replace", 3, True),
+    ("os.replace", 4, False), ("os.replace", 7, False), ("fsync_folder", 4, True),
 ])
 def test_a_kill_leaves_no_folder_that_looks_finished_and_is_not(
         child, prep, spm, finished, place, nth, usable):
-    """The renames 2 to 5 put the four files in place; before them the old data are whole."""
+    """The renames 4 to 7 put the four files in place; before them the old data are whole."""
     out, new = finished
     code, log = child(["prep", "--text_path", new, "--out_dir", out, "--spm", spm, "--workers", 1,
                        "--val_split", 0, "--overwrite"], (signal_at, place, nth)).end()
@@ -685,7 +685,7 @@ def test_more_shards_than_blocks_merge_all_the_same(prep, tmp_path):
 
 
 def test_a_missing_shard_is_named(prep, tmp_path):
-    refused(prep(merge=1), "any shard")
+    refused(prep(merge=1), "no shard")
     path = write(tmp_path / "t.txt", LINES)
     for i in (0, 2):
         assert prep(path, shard=f"{i}/4")[0] == 0
@@ -786,14 +786,14 @@ DAMAGES = {
     "long bin": (cut("train.bin", lambda data: data + data), "train.bin"),
     "empty bin": (cut("train.bin", lambda data: b""), "train.bin"),
     "no bin": (lambda f: (f / "val.bin").unlink(), "val.bin"),
-    "other dtype": (set_meta(dtype="uint32"), "train.bin"),
+    "other dtype": (set_meta(dtype="uint32"), "dtype uint32"),
     "bad id": (set_last_id, "beyond the vocabulary of 400"),
-    "smaller vocabulary": (set_meta(vocab_size=300), "vocabulary"),
-    "larger vocabulary": (set_meta(vocab_size=500), "vocabulary"),
+    "smaller vocabulary": (set_meta(vocab_size=300), "vocab_size 300"),
+    "larger vocabulary": (set_meta(vocab_size=500), "vocab_size 500"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
     "cut tokenizer": (cut("tokenizer.model", lambda data: data[:-9]), "tokenizer.model"),
     "other tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(
-        lm.train_tokenizer(TEXTS, 330)), "not the one the data was encoded with"),
+        lm.train_tokenizer(TEXTS, 330)), "put the original tokenizer.model back"),
 }
 
 

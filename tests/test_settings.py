@@ -125,6 +125,11 @@ def test_switches(argv, value):
     assert settings.overwrite is value
 
 
+@pytest.mark.parametrize("argv", [["--wandb", ""], ["--wandb="]])
+def test_an_empty_text_takes_back_what_a_file_of_flags_gave(argv):
+    assert train_flags("--wandb", "project", *argv)["wandb"] == ""
+
+
 def test_a_switch_swallows_no_file_name():
     (what, _), = faults(["--out_dir", "d", "--text_path", "a", "--overwrite", "docs.txt"],
                         (lm.PrepSettings,))
@@ -216,7 +221,7 @@ def test_missing_flags_are_reported_with_the_rest(run):
     code, _, err = run(["prep", "--vocab_size", "10", "--shard", "4/4"])
     assert code == 2 and err.count("error: ") == 5
     for part in ("--out_dir is missing", "--text_path is missing", "--vocab_size 10",
-                 "--shard 4/4 counts", "--shard needs --spm"):
+                 "--shard 4/4 is not one", "--shard needs --spm"):
         assert part in err
 
 

@@ -135,7 +135,7 @@ def test_a_vocabulary_of_billions_is_the_users_mistake():
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n\n"]])
 def test_no_text_is_the_users_mistake(texts):
-    with pytest.raises(lm.UserError, match="no text"):
+    with pytest.raises(lm.UserError, match="give text with words in it"):
         lm.train_tokenizer(texts, 400)
 
 
