@@ -25,7 +25,7 @@ Rooms
   Prep         text in any packing becomes token files
   Batches      which tokens make up which step
   Model        the transformer; it touches no file and prints nothing
-  LoRA         low-rank adapters: attach, switch off, merge
+  LoRA         low-rank adapters: attach, merge
   Engine       sampling and cached generation; token ids only
   Losses       tensors in, tensors out
   Optimisers   parameter groups and schedules
@@ -2544,7 +2544,7 @@ def flops_per_token(config: ModelSettings) -> int:
 
 
 # ==================================================================================================
-# LoRA: low-rank adapters: attach, switch off, merge
+# LoRA: low-rank adapters: attach, merge
 # ==================================================================================================
 
 
@@ -2553,17 +2553,15 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.scale, self.enabled = base.weight, settings.scale, True
+        self.weight, self.scale = base.weight, settings.scale
         self.drop = nn.Dropout(settings.lora_dropout)
         a = torch.rand(settings.lora_rank, base.in_features, generator=generator) * 2 - 1
         self.lora_a = nn.Parameter(a / math.sqrt(base.in_features))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.lora_rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        if not self.enabled:
-            return y
-        return y + F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b) * self.scale
+        change = F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b)
+        return F.linear(x, self.weight) + change * self.scale
 
 
 def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
@@ -2580,19 +2578,6 @@ def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
         setattr(part, name, LoraLinear(getattr(part, name), settings, generator))
     if model.score is not None:
         model.score.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def without_lora(model: nn.Module):
-    """Inside, the model is the one that was adapted: the reference of DPO and GRPO."""
-    adapters = [part for part in model.modules() if isinstance(part, LoraLinear)]
-    for part in adapters:
-        part.enabled = False
-    try:
-        yield
-    finally:
-        for part in adapters:
-            part.enabled = True
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -3561,7 +3546,7 @@ COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compil
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
 SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "advantage", "lora_rank",
                   "lora_alpha", "lora_targets", "lora_base", "data_key", "reference")
-NOT_SAME = {"data_key": "other rows in --data", "reference": "another --ckpt as reference",
+NOT_SAME = {"data_key": "other rows in --data", "reference": "another reference, or none",
             "lora_base": "it adapts another model"}  # where no flag of the name tells it
 
 
@@ -4691,6 +4676,8 @@ def cmd_grpo(run: GrpoRun, tune: GrpoTune, task: TaskSettings, rollout: RolloutS
     sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, run.compile == "1"
                       or (run.compile == "auto" and machine.device.type == "cuda"))
     held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
+    if policy.kl:  # a run begun without has no reference to go on with
+        tuning.told["reference"] = tuning.key
     loss, make = functools.partial(policy_loss, settings=policy), functools.partial(
         PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic)
     return tuning.start(

@@ -634,6 +634,7 @@ def test_a_run_refuses_other_rows_another_advantage_and_another_command(rl, run,
     assert rl(*REGEX, "e")[0] == 0
     complaint(rl(*REGEX, "e", rows=sums(25)), "other rows in --data")
     complaint(rl(*REGEX, "e", "--algo", "ppo"), "--advantage")
+    complaint(rl(*REGEX, "e", "--kl", 0.1), "another reference, or none")
     rows = write_rows(tmp_path / "chats.jsonl", [{"prompt": "a", "response": "b"}])
     complaint(run(["sft", *TUNE, "--ckpt", base, "--data", rows, "--out_dir", tmp_path / "run",
                    "--val_split", 0]), "holds a run of grpo")
