@@ -91,6 +91,7 @@ import signal
 import struct
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import typing
@@ -211,6 +212,10 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"
+
+
 def duration(seconds: float) -> str:
     """3725.0 -> '1h02m'."""
     if not math.isfinite(seconds):
@@ -292,7 +297,8 @@ PRESETS = {  # name -> values of settings fields; a flag given beside --preset w
                     "n_sink": 4, "seq_len": 2048, "vocab_size": 32000},
 }
 FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
-NOT_REPEATED = ("preset", "resume")  # its values are written out; it is said of one start alone
+NOT_REPEATED = ("preset",  # its values are written out
+                "resume", "profile")  # said of one start alone
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False}
 KINDS = {  # type of a flag -> its value in the help, what it is called, how argparse takes it
@@ -412,6 +418,7 @@ class RunSettings(StepSettings):
     keep_last: int = setting(2, "numbered checkpoints kept", least=1)
     wandb: str = setting("", "Weights & Biases project to log to")
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
+    profile: int = setting(0, "steps to profile: OUT/profile.json.gz, and the dearest operations")
 
 
 @dataclass
@@ -732,6 +739,17 @@ def with_defaults(kind: type, *hidden: str, **defaults) -> type:
         **f.metadata, "flag": f.metadata["flag"] and f.name not in hidden})) for f in fields(kind)]
     return dataclasses.make_dataclass(kind.__name__, changed, bases=(kind,),
                                       namespace={"__doc__": kind.__doc__})
+
+
+@dataclass
+class BenchSettings(with_defaults(InfoSettings, "path", "grad_accum_steps", "grad_checkpoint",
+                                  "gpu", "mfu", "tok_per_s", batch_size=4)):
+    """What to time: steps of training on random tokens, the batch from --batch_size upwards."""
+    compile: str = setting("auto", "torch.compile; auto tries both", choices=("auto", "0", "1"))
+    steps: int = setting(3, "timed steps of each trial, after two that warm up", least=1)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        yield from ()  # what is timed need not be a preset
 
 
 TuneRun = with_defaults(RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100,
@@ -1447,9 +1465,10 @@ def serve_parent() -> None:
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block: at once where it fails, when done where it does not."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    start = start or ("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(start)
     pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
     try:
         yield pool
@@ -3433,6 +3452,20 @@ def open_sinks(run: RunSettings, out: Path, step: int) -> Iterator[Callable[[dic
                            if "/" in key and value is not None]
 
 
+def profiler(run: RunSettings, out: Path, talks: bool):
+    """Watches steps 5 to 4 + --profile of this start, then tells what took longest; on request."""
+    def tell(watched) -> None:
+        watched.export_chrome_trace(str(out / "profile.json.gz"))
+        where = "device" if torch.cuda.is_available() else "cpu"
+        say(watched.key_averages().table(f"self_{where}_time_total", row_limit=10),
+            f"{out / 'profile.json.gz'} opens in ui.perfetto.dev")
+
+    if not (run.profile and talks):
+        return contextlib.nullcontext()
+    when = torch.profiler.schedule(wait=3, warmup=1, active=run.profile, repeat=1)
+    return torch.profiler.profile(schedule=when, on_trace_ready=tell)
+
+
 def report(prefix: str, names: tuple[str, ...], values: Iterable[float]) -> dict[str, float]:
     """Metrics under their prefix; bins of calibration as the one error they add up to."""
     pairs = list(zip(names, values, strict=True))
@@ -3495,10 +3528,9 @@ class Gauges:
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
-        used = "unknown" if mfu is None else f"{mfu:.1%}"
         cost = f" ${row['cost/usd']:.2f}" if "cost/usd" in row else ""
         self.note = (f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s "
-                     f"mfu {used}{cost}")
+                     f"mfu {percent(mfu)}{cost}")
         self.sums.zero_()
         self.steps, self.timed_tokens, self.stopwatch = 0, 0, time.monotonic()
         return row
@@ -3542,6 +3574,8 @@ class Gauges:
 # Loop: the one training loop
 # ==================================================================================================
 
+FAR = 10 ** 9  # steps: what comes then never comes
+BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
 SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "advantage", "lora_rank",
@@ -3574,6 +3608,11 @@ class Job:
         return self.stream.tokens / self.stream.count
 
 
+def can_compile(device: torch.device) -> bool:
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
+    return device.type != "mps" and any(map(shutil.which, compilers))
+
+
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
     """Whether to compile: as told, or by the estimated length of the run, alike on a resume."""
     if choice != "auto":
@@ -3581,9 +3620,7 @@ def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
     key = (machine.device.type, machine.dtype)
     speed = ASSUMED_FLOPS.get(key) or 0.3 * (peak_flops(machine.device) or 1e14)
     seconds = flops / speed / machine.world
-    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
-    able = machine.device.type != "mps" and any(map(shutil.which, compilers))
-    worth = seconds >= COMPILE_REPAYS_S
+    worth, able = seconds >= COMPILE_REPAYS_S, can_compile(machine.device)
     say(f"about {duration(seconds)} of training if not compiled: "
         + ("compiling first (--compile 0 skips it)" if worth and able else "not compiling"
            + (", no C++ compiler is found" if worth else "")))
@@ -3718,10 +3755,13 @@ class Trainer:
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
         self.objective.train()
-        with Signals() as signals:
+        watch = profiler(self.run, self.out, self.machine.main)
+        with Signals() as signals, watch as watched:
             stop = False
             while self.step < self.run.max_steps and not stop:
                 stop = self.train_step(signals.received)
+                if watched:
+                    watched.step()
                 if stop or self.due(self.run.ckpt_interval):
                     self.save()
         self.gauges.progress.close()
@@ -3780,6 +3820,96 @@ def open_run(out: Path, args_text: str, machine: Machine) -> None:
         for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
             half.unlink()
     machine.on_main(write)
+
+
+def plan_memory(config: ModelSettings, settings: InfoSettings,
+                optim: OptimSettings) -> dict[str, float]:
+    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
+    counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
+    total, active = counts["total"], config.n_expert_active if config.n_expert else 1
+    layer = 4 * (config.head_size * (config.n_head + config.kv_heads) + 3 * config.d_model
+                 + 2 * config.hidden * active)
+    inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
+    kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
+    moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
+    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
+            "gradients": 4 * total, "optimiser": moments + 4 * total * bool(optim.ema),
+            "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10}
+
+
+def linux_bytes(path: str, name: str, otherwise: float) -> float:
+    """The figure of a line such as `MemAvailable: 4 kB` under /proc, in bytes."""
+    with contextlib.suppress(OSError):
+        text = Path(path).read_text(encoding="utf-8")
+        return 1024.0 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
+    return otherwise
+
+
+def time_steps(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
+               run: RunSettings, steps: int) -> dict | None:
+    """The gauges' row of that many steps on random tokens, after two that warm up; None where
+    memory ends."""
+    machine, network = open_machine(device), Transformer(config)
+    network.init_weights(device.seed)
+    network.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    size = (steps + 2) * run.batch_size * config.seq_len + 1
+    ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
+    job = Job("bench", network, functools.partial(pretrain_loss, z_loss=optim.z_loss),
+              Windows(ids, config.seq_len, device.seed), lambda module: {}, None)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
+            for count in (2, steps):
+                for _ in range(count):
+                    trainer.train_step(0)
+                row = trainer.gauges.row(0.0)  # of the time since the row before
+    except RuntimeError as fault:
+        if "allocate" not in str(fault):
+            raise
+        return None
+    return {"gpu/memory_gb": linux_bytes("/proc/self/status", "VmHWM", math.nan) / 1e9, **row}
+
+
+def trial(settings: BenchSettings, config: ModelSettings, optim: OptimSettings,
+          device: DeviceSettings, flags: dict) -> float:
+    """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
+    process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
+    device, row = dataclasses.replace(device, dtype=flags["dtype"]), None
+    step = {name: value for name, value in flags.items() if name != "dtype"}
+    need = sum(plan_memory(config, dataclasses.replace(settings, **step), optim).values())
+    on_cpu, room = device.device == "cpu", linux_bytes("/proc/meminfo", "MemAvailable", math.inf)
+    if need < room or not on_cpu:
+        with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
+            run = RunSettings(out_dir=out, max_steps=FAR, log_interval=FAR, eval_interval=FAR,
+                              **step)
+            with contextlib.suppress(BrokenProcessPool):  # killed, as memory ran out
+                row = pool.submit(time_steps, config, optim, device, run, settings.steps).result()
+    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + ": " + (
+        f"{short(row['perf/tok_per_s'])} tokens a second, mfu {percent(row['perf/mfu'])}, "
+        f"{row['gpu/memory_gb']:.2f} GB" if row else "does not fit in memory"))
+    return row["perf/tok_per_s"] if row else 0.0
+
+
+def fastest(speed: Callable[[dict], float], flags: dict,
+            changes: Iterable[dict]) -> tuple[dict, float]:
+    """The flags of most speed, and that: each change is made to the best so far, and the batch
+    doubled for as long as it pays; layers are recomputed where memory ended that."""
+    most, full = 0.0, False
+    for change in (*changes, {"grad_checkpoint": 1}):
+        tried = flags | change
+        if tried["grad_checkpoint"]:
+            if not full:
+                break
+            tried["batch_size"] *= 2 if most else 1
+        while found := speed(tried):
+            before = most
+            if found > most:
+                flags, most = tried, found
+            if found < BENCH_GAIN * before:
+                break
+            tried = tried | {"batch_size": 2 * tried["batch_size"]}
+        full = full or not found
+    return flags, most
 
 
 # ==================================================================================================
@@ -4782,28 +4912,14 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
                            else "none inside, use --spm")
 
 
-def plan_memory(config: ModelSettings, settings: InfoSettings,
-                optim: OptimSettings) -> dict[str, float]:
-    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
-    counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
-    total, active = counts["total"], config.n_expert_active if config.n_expert else 1
-    layer = 4 * (config.head_size * (config.n_head + config.kv_heads) + 3 * config.d_model
-                 + 2 * config.hidden * active)
-    inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
-    kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
-    moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
-    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
-            "gradients": 4 * total, "optimiser": moments + 4 * total * bool(optim.ema),
-            "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10}
-
-
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
     """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
     counts, flops = parameter_counts(config), flops_per_token(config)
     tokens = settings.tokens or 20 * counts["active"]  # (Hoffmann et al. 2022)
-    yield (f"{settings.preset}: {counts['total']:,} parameters (embedding {counts['embedding']:,}, "
-           f"head {counts['head'] or 'tied'}, layers {counts['blocks']:,}; {counts['active']:,} "
-           f"active), vocabulary {config.vocab_size:,}, context {config.seq_len:,}")
+    yield (f"{settings.preset or 'model'}: {counts['total']:,} parameters (embedding "
+           f"{counts['embedding']:,}, head {counts['head'] or 'tied'}, layers "
+           f"{counts['blocks']:,}; {counts['active']:,} active), vocabulary "
+           f"{config.vocab_size:,}, context {config.seq_len:,}")
     memory = plan_memory(config, settings, optim)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     yield f"memory a device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
@@ -4821,17 +4937,47 @@ def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) ->
         yield "time: unknown; give --gpu NAME or --tok_per_s N"
 
 
+def planned(settings: InfoSettings, model: ModelSettings) -> ModelSettings:
+    vocab = settings.vocab or PRESETS.get(settings.preset, {}).get("vocab_size", 32000)
+    return dataclasses.replace(model, vocab_size=vocab)
+
+
 def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
     path = Path(settings.path)
     if settings.preset:
-        vocab = settings.vocab or PRESETS[settings.preset].get("vocab_size", 32000)
-        say(*plan(settings, dataclasses.replace(model, vocab_size=vocab), optim))
+        say(*plan(settings, planned(settings, model), optim))
     elif not path.exists():
         raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")
     elif path.is_dir() and not list(path.glob("ckpt_*.pt")):
         say(*describe_data(path))
     else:
         say(*describe_checkpoint(checkpoint_path(path)))
+    return 0
+
+
+def cmd_bench(settings: BenchSettings, model: ModelSettings, optim: OptimSettings,
+              device: DeviceSettings) -> int:
+    if "RANK" in os.environ:
+        raise UserError("bench times one device", "start it with python; --gpus plans for several")
+    config, place = planned(settings, model), pick_device(device.device)
+    device.device = place.type
+    flags = {"batch_size": settings.batch_size, "dtype": device.dtype,
+             "compile": settings.compile.replace("auto", "0"), "grad_checkpoint": 0}
+    changes: list[dict] = [{}]
+    if device.dtype == "auto" and pick_dtype("auto", place) != torch.float32:
+        changes.append({"dtype": "fp32"})
+    if settings.compile == "auto" and can_compile(place):
+        changes.append({"compile": "1"})
+    say(f"training on {place.type}, a trial a line:")
+    speed_of = functools.partial(trial, settings, config, optim, device)
+    flags, speed = fastest(speed_of, flags, changes)
+    if not speed:
+        raise UserError("not even the smallest batch fits in memory",
+                        "use --batch_size 1, a shorter --seq_len or a smaller model")
+    settings.batch_size, settings.grad_checkpoint = flags["batch_size"], flags["grad_checkpoint"]
+    settings.tok_per_s = speed * settings.gpus
+    say("fastest: " + " ".join(f"--{name} {value}" for name, value in flags.items()),
+        *plan(settings, config, optim))
     return 0
 
 
@@ -4937,7 +5083,8 @@ COMMANDS = {name: Command(run, about, f"python {PROGRAM} {name} {flags}".strip()
     ("reward", cmd_reward, "a model that scores answers", "--ckpt runs/sft --data pairs.jsonl"),
     ("grpo", cmd_grpo, "learn from rewards: GRPO, DAPO, VAPO …", "--ckpt runs/sft --task add"),
     ("generate", cmd_generate, "continue prompts", '--ckpt runs/lm --prompt "Once upon a time"'),
-    ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"))}
+    ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
+    ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"))}
 
 
 def complain(fault: UserError) -> int:

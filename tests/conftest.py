@@ -120,6 +120,14 @@ def trained(data_dir, tmp_path_factory, run):
     return out
 
 
+def complaint(result, *words):
+    """Assert that a result is one of the user's mistakes, told with these words."""
+    code, _, err = result
+    assert code == 2 and err.count("error: ") == 1 and "\nfix: " in err, err
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
 def log_rows(out):
     """The rows of a run's metrics.jsonl, without the figures that a clock made."""
     lines = (out / "metrics.jsonl").read_text().splitlines()

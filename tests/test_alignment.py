@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, read_pt, signal_at, weight_bytes
+from conftest import complaint, log_rows, read_pt, signal_at, weight_bytes
 from test_distributed import two
-from test_lora import TUNE, answer, chat_rows, complaint, pair_rows, question, save_base, write_rows
+from test_lora import TUNE, answer, chat_rows, pair_rows, question, save_base, write_rows
 from test_model import build
 
 import standalone_transformer_lm as lm

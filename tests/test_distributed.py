@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, TINY, log_rows, read_pt, signal_at, weight_bytes
-from test_lora import complaint, question, save_base, write_rows
+from conftest import SHORT, TINY, complaint, log_rows, read_pt, signal_at, weight_bytes
+from test_lora import question, save_base, write_rows
 
 import standalone_transformer_lm as lm
 

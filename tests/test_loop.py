@@ -1,5 +1,7 @@
 """The one training loop: steps that mean the same however they are cut, stopped or killed."""
 
+import gzip
+import json
 import math
 import os
 import re
@@ -367,3 +369,15 @@ def test_without_validation_text_the_run_names_a_checkpoint_that_exists(run, cor
     assert code == 0, err
     named = set(re.findall(r"--ckpt (\S+)", told))
     assert named and all(os.path.exists(path) for path in named)
+
+
+def test_profile_writes_a_trace_and_names_the_dearest_operations(run, data_dir, tmp_path):
+    out = tmp_path / "out"
+    code, told, err = run(["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", out,
+                           "--profile", 3])
+    assert code == 0, err
+    assert "aten::mm" in told and "profile.json.gz" in told
+    events = json.loads(gzip.decompress((out / "profile.json.gz").read_bytes()))["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#4", "ProfilerStep#5", "ProfilerStep#6"}
+    assert "--profile" not in (out / "args.txt").read_text()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ADJECTIVES, NOUNS, VERBS, read_pt
+from conftest import ADJECTIVES, NOUNS, VERBS, complaint, read_pt
 from test_model import build, some_ids
 
 import standalone_transformer_lm as lm
@@ -87,14 +87,6 @@ def adapt(model, targets=ALL, rank=3, alpha=0.0, dropout=0.0):
 
 def adapters(model):
     return [part for part in model.modules() if isinstance(part, lm.LoraLinear)]
-
-
-def complaint(result, *words):
-    """Assert that a result is one of the user's mistakes, told with these words."""
-    code, _, err = result
-    assert code == 2 and err.count("error: ") == 1 and "\nfix: " in err, err
-    assert "Traceback" not in err
-    assert all(word in err for word in words), err
 
 
 # ---- The adapters themselves ----

@@ -8,8 +8,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, read_pt, signal_at
-from test_lora import TUNE, complaint, question, save_base, write_rows
+from conftest import complaint, log_rows, read_pt, signal_at
+from test_lora import TUNE, question, save_base, write_rows
 
 import standalone_transformer_lm as lm
 

@@ -1,0 +1,82 @@
+"""What bench tries, in which order, and what it says of it."""
+
+import re
+
+import pytest
+from conftest import complaint
+
+import standalone_transformer_lm as lm
+
+
+def search(table, batch_size=4):
+    """What fastest finds where table(batch, compile, grad_checkpoint) says the speed, 0 for what
+    does not fit; and what it tried."""
+    tried = []
+
+    def speed(flags):
+        tried.append((flags["batch_size"], flags["compile"], flags["grad_checkpoint"]))
+        return table(*tried[-1])
+
+    found, most = lm.fastest(speed, {"batch_size": batch_size, "compile": "0",
+                                     "grad_checkpoint": 0}, [{}, {"compile": "1"}])
+    return (found["batch_size"], found["compile"], found["grad_checkpoint"]), most, tried
+
+
+def test_bench_doubles_the_batch_while_it_pays_and_follows_what_is_faster():
+    found, most, tried = search(lambda batch, how, again: min(batch, 16) * (1 + int(how)))
+    assert found == (16, "1", 0) and most == 32
+    assert tried == [(4, "0", 0), (8, "0", 0), (16, "0", 0), (32, "0", 0),
+                     (16, "1", 0), (32, "1", 0)]
+
+
+def test_bench_leaves_what_is_slower():
+    found, most, tried = search(lambda batch, how, again: 10.0 if how == "0" else 9.0)
+    assert found == (4, "0", 0) and most == 10
+    assert tried == [(4, "0", 0), (8, "0", 0), (4, "1", 0)]
+
+
+def test_bench_recomputes_layers_where_memory_ended_the_climb():
+    """Batches of 16 fit with recomputing alone, and are worth it."""
+    found, most, tried = search(lambda batch, how, again: (
+        batch * (0.8 if again else 1) if batch <= (16 if again else 8) else 0.0))
+    assert found == (16, "0", 1) and most == pytest.approx(12.8)
+    assert tried[-2:] == [(16, "0", 1), (32, "0", 1)]
+    assert (8, "1", 0) in tried
+
+
+def test_bench_where_nothing_fits(monkeypatch, run):
+    found, most, tried = search(lambda *flags: 0.0)
+    assert most == 0 and tried == [(4, "0", 0), (4, "1", 0), (4, "0", 1)]
+    monkeypatch.setattr(lm, "trial", lambda *args: 0.0)
+    complaint(run(["bench", "--preset", "138m", "--device", "cpu"]), "not even", "--batch_size 1")
+
+
+def test_bench_does_not_begin_what_memory_cannot_hold(monkeypatch, run):
+    monkeypatch.setattr(lm, "linux_bytes", lambda path, name, otherwise: 1e6)
+    code, told, err = run(["bench", "--preset", "138m", "--device", "cpu", "--compile", 0])
+    assert code == 2 and "not even" in err
+    assert told.count("does not fit in memory") == 2  # the second with recomputed layers
+
+
+def test_bench_as_typed(run):
+    """Two real trials, each in a process of its own, and what they mean in hours and money."""
+    code, told, err = run(["bench", "--n_layer", 1, "--d_model", 16, "--n_head", 2, "--seq_len", 16,
+                           "--vocab", 300, "--steps", 1, "--compile", 0, "--batch_size", 64,
+                           "--threads", 1, "--device", "cpu", "--tokens", 1e12,
+                           "--usd_per_hour", 2])
+    assert code == 0, err
+    trials = re.findall(r"--batch_size (\d+) .*: ([\d.]+)([KM]?) tokens a second, mfu unknown, "
+                        r"(0\.\d\d) GB", told)
+    assert [int(size) for size, *_ in trials[:2]] == [64, 128]
+    assert all(float(memory) > 0.1 for *_, memory in trials)
+    fastest = re.search(r"fastest: --batch_size (\d+) ", told)[1]
+    best = max(trials, key=lambda row: float(row[1]) * {"": 1, "K": 1e3, "M": 1e6}[row[2]])
+    assert fastest == best[0]
+    hours, cost = re.search(r"time: ([\d,.]+) hours .*, \$([\d,.]+)", told).groups()
+    hours, cost = (float(figure.replace(",", "")) for figure in (hours, cost))
+    assert cost == pytest.approx(2 * hours, rel=0.01)
+
+
+def test_bench_refuses_to_be_launched_on_many_devices(run, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    complaint(run(["bench", "--preset", "138m"]), "one device", "--gpus")
