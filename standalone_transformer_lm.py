@@ -938,18 +938,15 @@ class Machine:
         cuda = self.device.type == "cuda"
         return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
-    def total(self, *numbers: float) -> list[float]:
-        """Each number summed over all ranks, through the CPU, so that no device waits."""
-        sums = torch.tensor(numbers, dtype=torch.float64)
+    def total(self, *numbers: float, how: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+        """Each number summed over all ranks, or what `how` says; on the CPU: no device waits."""
+        found = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(sums)
-        return sums.tolist()
+            dist.all_reduce(found, how)
+        return found.tolist()
 
     def most(self, number: float) -> float:
-        found = torch.tensor(float(number))
-        if self.world > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.item()
+        return self.total(number, how=dist.ReduceOp.MAX)[0]
 
     def from_main(self, value):
         box = [value]
