@@ -1233,8 +1233,7 @@ class Source:  # one input file
 @dataclass(frozen=True)
 class TextBlock:
     """Whole documents, as raw bytes of one source, or as rows where the packing gives rows."""
-    name: str
-    kind: str
+    source: Source
     line: int  # of the source at which the block begins, from 1
     data: bytes | list
     read: int  # bytes of the input read up to the block's end
@@ -1283,7 +1282,7 @@ def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             first, rows = rows + 1, rows + len(batch)
             read = source.size * rows // max(1, table.metadata.num_rows)
-            yield TextBlock(source.shown, "parquet", first, batch.column(0).to_pylist(), read)
+            yield TextBlock(source, first, batch.column(0).to_pylist(), read)
     except (arrow.ArrowException, OSError) as fault:
         raise damaged(source, f"row {rows}", fault) from fault
 
@@ -1310,7 +1309,7 @@ def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
             while data := file.read(-1 if source.kind == "file" else BLOCK):
                 data += rest_of_document(file, data, source.kind)
                 start = 3 if line == 1 and data.startswith(b"\xef\xbb\xbf") else 0
-                yield TextBlock(source.shown, source.kind, line, data[start:], raw.tell())
+                yield TextBlock(source, line, data[start:], raw.tell())
                 line += data.count(b"\n")
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as fault:
             raise damaged(source, f"line {line}", fault) from fault
@@ -1321,7 +1320,7 @@ def decode_block(block: TextBlock, errors: str) -> str:
         return block.data.decode("utf-8", errors)
     except UnicodeDecodeError as fault:
         line = block.line + block.data.count(b"\n", 0, fault.start)
-        raise UserError(f"{block.name}, line {line}: invalid UTF-8 ({fault.reason})",
+        raise UserError(f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
                         "mend the file, or use --errors replace") from fault
 
 
@@ -1352,21 +1351,21 @@ def jsonl_texts(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
             text = row.get(text_key)
             refuse(not isinstance(text, str), f"no text under {text_key} ({', '.join(row)})")
         except ValueError as fault:
-            raise UserError(f"{block.name}, line {number}: {fault}",
+            raise UserError(f"{block.source.shown}, line {number}: {fault}",
                             "mend the line, or name another --text_key") from fault
         yield text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
 
 
 def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
     """The documents of a block that hold a word; UserError names the line that cannot be read."""
-    if block.kind == "jsonl":
+    if block.source.kind == "jsonl":
         texts = jsonl_texts(block, text_key, errors)
-    elif block.kind == "line":
+    elif block.source.kind == "line":
         texts = (line.removesuffix("\r") for _, line in numbered_lines(block, errors))
-    elif block.kind == "blank":
+    elif block.source.kind == "blank":
         texts = (part.strip("\r\n") for part in BLANK_LINES.split(decode_block(block, errors)))
     else:
-        texts = block.data if block.kind == "parquet" else [decode_block(block, errors)]
+        texts = block.data if block.source.kind == "parquet" else [decode_block(block, errors)]
     return (text for text in texts if text and not text.isspace())
 
 

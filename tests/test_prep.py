@@ -481,7 +481,7 @@ def test_a_few_documents_larger_than_the_sample_still_give_one(run, tmp_path, mo
 
 
 def encoded(texts, spm, val_split):
-    block = lm.TextBlock("t", "parquet", 1, texts, 0)
+    block = lm.TextBlock(lm.Source(Path("t"), "parquet", "t", 0), 1, texts, 0)
     return lm.encode_block(block, str(spm), lm.PrepSettings(val_split=val_split))
 
 
