@@ -1575,8 +1575,7 @@ def merge_shards(folder: Path, out: Path) -> dict:
         counts = [shard.meta["splits"][split] for shard in shards]
         splits[split] = {key: sum(count[key] for count in counts) for key in COUNTS}
         with atomic_write(out / f"{split}.bin") as file:
-            for shard in shards:
-                file.write(getattr(shard, split))
+            file.writelines(getattr(shard, split) for shard in shards)
     (out / "tokenizer.model").write_bytes(shards[0].tokenizer.data)
     return write_meta(out, shards[0].tokenizer, splits, shards[0].meta["val_split"])
 
