@@ -1668,14 +1668,6 @@ class Stream:
     tokens: int  # positions in an epoch
     per_step = 0  # samples of a step on all ranks, where batch size and accumulation do not say
 
-    def place(self, samples: np.ndarray) -> np.ndarray:
-        epochs, places = np.divmod(samples, self.count)
-        chosen = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
-        return chosen
-
     def items(self, places: np.ndarray) -> list:
         return [self.rows[place] for place in places]
 
@@ -1684,15 +1676,17 @@ class Stream:
         return int((micro[1] != IGNORE).sum())
 
     def samples(self, numbers: np.ndarray) -> list:
-        return self.items(self.place(numbers))
-
-    def batch(self, numbers: np.ndarray) -> tuple[Tensor, ...]:
-        return self.collate(self.samples(numbers))
+        epochs, places = np.divmod(numbers, self.count)
+        chosen = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
+        return self.items(chosen)
 
     def step(self, first: int, batch_size: int, accum: int, rank: int, world: int) -> StepBatch:
         """This rank's micro-batches of the step whose first sample number is `first`."""
         numbers = first + np.arange(batch_size * accum * world).reshape(accum, world, batch_size)
-        micros = [self.batch(numbers[m, rank]) for m in range(accum)]
+        micros = [self.collate(self.samples(mine)) for mine in numbers[:, rank]]
         return StepBatch(micros, sum(map(self.targets, micros)), numbers.size,
                          sum(micro[0].numel() for micro in micros))
 

@@ -501,7 +501,7 @@ def test_pairs_stand_side_by_side_with_their_numbers(tokenizer):
     groups = [[lm.last_answer(tokenizer, turns, 64) for turns in lm.preference(row)]
               for row in pair_rows(5)]
     stream = lm.Groups(groups, np.arange(10.0).reshape(5, 2), 64, 0)
-    ids, targets, numbers = stream.batch(np.arange(5))
+    ids, targets, numbers = stream.collate(stream.samples(np.arange(5)))
     assert ids.shape == targets.shape and len(ids) == 10
     assert stream.targets((ids, targets, numbers)) == 5
     for i, (chosen, rejected) in enumerate(numbers.tolist()):

@@ -23,6 +23,10 @@ def rows_of(micros):
             for xs, ys in micros for x, y in zip(xs, ys, strict=True)]
 
 
+def batch_of(stream, numbers):
+    return stream.collate(stream.samples(numbers))
+
+
 def whole_step(windows, first, batch, accum, world):
     return [row for rank in range(world)
             for row in rows_of(windows.step(first, batch, accum, rank, world).micros)]
@@ -78,7 +82,7 @@ def test_every_window_comes_once_an_epoch(length, seq_len, epoch):
         return
     windows = lm.Windows(PLACES[:length], seq_len, seed=9)
     count = (length - 1) // seq_len
-    x, y = windows.batch(epoch * count + np.arange(count))
+    x, y = batch_of(windows, epoch * count + np.arange(count))
     assert sorted(x[:, 0].tolist()) == [w * seq_len for w in range(count)]
     assert sorted(y.flatten().tolist()) == list(range(1, count * seq_len + 1))
     assert torch.equal(y, x + 1) and x.shape == (count, seq_len)
@@ -86,7 +90,8 @@ def test_every_window_comes_once_an_epoch(length, seq_len, epoch):
 
 def test_epochs_and_seeds_differ_in_order():
     def order(seed, epoch):
-        return tuple(lm.Windows(PLACES[:801], 8, seed).place(epoch * 100 + np.arange(100)))
+        x, _ = batch_of(lm.Windows(PLACES[:801], 8, seed), epoch * 100 + np.arange(100))
+        return tuple(x[:, 0].tolist())
 
     assert len({order(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
 
@@ -98,7 +103,7 @@ def test_the_last_window_is_whole(length, count):
             lm.Windows(PLACES[:length], 16, 0)
         return
     windows = lm.Windows(PLACES[:length], 16, 0)
-    x, y = windows.batch(np.arange(count))
+    x, y = batch_of(windows, np.arange(count))
     assert windows.count == count and x.shape == (count, 16)
     assert y.max() == count * 16 <= length - 1 < (count + 1) * 16
 
@@ -106,8 +111,8 @@ def test_the_last_window_is_whole(length, count):
 @given(st.integers(0, 2 ** 31), st.integers(0, 10 ** 12))
 def test_a_sample_depends_on_seed_and_number_alone(seed, i):
     windows = lm.Windows(PLACES[:4001], 16, seed)
-    alone, _ = windows.batch(np.array([i]))
-    among, _ = lm.Windows(PLACES[:4001], 16, seed).batch(np.array([i + 700, 3, i, i + 1]))
+    alone, _ = batch_of(windows, np.array([i]))
+    among, _ = batch_of(lm.Windows(PLACES[:4001], 16, seed), np.array([i + 700, 3, i, i + 1]))
     assert torch.equal(alone[0], among[2])
 
 
@@ -116,7 +121,7 @@ def test_batch_accumulation_and_ranks_are_interchangeable(first, batch, data):
     accum = data.draw(st.sampled_from(lm.divisors(12 // batch)))
     world = 12 // batch // accum
     windows = lm.Windows(PLACES[:1009], 16, seed=5)
-    want = rows_of([windows.batch(first + np.arange(12))])
+    want = rows_of([batch_of(windows, first + np.arange(12))])
     assert sorted(whole_step(windows, first, batch, accum, world)) == sorted(want)
 
 
@@ -137,11 +142,11 @@ def test_steps_in_turn_use_every_window_once_across_the_end_of_an_epoch():
 
 def test_large_ids_survive():
     ids = np.array([65534, 65535, 0, 65535, 1], np.uint16)
-    x, y = lm.Windows(ids, 2, 0).batch(np.arange(2))
+    x, y = batch_of(lm.Windows(ids, 2, 0), np.arange(2))
     assert sorted(map(tuple, torch.cat((x, y[:, -1:]), 1).tolist())) == [
         (0, 65535, 1), (65534, 65535, 0)]
     wide = np.array([2 ** 31, 2 ** 32 - 1, 7], np.uint32)
-    assert lm.Windows(wide, 2, 0).batch(np.array([0]))[1].tolist() == [[2 ** 32 - 1, 7]]
+    assert batch_of(lm.Windows(wide, 2, 0), np.array([0]))[1].tolist() == [[2 ** 32 - 1, 7]]
 
 
 @pytest.mark.parametrize("length", [3, 4, 100, 512])
@@ -174,7 +179,7 @@ def mixture(weights=WEIGHTS, length=401, seed=5):
 
 
 def domains_of(mixed, first, count):
-    x, _ = mixed.batch(first + np.arange(count))
+    x, _ = batch_of(mixed, first + np.arange(count))
     return (x[:, 0] // 1000).tolist()
 
 
@@ -202,11 +207,11 @@ def test_blocks_and_seeds_of_a_mixture_differ_in_order():
 
 @given(st.integers(0, 10 ** 12))
 def test_a_mixtures_sample_depends_on_its_number_alone(i):
-    alone, _ = mixture().batch(np.array([i]))
-    among, targets = mixture().batch(np.array([i + 700, 3, i, i + 1]))
+    alone, _ = batch_of(mixture(), np.array([i]))
+    among, targets = batch_of(mixture(), np.array([i + 700, 3, i, i + 1]))
     assert torch.equal(alone[0], among[2]) and torch.equal(targets, among + 1)
-    assert not torch.equal(mixture(seed=6).batch(np.arange(i, i + 8))[0],
-                           mixture().batch(np.arange(i, i + 8))[0])
+    assert not torch.equal(batch_of(mixture(seed=6), np.arange(i, i + 8))[0],
+                           batch_of(mixture(), np.arange(i, i + 8))[0])
 
 
 def test_whole_blocks_use_each_domains_samples_in_turn():
@@ -217,7 +222,7 @@ def test_whole_blocks_use_each_domains_samples_in_turn():
 
 def test_a_domain_repeats_nothing_before_its_epoch_ends():
     mixed, seen = mixture(), {0: [], 1: [], 2: []}  # each domain has 50 windows
-    for x in mixed.batch(np.arange(3 * 1024))[0]:
+    for x in batch_of(mixed, np.arange(3 * 1024))[0]:
         seen[int(x[0]) // 1000].append(int(x[0]) % 1000)
     for domain, places in seen.items():
         assert len(places) == 3 * SHARES[domain]
@@ -231,7 +236,7 @@ def test_a_domain_repeats_nothing_before_its_epoch_ends():
 def test_any_split_of_a_mixture_is_the_same_step(first, batch, data):
     accum = data.draw(st.sampled_from(lm.divisors(12 // batch)))
     world = 12 // batch // accum
-    want = rows_of([mixture().batch(first + np.arange(12))])
+    want = rows_of([batch_of(mixture(), first + np.arange(12))])
     assert sorted(whole_step(mixture(), first, batch, accum, world)) == sorted(want)
 
 

@@ -53,7 +53,7 @@ def test_any_accumulation_has_the_gradient_of_the_mean_token_loss(trainer, batch
     loss, found = accumulated(one)
     model = one.job.model
     model.zero_grad()
-    x, y = one.job.stream.batch(torch.arange(8).numpy())
+    x, y = one.job.stream.collate(one.job.stream.samples(torch.arange(8).numpy()))
     wanted = F.cross_entropy(model(x).reshape(-1, 400), y.reshape(-1))
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), abs=1e-5)
