@@ -4247,14 +4247,6 @@ class Sampler:
                 for one, *_ in self.latest[:self.settings.samples]]
 
 
-def spread_out(parts: list[np.ndarray], starts: list[int], length: int) -> Tensor:
-    """Rows (B, length) with each part from its start on; 0 elsewhere."""
-    rows = torch.zeros(len(parts), length)
-    for row, part, start in zip(rows, parts, starts, strict=True):
-        row[start:start + len(part)] = torch.as_tensor(part)
-    return rows
-
-
 class PolicyTrainer(Trainer):
     """Trains a policy on its own completions. A step is one batch of these with all its updates,
     so that a run resumes between two."""
@@ -4310,65 +4302,64 @@ class PolicyTrainer(Trainer):
         rows = [one for group in (kept + dull)[:self.share] for one in group]
         return rows, {"train/zero_spread": alike / drawn, "train/draws": draws}
 
-    def micros(self, rows: list[Completion]) -> Iterator[tuple]:
-        """Micro-batches of rows alike in length: which they are, ids and targets (B, T), and where
-        a completion's targets begin: at the prompt's last id."""
-        limit, size = self.job.model.config.seq_len, self.run.batch_size
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].problem.ids) + len(rows[i].ids))
+    def micros(self, rows: list[Completion]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Micro-batches of rows alike in length: which they are, the places of their tokens among
+        those of all completions in turn (n,), ids and targets (B, T)."""
+        whole, size = [], self.run.batch_size
+        for one in rows:
+            ids = np.concatenate((one.problem.ids, one.ids))
+            whole.append(Example(ids, np.arange(len(ids)) >= len(one.problem.ids)))
+        chats = Chats(whole, self.job.model.config.seq_len, self.args["seed"], pack=False)
+        lengths = [len(one.ids) for one in rows]
+        places = torch.arange(sum(lengths)).split(lengths)
+        order = sorted(range(len(rows)), key=lambda i: len(whole[i].ids))
         for chosen in (order[i:i + size] for i in range(0, len(order), size)):
-            pairs, starts = [], [len(rows[i].problem.ids) - 1 for i in chosen]
-            for i, start in zip(chosen, starts, strict=True):
-                ids = np.concatenate((rows[i].problem.ids, rows[i].ids))
-                pairs.append((ids[:-1], np.append(np.full(start, IGNORE), rows[i].ids)))
-            longest = max(len(ids) for ids, _ in pairs)
-            yield chosen, *padded(pairs, padded_length(longest, limit)), starts
+            tokens = torch.cat([places[i] for i in chosen])
+            yield chosen, tokens, *chats.collate(chats.items(chosen))
 
-    def laid_out(self, rows: list[Completion], parts: list[list[np.ndarray]],
+    def laid_out(self, rows: list[Completion], parts: list[Tensor],
                  *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Micro-batches with numbers of each completion's tokens (B, T), and of each row."""
-        for chosen, ids, targets, starts in self.micros(rows):
-            laid = [spread_out([part[i] for i in chosen], starts, ids.shape[1]) for part in parts]
+        """Micro-batches with numbers of the completions' tokens (B, T), and of each row."""
+        for chosen, tokens, ids, targets in self.micros(rows):
+            laid = torch.zeros(len(parts), *ids.shape)
+            laid[:, targets != IGNORE] = torch.stack([part[tokens].float() for part in parts])
             yield ids, targets, *laid, *(numbers[chosen] for numbers in more)
 
     @torch.no_grad()
-    def measure(self, rows: list[Completion],
-                what: Callable[[Tensor, Tensor], Tensor]) -> list[np.ndarray]:
-        """What a model says of each completion's tokens, (n,) each; what(ids, targets): (B, T)."""
-        found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for chosen, ids, targets, starts in self.micros(rows):
+    def measure(self, rows: list[Completion], what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What a model says of the completions' tokens (n,); what(ids, targets): (B, T)."""
+        found = torch.zeros(sum(len(one.ids) for one in rows))
+        for _, tokens, *both in self.micros(rows):
             with self.machine.autocast():
-                values = what(self.machine.to_device(ids), self.machine.to_device(targets))
-            for i, row, start in zip(chosen, values.float().cpu().numpy(), starts, strict=True):
-                found[i] = row[start:start + len(rows[i].ids)]
+                values = what(*map(self.machine.to_device, both))
+            found[tokens] = values.float().cpu()[both[1] != IGNORE]
         return found
 
-    def logps(self, rows: list[Completion]) -> list[np.ndarray]:
+    def logps(self, rows: list[Completion]) -> Tensor:
         heat = torch.tensor(self.temperature(), device=self.machine.device)
         return self.measure(rows, lambda *both: completion_logps(self.job.model, *both, heat)[0])
 
-    def advantages(self, rows: list[Completion],
-                   values: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The advantage of each token, by row, and the returns that values are to predict."""
+    def advantages(self, rows: list[Completion], values: Tensor) -> tuple[Tensor, Tensor]:
+        """The advantages of the completions' tokens (n,) and the returns that the values (n,),
+        with --advantage gae, are to predict."""
         rewards = torch.tensor([one.reward for one in rows], dtype=torch.float64)
+        s, lengths = self.value, torch.tensor([len(one.ids) for one in rows])
         if self.policy.advantage != "gae":
             groups = rewards.view(self.share, -1)
-            each = group_advantages(groups, self.policy.advantage == "mean_std").flatten().tolist()
-            return [np.full(len(one.ids), a) for one, a in zip(rows, each, strict=True)], []
-        s, lengths = self.value, torch.tensor([len(one.ids) for one in rows])
-        before = nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True).double()
-        mask = torch.arange(before.shape[1]) < lengths.unsqueeze(1)  # (rows, N)
-        paid = torch.zeros_like(before)
+            each = group_advantages(groups, self.policy.advantage == "mean_std").flatten()
+            return each.repeat_interleave(lengths), values
+        mask = torch.arange(lengths.max()) < lengths.unsqueeze(1)  # (rows, N)
+        before, paid = torch.zeros(2, *mask.shape, dtype=torch.float64)
+        before[mask] = values.double()
         paid[torch.arange(len(rows)), lengths - 1] = rewards
         if s.dense_reward:
             paid += s.dense_reward * dense_rewards(before, mask, s.gamma, s.dense_smoothing)
         lam = torch.full_like(rewards, s.lam)
         lams = lam, length_adaptive(lengths.double(), s.length_alpha) if s.length_alpha else lam
-        critic, own = (gae(paid, before, mask, s.gamma, lam) for lam in lams)
-        count, total, squares = self.machine.total(len(own[mask]), own.sum(), own.square().sum())
+        critic, own = (gae(paid, before, mask, s.gamma, lam)[mask] for lam in lams)
+        count, total, squares = self.machine.total(len(own), own.sum(), own.square().sum())
         deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
-        own = (own - total / count) / (deviation + SPREAD_FLOOR)
-        cut = [(i, slice(0, len(one.ids))) for i, one in enumerate(rows)]
-        return ([own[at].numpy() for at in cut], [(critic + before)[at].numpy() for at in cut])
+        return (own - total / count) / (deviation + SPREAD_FLOOR), critic + values
 
     def weights(self, rows: list[Completion]) -> tuple[Tensor, float, float]:
         """What a token of each row counts in the policy loss and as plain likelihood (n, 2), and
@@ -4381,11 +4372,11 @@ class PolicyTrainer(Trainer):
         plain = self.policy.lm_loss * right * count / max(1.0, right_tokens)
         return torch.stack((own, plain), 1), count, tokens
 
-    def improve(self, rows: list[Completion], advantages: list[np.ndarray], weights: Tensor,
+    def improve(self, rows: list[Completion], advantages: Tensor, weights: Tensor,
                 count: float, tokens: float) -> tuple[dict[str, float], Tensor, Tensor]:
         """The policy's updates on the step's completions: its metrics, loss and gradient norm."""
         machine, policy, found = self.machine, self.policy, []
-        now = [np.full(len(one.ids), math.nan) for one in rows]
+        now = torch.full_like(advantages, math.nan)
         old = self.logps(rows) if policy.updates > 1 else now
         with self.reference.in_place() if self.reference else contextlib.nullcontext():
             reference = self.logps(rows) if self.reference else now
@@ -4410,8 +4401,8 @@ class PolicyTrainer(Trainer):
             self.bonus = row["train/entropy_bonus"] = max(0.0, self.bonus + move)
         return row, loss.to(norm.device) * scale, norm
 
-    def teach_critic(self, rows: list[Completion], values: list[np.ndarray],
-                     returns: list[np.ndarray], tokens: float) -> dict[str, float]:
+    def teach_critic(self, rows: list[Completion], values: Tensor, returns: Tensor,
+                     tokens: float) -> dict[str, float]:
         """The value model's updates; what it explained of the returns before them (1 is all)."""
         machine = self.machine
         set_step(self.critic_optimizers, self.critic_optim, self.step, self.run.max_steps)
@@ -4419,9 +4410,8 @@ class PolicyTrainer(Trainer):
             micros = self.laid_out(rows, [values, returns])
             found = self.accumulate(self.critic, micros, machine.world / tokens)
             self.update(self.critic_model, self.critic_optimizers)
-        truth = np.concatenate(returns)
-        loss, clipped, *sums = machine.total(*sum(found), *(f(part) for part in (
-            truth, truth - np.concatenate(values)) for f in (np.sum, lambda x: (x * x).sum())))
+        loss, clipped, *sums = machine.total(*sum(found), *(power.sum() for part in (
+            returns, returns - values) for power in (part, part.square())))
         spread, error = (sums[i + 1] - sums[i] ** 2 / tokens for i in (0, 2))
         row = {"value_loss": loss / machine.world, "value_clipped": clipped / machine.world,
                "value_explained": 1 - error / spread if spread > 1e-9 else 0.0}
@@ -4448,7 +4438,7 @@ class PolicyTrainer(Trainer):
         times.append(time.monotonic())
         self.objective.train()
         values = self.measure(rows, lambda ids, targets: token_values(self.critic_model, ids)) \
-            if self.critic else []
+            if self.critic else torch.zeros(0)
         advantages, returns = self.advantages(rows, values)
         weights, count, tokens = self.weights(rows)
         row |= self.reward_row(rows, count)
