@@ -2899,16 +2899,13 @@ def judge_metrics(logits: Tensor, side: Tensor | float) -> Tensor:
     return torch.cat((torch.stack((loss, logits.sum(), right.sum())), error))
 
 
-def pair_loss(model: Transformer, ids: Tensor, targets: Tensor, numbers: Tensor) -> Tensor:
-    """JUDGE_METRICS of pairs, chosen and rejected in turn (Bradley and Terry 1952)."""
+def judge_loss(model: Transformer, ids: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    """JUDGE_METRICS of pairs, chosen and rejected in turn (Bradley and Terry 1952), or of single
+    answers with labels (B, 1): a verifier (Cobbe et al. 2021)."""
     scores, side = reward_scores(model, ids, targets)
-    return judge_metrics(gap(scores.view(-1, 2)), side)
-
-
-def label_loss(model: Transformer, ids: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-    """JUDGE_METRICS of single answers with labels (B, 1): a verifier (Cobbe et al. 2021)."""
-    scores, side = reward_scores(model, ids, targets)
-    return judge_metrics(scores * (2 * labels.squeeze(1) - 1), side)
+    paired = len(scores) > len(labels)
+    logits = gap(scores.view(-1, 2)) if paired else scores * (2 * labels.squeeze(1) - 1)
+    return judge_metrics(logits, side)
 
 
 SPREAD_FLOOR = 1e-4  # added to a group's standard deviation
@@ -3389,12 +3386,6 @@ def newest_whole(out: Path, resume: bool) -> Path | None:
         except UserError as fault:
             say(f"warning: {fault.faults[0][0]}; trying the one before it")
     raise UserError(f"every checkpoint in {out} is damaged", "start in another --out_dir")
-
-
-def resume_point(out: Path, resume: bool, machine: Machine) -> dict | None:
-    """The checkpoint to go on from, the one that rank 0 finds whole, on every rank; or None."""
-    path = machine.on_main(newest_whole, out, resume)
-    return read_checkpoint(path) if path else None
 
 
 def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -3975,14 +3966,12 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, chats: list[Turns], 
                   machine: Machine) -> list[float]:
     """A reward model's score of the last answer of each conversation, of long ones by their end."""
     limit, scores = model.config.seq_len, []
-    for i in range(0, len(chats), batch_size):
-        read = [encode_chat(tokenizer, turns)[0][-limit:] for turns in chats[i:i + batch_size]]
-        rows = [(np.array(ids), np.array([*[IGNORE] * (len(ids) - 2), ids[-1], IGNORE]))
-                for ids in read]
-        longest = max(map(len, read))
+    read = [np.array(encode_chat(tokenizer, turns)[0][-limit:]) for turns in chats]
+    groups = [[Example(ids, np.arange(len(ids)) == len(ids) - 1)] for ids in read]
+    stream = Groups(groups, np.zeros((len(groups), 0)), limit, 0)
+    for micro, _ in stream.in_order(batch_size, stream.tokens, 0, 1):
         with machine.autocast():
-            ids, targets = map(machine.to_device, padded(rows, padded_length(longest, limit)))
-            scores += reward_scores(model, ids, targets)[0].tolist()
+            scores += reward_scores(model, *map(machine.to_device, micro[:2]))[0].tolist()
     return scores
 
 
@@ -4510,7 +4499,8 @@ def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings
     """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
     model, stream, out = job.model, job.stream, Path(run.out_dir)
     args, args_text = settings_dict(*groups) | told, settings_text(*groups)
-    if saved := resume_point(out, run.resume, machine):
+    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
+    if saved := read_checkpoint(newest) if newest else None:
         check_same_run(saved, job.kind, model.config, job.tokenizer, args, out)
         if not stream.per_step:
             keep_step_size(run, saved, machine.world)
@@ -4547,7 +4537,7 @@ def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim:
     return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
 
 
-Row = tuple[list[Turns], float]  # conversations judged together, and their number
+Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 Part = tuple[str, float, Stream]  # a domain's name, weight and encoded rows
 Prompt = tuple[Turns, object]  # what is to be answered, and the answer that a row gives, or None
 
@@ -4580,7 +4570,7 @@ class Tuning:
     def parts(self, parse: Callable[[dict], Row], make: Callable[..., Example | None],
               stream: Callable[..., Stream] = Groups) -> tuple[list[Part], list[Part]]:
         """Rows to train on and rows held out; make is example or last_answer, and a stream is
-        made of groups of them, their numbers, the context length and the seed."""
+        made of groups of them, what is known of each, the context length and the seed."""
         tune, learned, train, val = self.tune, [], [], []
         read = functools.partial(read_rows, parse=parse, on_bad_row=tune.on_bad_row)
         one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
@@ -4592,8 +4582,8 @@ class Tuning:
                 self.questions += [rows[i][0][0][:-1] for i in kept]
             else:
                 learned.extend(groups)
-            numbers = np.array([rows[i][1] for i in kept])[:, None]
-            return name, weight, stream(groups, numbers, self.config.seq_len, self.seed)
+            known = [rows[i][1] for i in kept]
+            return name, weight, stream(groups, known, self.config.seq_len, self.seed)
 
         for name, files, weight in tune.domains():
             sides: tuple[list[Row], list[Row]] = [], []
@@ -4649,7 +4639,7 @@ def cmd_sft(run: TuneRun, tune: TuneSettings, task: TaskSettings, sft: SftSettin
             lora: LoraSettings, optim: TuneOptim, device: DeviceSettings) -> int:
     tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
     train, val = tuning.parts(
-        lambda row: ([conversation(row)], 0.0), example, lambda groups, _, seq_len, seed: Chats(
+        lambda row: ([conversation(row)], None), example, lambda groups, _, seq_len, seed: Chats(
             [one for one, in groups], seq_len, seed, sft.pack))
     questions = tuning.questions[:sft.samples]
     samples = functools.partial(sample_answers, tokenizer=tuning.tokenizer, questions=questions,
@@ -4681,7 +4671,7 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
 def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettings,
             optim: DpoOptim, device: DeviceSettings) -> int:
     tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
-    train, val = tuning.parts(lambda row: (list(preference(row)), 0.0), last_answer)
+    train, val = tuning.parts(lambda row: (list(preference(row)), [0.0]), last_answer)
     network, loss = tuning.network(), functools.partial(preference_loss, settings=dpo)
     if dpo.loss not in REFERENCE_FREE:
         tuning.told["reference"] = tuning.key
@@ -4691,7 +4681,7 @@ def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettin
 
 def judged(row: dict) -> Row:
     turns, label = labelled(row) if "label" in row else (None, 0.0)
-    return [turns] if turns else list(preference(row)), label
+    return [turns] if turns else list(preference(row)), [label]
 
 
 def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
@@ -4721,8 +4711,7 @@ def cmd_reward(run: TuneRun, tune: TuneSettings, reward: RewardSettings, lora: L
     sizes = {len(group) for *_, stream in train + val for group in stream.groups}
     if len(sizes) > 1:
         raise UserError("--data holds both pairs and labelled answers", "train on one kind")
-    loss = pair_loss if sizes == {2} else label_loss
-    return tuning.start(tuning.network(), train, val, loss, JUDGE_METRICS)
+    return tuning.start(tuning.network(), train, val, judge_loss, JUDGE_METRICS)
 
 
 def row_prompt(row: dict) -> Prompt:
@@ -4765,18 +4754,15 @@ def cmd_grpo(run: GrpoRun, tune: GrpoTune, task: TaskSettings, rollout: RolloutS
     rewards = Rewards(rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
                       rollout.reward_timeout, run.batch_size, machine)
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
-    known: list[tuple[Turns, dict]] = []
 
     def parse(row: dict) -> Row:
         turns, answer = row_prompt(row)
         row = {"pattern": rollout.pattern or None, "answer": answer} | row
         row = {key: value for key, value in row.items() if value is not None}
-        known.append((turns, rewards.check(row)))
-        return [turns], len(known) - 1.0
+        return [turns], (turns, rewards.check(row))
 
-    def stream(groups: list[list[Example]], numbers: np.ndarray, _: int, seed: int) -> Prompts:
-        problems = [Problem(one.ids, *known[int(number)])
-                    for (one,), (number,) in zip(groups, numbers, strict=True)]
+    def stream(groups: list[list[Example]], known: list, _: int, seed: int) -> Prompts:
+        problems = [Problem(one.ids, *told) for (one,), told in zip(groups, known, strict=True)]
         return Prompts(problems, seed, rollout.prompts, rollout.group_size * most)
 
     train, val = tuning.parts(parse, lambda *args, limit: question(*args, limit - most), stream)

@@ -188,7 +188,7 @@ def test_side_losses_are_in_the_training_of_pairs_alone():
     with torch.no_grad():
         side = 5 * model.hidden_and_side(ids)[1].item()
         for loss, *more in ((lm.preference_loss, reference, lm.DpoSettings()),
-                            (lm.pair_loss, reference)):
+                            (lm.judge_loss, reference)):
             still = loss(model.eval(), ids, targets, *more)[0].item()
             moving = loss(model.train(), ids, targets, *more)[0].item()
             assert moving - still == pytest.approx(side, rel=1e-3) and side > 0.01
@@ -224,10 +224,10 @@ def slow_scores(model, ids, targets):
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.5, 3.0])
-def test_pair_loss_is_bradley_terry(scale):
+def test_judge_loss_of_pairs_is_bradley_terry(scale):
     model, (ids, targets, numbers) = judge(scale), some_pairs(9)
     with torch.no_grad():
-        found = lm.pair_loss(model, ids, targets, numbers).tolist()
+        found = lm.judge_loss(model, ids, targets, numbers).tolist()
         scores = slow_scores(model, ids, targets)
     margins = [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
     want = [sum(-math.log(sig(m)) for m in margins), sum(margins), sum(m > 0 for m in margins)]
@@ -236,11 +236,11 @@ def test_pair_loss_is_bradley_terry(scale):
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.5, 3.0])
-def test_label_loss_is_the_cross_entropy_of_the_label(scale):
+def test_judge_loss_of_answers_is_the_cross_entropy_of_the_label(scale):
     model, (ids, targets, _) = judge(scale), some_pairs(9)
     labels = torch.tensor([[float(i % 3 == 0)] for i in range(18)])
     with torch.no_grad():
-        found = lm.label_loss(model, ids, targets, labels).tolist()
+        found = lm.judge_loss(model, ids, targets, labels).tolist()
         scores = slow_scores(model, ids, targets)
     right = [s if label else -s for s, label in zip(scores, labels[:, 0].tolist(), strict=True)]
     loss = sum(-math.log(sig(s)) if label else -math.log(1 - sig(s))

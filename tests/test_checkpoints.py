@@ -275,7 +275,7 @@ def test_flipped_byte_in_the_newest_is_found_and_the_one_before_used(copied, run
 def test_a_flip_anywhere_resumes_the_same_or_is_noticed(copied, at):
     wanted = weight_bytes(copied / "ckpt_last.pt")
     flip(copied / "ckpt_last.pt", at)
-    found = lm.resume_point(copied, True, CPU)
+    found = lm.read_checkpoint(lm.newest_whole(copied, True))
     assert found["step"] == 12
     assert {n: w.numpy().tobytes() for n, w in found["model"].items()}.items() <= wanted.items()
 
@@ -291,7 +291,7 @@ def test_all_damaged_is_an_error_and_nothing_is_touched(copied, run, data_dir):
 
 def test_lost_ckpt_last_is_made_up_for(copied):
     (copied / "ckpt_last.pt").unlink()
-    assert lm.resume_point(copied, True, CPU)["step"] == 12
+    assert lm.read_checkpoint(lm.newest_whole(copied, True))["step"] == 12
 
 
 def test_resume_0_refuses_a_run_and_leaves_it(copied, run, data_dir):
