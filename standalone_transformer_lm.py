@@ -3033,7 +3033,6 @@ class Objective(nn.Module):
 # Optimisers: parameter groups and schedules
 # ==================================================================================================
 
-
 # How far a rate has come down from its peak to min_lr, by the share of its descent that is gone
 DESCENTS = {"cosine": lambda gone: 0.5 * (1 - math.cos(math.pi * gone)),
             "wsd": lambda gone: gone,  # Hu et al. 2024, MiniCPM
