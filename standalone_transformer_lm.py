@@ -9,8 +9,6 @@ Quick start
   torchrun --nproc_per_node=8 standalone_transformer_lm.py train --data_dir data --out_dir run
   python standalone_transformer_lm.py generate --ckpt run/ckpt_best.pt --prompt "Once upon a time"
   python standalone_transformer_lm.py sft   --ckpt run --data chats.jsonl --out_dir sft
-  python standalone_transformer_lm.py dpo   --ckpt sft --data pairs.jsonl --out_dir dpo
-  python standalone_transformer_lm.py grpo  --ckpt sft --data sums.jsonl --out_dir grpo
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
 Every command explains its flags with --help, and @FILE reads flags from a file; each run writes
@@ -46,14 +44,11 @@ File formats
                 ids), meta.json, written last; a document is <s> ids </s>
   checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
                 tokenizer ema gauges; whole, unwrapped fp32 weights; optim is a list, a state for
-                each optimiser; read with weights_only=True
-                A run with adapters stores them alone: lora says of which model they are; grpo
-                adds critic critic_optim reference entropy
-  metrics.jsonl one object a line: step tokens time, train/*, val/*, moe/*, perf/*, gpu/*,
-                cost/*
-  rows          .jsonl, .json or .parquet. sft: messages, or prompt and response, or instruction,
-                input and output; dpo: prompt, chosen, rejected; reward: those, or a label;
-                grpo: prompt and answer
+                each optimiser; read with weights_only=True. Adapters are stored alone: lora
+                says of which model; grpo adds critic critic_optim reference entropy
+  metrics.jsonl one object a line: step tokens time train/* val/* moe/* perf/* gpu/* cost/*
+  rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
+                output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer
 
 Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback;
 128 + signal after a signal, when the step was finished and saved.
@@ -65,7 +60,6 @@ import bisect
 import bz2
 import contextlib
 import ctypes
-import dataclasses
 import difflib
 import errno
 import functools
@@ -102,7 +96,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -212,10 +206,6 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{share:.1%}"
-
-
 def duration(seconds: float) -> str:
     """3725.0 -> '1h02m'."""
     if not math.isfinite(seconds):
@@ -273,7 +263,6 @@ class Progress:
         elif self.talks and note:
             print(self.line(note), file=sys.stderr, flush=True)
 
-
 # ==================================================================================================
 # Settings: every setting once: flags, checkpoint config and args.txt come from here
 # ==================================================================================================
@@ -297,8 +286,7 @@ PRESETS = {  # name -> values of settings fields; a flag given beside --preset w
                     "n_sink": 4, "seq_len": 2048, "vocab_size": 32000},
 }
 FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
-NOT_REPEATED = ("preset",  # its values are written out
-                "resume", "profile")  # said of one start alone
+NOT_REPEATED = ("preset", "resume", "profile")  # written out; and said of one start alone
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False}
 KINDS = {  # type of a flag -> its value in the help, what it is called, how argparse takes it
@@ -323,8 +311,7 @@ def setting(default, help: str, *, choices: Iterable = (), least: float | None =
 @dataclass
 class PrepSettings:
     """Input, tokenizer and output of prep."""
-    text_path: tuple[str, ...] = setting((), "files, folders or globs of text, .jsonl or .parquet, "
-                                         "plain or .gz .xz .bz2 .zst; - is stdin")
+    text_path: tuple[str, ...] = setting((), "text, .jsonl or .parquet, packed or not; - is stdin")
     out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
     vocab_size: int = setting(32000, "size of the tokenizer to train", least=280, below=1 << 24)
     val_split: float = setting(0.01, "share of documents held out for validation", below=1.0)
@@ -389,8 +376,8 @@ class DeviceSettings:
     """Device and numbers."""
     seed: int = setting(1337, "seed of every random draw")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("auto", "matmul precision; auto takes bf16 where the hardware has it, "
-                         "fp16 on older CUDA, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = setting("auto", "of the matmuls; auto is bf16 where the hardware has it",
+                         choices=("auto", "bf16", "fp16", "fp32"))
     threads: int = setting(0, "CPU threads; 0 shares the cores among the processes")
 
 
@@ -720,10 +707,6 @@ class InfoSettings(StepSettings):
     mfu: float = setting(0.4, "share of its peak that --gpu reaches", least=0.01, below=1.0)
     tok_per_s: float = setting(0.0, "speed of the whole machine, where you know it")
 
-    def faults(self) -> Iterator[tuple[str, str]]:
-        if bool(self.path) == bool(self.preset):
-            yield "name something to describe or a --preset to plan", "info PATH, or --preset 138m"
-
 
 @dataclass
 class DemoSettings:
@@ -735,23 +718,13 @@ class DemoSettings:
 
 def with_defaults(kind: type, *hidden: str, **defaults) -> type:
     """The same settings with other defaults; the hidden ones are no flags."""
-    changed = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata={
+    made = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata={
         **f.metadata, "flag": f.metadata["flag"] and f.name not in hidden})) for f in fields(kind)]
-    return dataclasses.make_dataclass(kind.__name__, changed, bases=(kind,),
-                                      namespace={"__doc__": kind.__doc__})
+    return make_dataclass(kind.__name__, made, bases=(kind,), namespace={"__doc__": kind.__doc__})
 
 
-@dataclass
-class BenchSettings(with_defaults(InfoSettings, "path", "grad_accum_steps", "grad_checkpoint",
-                                  "gpu", "mfu", "tok_per_s", batch_size=4)):
-    """What to time: steps of training on random tokens, the batch from --batch_size upwards."""
-    compile: str = setting("auto", "torch.compile; auto tries both", choices=("auto", "0", "1"))
-    steps: int = setting(3, "timed steps of each trial, after two that warm up", least=1)
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        yield from ()  # what is timed need not be a preset
-
-
+BenchSettings = with_defaults(InfoSettings, "path", "grad_accum_steps", "grad_checkpoint", "gpu",
+                              "mfu", "tok_per_s", batch_size=4)
 TuneRun = with_defaults(RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100,
                         ckpt_interval=100)
 TuneOptim = with_defaults(OptimSettings, "z_loss", lr=1e-4, optimizer="adamw", schedule="cosine",
@@ -763,7 +736,7 @@ GrpoRun = with_defaults(TuneRun, "log_interval", "grad_accum_steps", "eval_token
 GrpoTune = with_defaults(TuneSettings, "dropout")  # without it the first ratio is exactly 1
 
 
-def flags(*groups) -> list[dataclasses.Field]:
+def flags(*groups) -> list[Field]:
     return [f for group in groups for f in fields(group) if f.metadata["flag"]]
 
 
@@ -795,7 +768,7 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(message, f"see {self.prog} --help")
 
 
-def flag_help(f: dataclasses.Field) -> str:
+def flag_help(f: Field) -> str:
     choices = ": " * bool(f.metadata["choices"]) + " | ".join(f.metadata["choices"])
     default = "none" if f.default in ("", ()) else f.default
     return f"{f.metadata['help']}{choices} (default: {default})".replace("%", "%%")
@@ -900,8 +873,7 @@ def settings_text(*groups) -> str:
 
 
 def settings_dict(*groups) -> dict:
-    return {k: v for settings in groups for k, v in dataclasses.asdict(settings).items()}
-
+    return {k: v for settings in groups for k, v in asdict(settings).items()}
 
 # ==================================================================================================
 # Machine: device, number format, seeds, signals, and everything distributed
@@ -1014,11 +986,6 @@ def open_machine(settings: DeviceSettings) -> Machine:
     return Machine(device, pick_dtype(settings.dtype, device), rank, world)
 
 
-def close_machine() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def derive_seed(*key: object) -> int:
     """A seed of torch's, for whatever is named: the same for the same key."""
     return int(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).hexdigest(), 16)
@@ -1066,15 +1033,13 @@ class Signals:
     def note(self, number: int, _frame) -> None:
         now = time.monotonic()
         if self.received and number == signal.SIGINT and now - self.at > 1:
-            signal.signal(number, self.previous[number])
-            os.kill(os.getpid(), number)
+            raise KeyboardInterrupt
         else:
             self.received, self.at = self.received or number, now
 
     def __exit__(self, *_fault) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
 
 # ==================================================================================================
 # Text: the tokenizer and the chat format
@@ -1192,7 +1157,6 @@ class WordEncoder(dict):
         if not text or not self.by_word:
             return self.pack(self.sp.encode(text))
         return b"".join(map(self.__getitem__, text.replace("\n", " \n").split(" ")))
-
 
 # ==================================================================================================
 # Prep: text in any packing becomes token files
@@ -1382,7 +1346,7 @@ def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[Text
         if not by_file or i % parts == part:
             for j, block in enumerate(read_blocks(source, settings.text_key)):
                 if by_file or j % parts == part:
-                    yield dataclasses.replace(block, read=before + block.read)
+                    yield replace(block, read=before + block.read)
         before += source.size
 
 
@@ -1463,8 +1427,7 @@ def serve_parent() -> None:
 @contextlib.contextmanager
 def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block: at once where it fails, when done where it does not."""
-    start = start or ("fork" if sys.platform == "linux" else "spawn")
-    context = multiprocessing.get_context(start)
+    context = multiprocessing.get_context(start or ("fork" if sys.platform == "linux" else "spawn"))
     pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
     try:
         yield pool
@@ -1620,7 +1583,6 @@ def prepare(settings: PrepSettings) -> dict:
         shutil.rmtree(shard)
     return meta
 
-
 # ==================================================================================================
 # Batches: which tokens make up which step
 # ==================================================================================================
@@ -1767,12 +1729,6 @@ def mixed(parts: list[Stream], weights: list[float]) -> Stream:
     return parts[0] if len(parts) == 1 else Mixture(parts, weights)
 
 
-def training_stream(domains: list[tuple[str, TokenFolder, float]], seq_len: int,
-                    seed: int) -> Stream:
-    parts = [Windows(folder.train, seq_len, seed) for _, folder, _ in domains]
-    return mixed(parts, [weight for *_, weight in domains])
-
-
 def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int,
            count: int = 0) -> tuple[Tensor, Tensor]:
     """ids and targets (B, length) of such rows, filled up with PAD and IGNORE; B >= `count`."""
@@ -1853,11 +1809,6 @@ def preference(row: dict) -> tuple[Turns, Turns]:
     refuse(chosen == rejected, "chosen and rejected are identical")
     refuse(chosen[:-1] != rejected[:-1], "chosen and rejected answer different prompts")
     return chosen, rejected
-
-
-def labelled(row: dict) -> tuple[Turns, float]:
-    refuse(row.get("label") not in (0, 1), f"label {row.get('label')!r} is not 0 or 1")
-    return conversation(row), float(row["label"])
 
 
 def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
@@ -2092,7 +2043,6 @@ class Prompts(Stream):
         self.rows, self.seed, self.per_step, self.count = prompts, seed, per_step, len(prompts)
         self.tokens = sum(len(one.ids) + more for one in prompts)
         self.collate = list  # of the rows themselves
-
 
 # ==================================================================================================
 # Model: the transformer; it touches no file and prints nothing
@@ -2550,11 +2500,9 @@ def flops_per_token(config: ModelSettings) -> int:
     return (6 * (layers + config.vocab_size * config.d_model)
             + 12 * config.n_head * config.head_size * seen)
 
-
 # ==================================================================================================
 # LoRA: low-rank adapters: attach, merge
 # ==================================================================================================
-
 
 class LoraLinear(nn.Linear):
     """A frozen linear map W and a low-rank change of it: W x + scale B A x (Hu et al. 2021)."""
@@ -2600,7 +2548,6 @@ def merge_lora(weights: dict[str, Tensor], adapter: dict[str, Tensor],
         change = adapter[f"{stem}lora_b"].float() @ adapter[f"{stem}lora_a"].float()
         merged[f"{stem}weight"] = weights[f"{stem}weight"] + scale * change
     return merged
-
 
 # ==================================================================================================
 # Engine: sampling and cached generation; token ids only
@@ -2780,7 +2727,6 @@ def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> l
     for row, token in generate(model, prompts, *args, **kwargs):
         rows[row].append(token)
     return rows
-
 
 # ==================================================================================================
 # Losses: tensors in, tensors out
@@ -3028,7 +2974,6 @@ class Objective(nn.Module):
     def forward(self, *batch: Tensor) -> Tensor:
         return self.loss(self.model, *batch).reshape(-1)
 
-
 # ==================================================================================================
 # Optimisers: parameter groups and schedules
 # ==================================================================================================
@@ -3195,7 +3140,6 @@ def set_step(optimizers: list[torch.optim.Optimizer], settings: OptimSettings, s
                 group["momentum"] = begin + (settings.muon_momentum - begin) * warm
     return scale * settings.lr
 
-
 # ==================================================================================================
 # Checkpoints: the only place that saves and loads
 # ==================================================================================================
@@ -3268,13 +3212,6 @@ def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelS
     return settings
 
 
-def half_split(qkv: Tensor, config: ModelSettings) -> Tensor:
-    """Rows of an interleaved (x0 x1)(x2 x3)… projection as (x0 x2 …)(x1 x3 …), q and k alone."""
-    turned = (config.n_head + config.kv_heads) * config.head_size
-    rows = qkv[:turned].view(-1, config.head_size // 2, 2, qkv.shape[1])
-    return torch.cat((rows.transpose(1, 2).reshape(turned, qkv.shape[1]), qkv[turned:]))
-
-
 def model_key(checkpoint: dict) -> str:
     """What tells one model's weights, or adapters, from any other's."""
     if "key" in checkpoint:  # of merged adapters that of their parts: sums differ by processor
@@ -3319,9 +3256,12 @@ def load_checkpoint(path: str | Path) -> dict:
     except BROKEN as fault:
         raise UserError(f"{path} is of another program or a newer version ({fault})",
                         "name a ckpt_*.pt of this one, or update it") from fault
+    turned = (config.n_head + config.kv_heads) * config.head_size
     for name in [name for name in weights if original and name.endswith("attn.qkv.weight")]:
-        weights[name] = half_split(weights[name], config)
-    return {**checkpoint, "model": weights, "config": dataclasses.asdict(config),
+        pairs = weights[name][:turned].view(-1, config.head_size // 2, 2, config.d_model)
+        half = pairs.transpose(1, 2).reshape(turned, config.d_model)  # (x0 x2 …)(x1 x3 …)
+        weights[name] = torch.cat((half, weights[name][turned:]))
+    return {**checkpoint, "model": weights, "config": asdict(config),
             "tokenizer": checkpoint.get("tokenizer"), "original": original}
 
 
@@ -3392,15 +3332,13 @@ def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     save_checkpoint(out / "pytorch_model.bin",
                     {name: w.detach().cpu() for name, w in model.state_dict().items()})
     with atomic_write(out / "config.json", "w") as file:
-        json.dump(dataclasses.asdict(model.config), file, indent=1)
+        json.dump(asdict(model.config), file, indent=1)
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.data)
-
 
 # ==================================================================================================
 # Gauges: metrics to files and services, and the progress line
 # ==================================================================================================
-
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a last line cut short, so that a run's log goes on."""
@@ -3421,7 +3359,7 @@ def open_sinks(run: RunSettings, out: Path, step: int) -> Iterator[Callable[[dic
         if not name.exists():
             name.write_text(os.urandom(8).hex(), encoding="utf-8")
         service = need("wandb").init(
-            project=run.wandb, dir=str(out), config=dataclasses.asdict(run), resume="allow",
+            project=run.wandb, dir=str(out), config=asdict(run), resume="allow",
             name=out.name, id=name.read_text(encoding="utf-8"))
         yield lambda row: service.log(row, step=row["step"])
     if run.tensorboard:
@@ -3507,9 +3445,10 @@ class Gauges:
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
+        used = "unknown" if mfu is None else f"{mfu:.1%}"
         cost = f" ${row['cost/usd']:.2f}" if "cost/usd" in row else ""
         self.note = (f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s "
-                     f"mfu {percent(mfu)}{cost}")
+                     f"mfu {used}{cost}")
         self.sums.zero_()
         self.steps, self.timed_tokens, self.stopwatch = 0, 0, time.monotonic()
         return row
@@ -3548,12 +3487,12 @@ class Gauges:
         return {"sums": self.totals(), "steps": self.steps, "tokens": self.tokens,
                 "seconds": self.elapsed(), "step": self.step}
 
-
 # ==================================================================================================
 # Loop: the one training loop
 # ==================================================================================================
 
 FAR = 10 ** 9  # steps: what comes then never comes
+BENCH_STEPS = (2, 3)  # to warm up, and timed
 BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
@@ -3625,8 +3564,8 @@ class Trainer:
         self.optimizers = make_optimizers(job.model, optim, machine.device)
         self.ema = Average(job.model, optim.ema, saved.get("ema")) if optim.ema else None
         self.averaged = self.ema.in_place if self.ema else contextlib.nullcontext
-        half = machine.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(machine.device.type,
+                                           enabled=machine.dtype == torch.float16)
         if saved:
             load_optimizers(self.optimizers, saved["optim"])
         if saved.get("scaler"):
@@ -3648,7 +3587,7 @@ class Trainer:
             "format": CHECKPOINT_FORMAT, "kind": self.job.kind, "step": self.step,
             "samples": self.samples, "best_val": self.best_val,
             "model": {name: weight.detach() for name, weight in weights.items()},
-            "config": dataclasses.asdict(model.config), "lora": lora,
+            "config": asdict(model.config), "lora": lora,
             "optim": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
@@ -3781,7 +3720,7 @@ def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tok
         raise UserError(f"{out} holds a run of {saved.get('kind', 'the original program')}, not of "
                         f"{kind}", "name another --out_dir")
     same = [key for key in SAME_ON_RESUME if key in args]
-    new = {**dataclasses.asdict(config), **{key: args[key] for key in same}}
+    new = {**asdict(config), **{key: args[key] for key in same}}
     old = {"scalar_head": False, **saved["config"], **{k: saved["args"].get(k) for k in same}}
     unlike = [NOT_SAME.get(k) or f"--{k} {old.get(k)} (now {new[k]})" for k in new
               if old.get(k) != new[k] and k != "dropout"]
@@ -3791,82 +3730,44 @@ def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tok
                         f"or repeat the run's own flags: {kind} @{out}/args.txt")
 
 
-def open_run(out: Path, args_text: str, machine: Machine) -> None:
-    """Make the run's folder and write args.txt; raises OSError before any hour is paid for."""
-    def write() -> None:
-        with atomic_write(out / "args.txt", "w") as file:
-            file.write(args_text)
-        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
-            half.unlink()
-    machine.on_main(write)
-
-
-def plan_memory(config: ModelSettings, settings: InfoSettings,
-                optim: OptimSettings) -> dict[str, float]:
-    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
-    counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
-    total, active = counts["total"], config.n_expert_active if config.n_expert else 1
-    layer = 4 * (config.head_size * (config.n_head + config.kv_heads) + 3 * config.d_model
-                 + 2 * config.hidden * active)
-    inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
-    kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
-    moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
-    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
-            "gradients": 4 * total, "optimiser": moments + 4 * total * bool(optim.ema),
-            "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10}
-
-
-def linux_bytes(path: str, name: str, otherwise: float) -> float:
-    """The figure of a line such as `MemAvailable: 4 kB` under /proc, in bytes."""
-    with contextlib.suppress(OSError):
-        text = Path(path).read_text(encoding="utf-8")
-        return 1024.0 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
-    return otherwise
-
-
 def time_steps(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
-               run: RunSettings, steps: int) -> dict | None:
-    """The gauges' row of that many steps on random tokens, after two that warm up; None where
-    memory ends."""
+               run: RunSettings) -> dict:
+    """The gauges' row of a few steps on random tokens, after others that warm up."""
     machine, network = open_machine(device), Transformer(config)
     network.init_weights(device.seed)
     network.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    size = (steps + 2) * run.batch_size * config.seq_len + 1
+    size = sum(BENCH_STEPS) * run.batch_size * config.seq_len + 1
     ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
     job = Job("bench", network, functools.partial(pretrain_loss, z_loss=optim.z_loss),
               Windows(ids, config.seq_len, device.seed), lambda module: {}, None)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
-            for count in (2, steps):
-                for _ in range(count):
-                    trainer.train_step(0)
-                row = trainer.gauges.row(0.0)  # of the time since the row before
-    except RuntimeError as fault:
-        if "allocate" not in str(fault):
-            raise
-        return None
-    return {"gpu/memory_gb": linux_bytes("/proc/self/status", "VmHWM", math.nan) / 1e9, **row}
+    with contextlib.redirect_stderr(io.StringIO()):
+        trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
+        for count in BENCH_STEPS:
+            for _ in range(count):
+                trainer.train_step(0)
+            row = trainer.gauges.row(0.0)  # of the time since the row before
+    return row
 
 
-def trial(settings: BenchSettings, config: ModelSettings, optim: OptimSettings,
-          device: DeviceSettings, flags: dict) -> float:
+def trial(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
+          flags: dict) -> float:
     """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
     process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
-    device, row = dataclasses.replace(device, dtype=flags["dtype"]), None
     step = {name: value for name, value in flags.items() if name != "dtype"}
-    need = sum(plan_memory(config, dataclasses.replace(settings, **step), optim).values())
-    on_cpu, room = device.device == "cpu", linux_bytes("/proc/meminfo", "MemAvailable", math.inf)
-    if need < room or not on_cpu:
-        with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
-            run = RunSettings(out_dir=out, max_steps=FAR, log_interval=FAR, eval_interval=FAR,
-                              **step)
-            with contextlib.suppress(BrokenProcessPool):  # killed, as memory ran out
-                row = pool.submit(time_steps, config, optim, device, run, settings.steps).result()
-    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + ": " + (
-        f"{short(row['perf/tok_per_s'])} tokens a second, mfu {percent(row['perf/mfu'])}, "
-        f"{row['gpu/memory_gb']:.2f} GB" if row else "does not fit in memory"))
-    return row["perf/tok_per_s"] if row else 0.0
+    device, told = replace(device, dtype=flags["dtype"]), "does not fit in memory"
+    with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
+        run = RunSettings(out_dir=out, max_steps=FAR, log_interval=FAR, eval_interval=FAR, **step)
+        try:
+            row = pool.submit(time_steps, config, optim, device, run).result()
+            told = f"{short(row['perf/tok_per_s'])} tokens a second"
+            told += f", mfu {row['perf/mfu']:.1%}" if row["perf/mfu"] else ", mfu unknown"
+            told += f", {row['gpu/memory_gb']:.2f} GB" if "gpu/memory_gb" in row else ""
+        except RuntimeError as fault:  # killed, or told so by torch
+            row = {"perf/tok_per_s": 0.0}
+            if not isinstance(fault, BrokenProcessPool) and "allocate" not in str(fault):
+                raise
+    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + f": {told}")
+    return row["perf/tok_per_s"]
 
 
 def fastest(speed: Callable[[dict], float], flags: dict,
@@ -3890,11 +3791,9 @@ def fastest(speed: Callable[[dict], float], flags: dict,
         full = full or not found
     return flags, most
 
-
 # ==================================================================================================
 # Judges: how good is a model
 # ==================================================================================================
-
 
 def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     """The least and most used expert's share times the experts (1 is even) since the last call."""
@@ -4155,7 +4054,6 @@ class Rewards:
                 columns.append([part(one.turns[-1][1], text, one.row) for one, text in pairs])
         return np.array(columns, dtype=np.float64).T
 
-
 # ==================================================================================================
 # Rollouts: generate, judge, advantage, update
 # ==================================================================================================
@@ -4203,7 +4101,7 @@ class Sampler:
         scores = self.rewards.score(asked, texts)
         totals = scores @ np.array(self.rewards.weights)
         if s.overlong:
-            lengths = torch.tensor([len(ids) for ids in found])
+            lengths = torch.tensor(list(map(len, found)))
             totals += overlong_penalty(lengths, s.max_new_tokens, s.overlong).numpy()
         rows = zip(asked, found, texts, scores, totals, strict=True)
         made = [Completion(one, np.array(ids), text, ids[-1] == eos, score, float(total))
@@ -4252,7 +4150,7 @@ class PolicyTrainer(Trainer):
             loss = Objective(critic, functools.partial(value_loss, clip=value.value_clip))
             self.critic = distribute(torch.compile(loss, dynamic=False) if self.compiled else loss,
                                      machine)
-            self.critic_optim = dataclasses.replace(optim, lr=value.value_lr or 2 * optim.lr)
+            self.critic_optim = replace(optim, lr=value.value_lr or 2 * optim.lr)
             self.critic_optimizers = make_optimizers(critic, self.critic_optim, machine.device)
             if saved:
                 critic.load_state_dict(saved["critic"])
@@ -4453,11 +4351,9 @@ class PolicyTrainer(Trainer):
         self.gauges.write(row)
         return bool(stops)
 
-
 # ==================================================================================================
 # Commands: one cmd_* for each subcommand: wiring only
 # ==================================================================================================
-
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     with atomic_write(path, "w") as file:
@@ -4478,21 +4374,6 @@ def cmd_prep(settings: PrepSettings) -> int:
     return 0
 
 
-def finish(trainer: Trainer) -> int:
-    if code := trainer.fit():
-        return code
-    kind, best = trainer.job.kind, trainer.best_val
-    out, newest = (shlex.quote(str(p)) for p in (trainer.out, checkpoint_path(trainer.out)))
-    chat = "" if kind == "train" else " --chat"
-    more = [f"{PROGRAM} reward --ckpt {out} --score rows.jsonl"] if kind == "reward" else [
-        f"{PROGRAM} generate --ckpt {out}{chat} --prompt \"…\"",
-        f"convert_to_llama.py --ckpt {newest} --out {out}/hf"]
-    say(f"done after {trainer.step} steps in {duration(trainer.gauges.elapsed())}; "
-        + (f"best {trainer.job.best} {best:.4f}; " if best < math.inf else "") + "next:",
-        *(f"  python {line}" for line in more))
-    return 0
-
-
 def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings, groups: tuple,
               told: dict, epochs: float = 1.0, make: Callable[..., Trainer] = Trainer) -> int:
     """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
@@ -4508,7 +4389,14 @@ def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings
     samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
     step_tokens = samples * job.sample_tokens
     run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
-    open_run(out, args_text, machine)
+
+    def begin() -> None:  # OSError here costs no paid hour
+        with atomic_write(out / "args.txt", "w") as file:
+            file.write(args_text)
+        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
+            half.unlink()
+
+    machine.on_main(begin)
     trained = sum(w.numel() for w in trained_weights(model).values()) / total
     say(f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
         f"{f'{trained:.1%} of them trained, ' if job.lora else ''}"
@@ -4519,18 +4407,29 @@ def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings
         f"({samples * run.max_steps / stream.count:.2g} epochs)",
         *([f"resuming {out} after step {saved['step']}"] if saved else []))
     trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
-    return finish(trainer)
+    if code := trainer.fit():
+        return code
+    folder, newest = (shlex.quote(str(p)) for p in (out, checkpoint_path(out)))
+    chat, best = "" if job.kind == "train" else " --chat", trainer.best_val
+    more = [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"] if job.kind == "reward" else [
+        f"{PROGRAM} generate --ckpt {folder}{chat} --prompt \"…\"",
+        f"convert_to_llama.py --ckpt {newest} --out {folder}/hf"]
+    say(f"done after {trainer.step} steps in {duration(trainer.gauges.elapsed())}; "
+        + (f"best {job.best} {best:.4f}; " if best < math.inf else "") + "next:",
+        *(f"  python {line}" for line in more))
+    return 0
 
 
 def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim: OptimSettings,
               device: DeviceSettings) -> int:
     machine, domains = open_machine(device), open_domains(data)
     tokenizer = domains[0][1].tokenizer
-    config = dataclasses.replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
+    config = replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
     network = Transformer(config)
     network.init_weights(device.seed)
+    windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
     job = Job("train", network, functools.partial(pretrain_loss, z_loss=optim.z_loss),
-              training_stream(domains, config.seq_len, device.seed),
+              mixed(windows, [weight for *_, weight in domains]),
               lambda module: perplexity(module, domains, run.batch_size, machine, config.seq_len,
                                         run.eval_tokens), tokenizer)
     return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
@@ -4560,7 +4459,7 @@ class Tuning:
         self.told: dict[str, object] = {"lora_base": self.key if lora.lora_rank else None}
         old = ModelSettings(**base["config"])
         original = old.rope_original or round(old.seq_len / old.rope_factor)
-        self.config = dataclasses.replace(
+        self.config = replace(
             old, seq_len=tune.seq_len or old.seq_len, dropout=tune.dropout,
             bos_id=self.tokenizer.bos, rope_original=original if old.rope_scaling != "none" else 0,
             **{"doc_mask": False, "scalar_head": False, **config})
@@ -4598,7 +4497,7 @@ class Tuning:
         return train, val
 
     def network(self, **config) -> Transformer:
-        network = Transformer(dataclasses.replace(self.config, **config))
+        network = Transformer(replace(self.config, **config))
         network.init_weights(self.seed)
         if network.score is not None and not network.config.tie:
             network.lm_head.requires_grad_(False)  # it has no part in a score
@@ -4614,7 +4513,7 @@ class Tuning:
         if self.lora.lora_rank:
             attach_lora(network, self.lora, self.seed)
             lora = {"base": str(self.path.resolve()), "key": self.key, "scale": self.lora.scale,
-                    **dataclasses.asdict(self.lora)}
+                    **asdict(self.lora)}
 
         def evaluate(module: nn.Module) -> dict[str, float]:
             share = run.batch_size, run.eval_tokens, machine.rank, machine.world
@@ -4679,8 +4578,10 @@ def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettin
 
 
 def judged(row: dict) -> Row:
-    turns, label = labelled(row) if "label" in row else (None, 0.0)
-    return [turns] if turns else list(preference(row)), [label]
+    if "label" not in row:
+        return list(preference(row)), [0.0]
+    refuse(row["label"] not in (0, 1), f"label {row['label']!r} is not 0 or 1")
+    return [conversation(row)], [float(row["label"])]
 
 
 def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
@@ -4869,11 +4770,26 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     told = f", best validation loss {best:.4f}" if best < math.inf else ""
     yield f"{path}: {kind}, step {saved.get('step', '?')}{told}, {path.stat().st_size / 1e6:.1f} MB"
     yield (f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
-           f"{counts['head'] or 'tied'}, layers {counts['blocks']:,})")
+           f"{counts['head'] or 'tied'}, layers {counts['blocks']:,}), "
+           f"{short(flops_per_token(config))} training FLOPs a token")
     yield "config: " + " ".join(f"{k}={v}" for k, v in saved["config"].items())
-    yield f"compute: {short(flops_per_token(config))} training FLOPs a token"
     yield "tokenizer: " + (f"{Tokenizer(bytes(inside)).vocab_size:,} pieces, inside" if inside
                            else "none inside, use --spm")
+
+
+def plan_memory(config: ModelSettings, settings: InfoSettings,
+                optim: OptimSettings) -> dict[str, float]:
+    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
+    counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
+    total, active = counts["total"], config.n_expert_active if config.n_expert else 1
+    layer = 4 * (config.head_size * (config.n_head + config.kv_heads) + 3 * config.d_model
+                 + 2 * config.hidden * active)
+    inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
+    kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
+    moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
+    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
+            "gradients": 4 * total, "optimiser": moments + 4 * total * bool(optim.ema),
+            "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10}
 
 
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
@@ -4903,11 +4819,14 @@ def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) ->
 
 def planned(settings: InfoSettings, model: ModelSettings) -> ModelSettings:
     vocab = settings.vocab or PRESETS.get(settings.preset, {}).get("vocab_size", 32000)
-    return dataclasses.replace(model, vocab_size=vocab)
+    return replace(model, vocab_size=vocab)
 
 
 def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
     path = Path(settings.path)
+    if bool(settings.path) == bool(settings.preset):
+        raise UserError("name something to describe or a --preset to plan",
+                        "info PATH, or info --preset 138m")
     if settings.preset:
         say(*plan(settings, planned(settings, model), optim))
     elif not path.exists():
@@ -4924,17 +4843,12 @@ def cmd_bench(settings: BenchSettings, model: ModelSettings, optim: OptimSetting
     if "RANK" in os.environ:
         raise UserError("bench times one device", "start it with python; --gpus plans for several")
     config, place = planned(settings, model), pick_device(device.device)
-    device.device = place.type
-    flags = {"batch_size": settings.batch_size, "dtype": device.dtype,
-             "compile": settings.compile.replace("auto", "0"), "grad_checkpoint": 0}
-    changes: list[dict] = [{}]
-    if device.dtype == "auto" and pick_dtype("auto", place) != torch.float32:
-        changes.append({"dtype": "fp32"})
-    if settings.compile == "auto" and can_compile(place):
-        changes.append({"compile": "1"})
+    flags = {"batch_size": settings.batch_size, "dtype": device.dtype, "compile": "0",
+             "grad_checkpoint": 0}
+    other = device.dtype == "auto" and pick_dtype("auto", place) != torch.float32
+    changes = [{}, *[{"dtype": "fp32"}] * other, *[{"compile": "1"}] * can_compile(place)]
     say(f"training on {place.type}, a trial a line:")
-    speed_of = functools.partial(trial, settings, config, optim, device)
-    flags, speed = fastest(speed_of, flags, changes)
+    flags, speed = fastest(functools.partial(trial, config, optim, device), flags, changes)
     if not speed:
         raise UserError("not even the smallest batch fits in memory",
                         "use --batch_size 1, a shorter --seq_len or a smaller model")
@@ -4946,19 +4860,14 @@ def cmd_bench(settings: BenchSettings, model: ModelSettings, optim: OptimSetting
 
 
 def demo_rows(out: Path) -> None:
-    """The prose in the interpreter's own library: its help topics and docstrings; and sums,
-    answered in two styles, one of which is preferred."""
-    texts: dict[str | None, None] = {}  # in order, each once
+    """The docstrings of the interpreter's own library; and sums, answered in two styles, one of
+    which is preferred."""
+    texts: dict[str, None] = {}  # in order, each once
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
-            continue
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError, OSError):
-            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-            if path.name == "topics.py":
-                texts |= dict.fromkeys(n.value for n in nodes if isinstance(n, ast.Constant))
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            texts |= dict.fromkeys(ast.get_docstring(n) for n in nodes if isinstance(n, kinds))
-    prose = [{"text": text} for text in texts if isinstance(text, str) and len(text) >= 200]
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
+            code = path.read_text(encoding="utf-8", errors="replace")
+            texts |= dict.fromkeys(map(inspect.cleandoc, re.findall('"""(.+?)"""', code, re.S)))
+    prose = [{"text": text} for text in texts if len(text) >= 200]
     if sum(len(row["text"]) for row in prose) < 200_000:
         raise UserError("this Python was installed without its documentation",
                         f"bring your own: python {PROGRAM} prep --text_path FILE --out_dir data")
@@ -4981,42 +4890,37 @@ def cmd_demo(settings: DemoSettings) -> int:
     folder = Path(settings.out_dir)
     out, steps = shlex.quote(str(folder)), settings.max_steps or (60 if settings.quick else 250)
     vocab, layers, width, batch = (1024, 2, 128, 8) if settings.quick else (4096, 4, 256, 16)
-    shape = {"n_layer": layers, "d_model": width, "n_head": 4, "ffn_mult": 3, "seq_len": 256}
+    shape = f"--n_layer {layers} --d_model {width} --n_head 4 --ffn_mult 3 --seq_len 256"
     ask = "--chat --prompt 'What is 3 + 4?' --num_samples 4 --temperature 1 --max_new_tokens 16"
-    for name in ("run", "sft", "dpo", "grpo"):
+    for name in ("begun", "run", "sft", "dpo", "grpo"):
         shutil.rmtree(folder / name, ignore_errors=True)
     say("This demo trains a small model on the documentation of your Python interpreter.")
     demo_rows(folder)
     demo_step(cmd_prep, f"--text_path {out}/corpus.jsonl --out_dir {out}/data --vocab_size {vocab} "
               "--val_split 0.05 --overwrite")
-    say("", "An untrained model of this size writes:")
-    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.model")
-    model = Transformer(ModelSettings(vocab_size=tokenizer.vocab_size, **shape)).eval()
-    model.init_weights(0)
-    ids = [tokenizer.bos, *tokenizer.encode("Return a")]
-    drawn = generate(model, [ids], SamplingSettings(max_new_tokens=20), 0)
-    print_stream(drawn, "Return a", ids, tokenizer)
-    demo_step(cmd_train, f"--data_dir {out}/data --out_dir {out}/run --batch_size {batch} "
-              f"--lr 0.002 --warmup_steps {steps // 10} --eval_interval {max(1, steps // 4)} "
-              f"--compile 0 {' '.join(f'--{k} {v}' for k, v in shape.items())} --max_steps {steps}")
-    demo_step(cmd_generate, f"--ckpt {out}/run --prompt 'Return a' --max_new_tokens 60")
-    say("", "Now it is taught to answer questions, in two styles:")
-    demo_step(cmd_sft, f"--ckpt {out}/run --data {out}/chats.jsonl --out_dir {out}/sft --epochs 30 "
-              "--batch_size 4 --lr 0.002 --compile 0 --val_split 0")
-    demo_step(cmd_generate, f"--ckpt {out}/sft {ask}")
-    say("", "And to prefer the kinder one:")
-    demo_step(cmd_dpo, f"--ckpt {out}/sft --data {out}/pairs.jsonl --out_dir {out}/dpo --epochs 3 "
-              "--batch_size 8 --lr 0.0001 --beta 0.3 --compile 0 --val_split 0")
-    demo_step(cmd_generate, f"--ckpt {out}/dpo {ask}")
-    say("", "And, by trial and reward, to be right, for its sums have suffered:")
-    demo_step(cmd_grpo, f"--ckpt {out}/dpo --data {out}/pairs.jsonl --out_dir {out}/grpo "
-              f"--max_steps {30 if settings.quick else 80} --prompts 25 --max_new_tokens 16 "
-              "--batch_size 100 --lr 0.002 --optimizer muon --warmup_steps 2 --compile 0 "
-              "--val_split 0")
+    for about, name, count in (("After a single step it writes:", "begun", 1),
+                               ("After its training:", "run", steps)):
+        demo_step(cmd_train, f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {batch} "
+                  f"--lr 0.002 --warmup_steps {steps // 10} --eval_interval {max(1, steps // 4)} "
+                  f"{shape} --compile 0 --max_steps {count}")
+        say("", about)
+        demo_step(cmd_generate, f"--ckpt {out}/{name} --prompt 'Return a' --max_new_tokens 60")
+    for about, command, start, flags in (
+        ("Now it is taught to answer questions, in two styles:", cmd_sft, "run",
+         f"--data {out}/chats.jsonl --epochs 30 --batch_size 4 --lr 0.002"),
+        ("And to prefer the kinder one:", cmd_dpo, "sft",
+         f"--data {out}/pairs.jsonl --epochs 3 --batch_size 8 --lr 0.0001 --beta 0.3"),
+        ("And, by trial and reward, to be right, for its sums have suffered:", cmd_grpo, "dpo",
+         f"--data {out}/pairs.jsonl --max_steps {30 if settings.quick else 80} --prompts 25 "
+         "--max_new_tokens 16 --batch_size 100 --lr 0.002 --optimizer muon --warmup_steps 2")):
+        name = command.__name__.removeprefix("cmd_")
+        say("", about)
+        demo_step(command, f"--ckpt {out}/{start} --out_dir {out}/{name} {flags} --compile 0 "
+                  "--val_split 0")
+        demo_step(cmd_generate, f"--ckpt {out}/{name} {ask}")
     log = (folder / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    say("", "share of right sums, step by step:", curve([
+    say("", "share of right sums, step by step of grpo:", curve([
         row["train/reward"] for row in map(json.loads, log) if "train/reward" in row]))
-    demo_step(cmd_generate, f"--ckpt {out}/grpo {ask}")
     say("", f"The model is {out}/run/ckpt_best.pt. What you may do next:",
         f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {steps * 4}",
         f"  python {PROGRAM} info {out}/run",
@@ -5024,11 +4928,9 @@ def cmd_demo(settings: DemoSettings) -> int:
         f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data")
     return 0
 
-
 # ==================================================================================================
 # Front door: the table of commands and main
 # ==================================================================================================
-
 
 class Command(typing.NamedTuple):
     """A subcommand: what runs, its one-line purpose and an example that works."""
@@ -5063,7 +4965,8 @@ def run_command(command: Command, argv: list[str]) -> int:
     """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
     try:
         code = command.run(*read_command(command.run, argv, command.about, command.example))
-        close_machine()  # not after a bug: its traceback must not wait for the other ranks
+        if dist.is_initialized():  # not after a bug: a traceback must not wait for other ranks
+            dist.destroy_process_group()
         return code
     except UserError as fault:
         return complain(fault)

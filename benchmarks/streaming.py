@@ -9,6 +9,7 @@ length and the resident memory.
 """
 
 import argparse
+import dataclasses
 import math
 import resource
 import sys
@@ -25,7 +26,7 @@ def forget(model: lm.Transformer, cache: lm.KVCache, count: int, drop_sinks: boo
     unit = model.cos[0]
     cos, sin = model.cos[count] / unit, model.sin[count] / unit
     if drop_sinks:  # the cache holds no sinks from here on: all that is old goes
-        cache.config = lm.dataclasses.replace(cache.config, n_sink=0)
+        cache.config = dataclasses.replace(cache.config, n_sink=0)
     rows = list(range(len(cache.lengths)))
     cache.forget(rows, count, cos, sin)
 

@@ -291,9 +291,10 @@ def test_parts_with_other_tokenizers_are_refused(run, corpus, data_dir, tmp_path
         lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={other}:1"))
     domains = lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={data_dir}:3"))
     assert [(name, weight) for name, _, weight in domains] == [("a", 0.25), ("b", 0.75)]
-    stream = lm.training_stream(domains, 32, seed=1)
-    assert isinstance(stream, lm.Mixture) and len(stream.parts) == 2
-    assert type(lm.training_stream(domains[:1], 32, seed=1)) is lm.Windows
+    parts = [lm.Windows(folder.train, 32, seed=1) for _, folder, _ in domains]
+    stream = lm.mixed(parts, [0.25, 0.75])
+    assert isinstance(stream, lm.Mixture) and stream.parts == parts
+    assert lm.mixed(parts[:1], [1.0]) is parts[0]
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -51,24 +51,16 @@ def test_bench_where_nothing_fits(monkeypatch, run):
     complaint(run(["bench", "--preset", "138m", "--device", "cpu"]), "not even", "--batch_size 1")
 
 
-def test_bench_does_not_begin_what_memory_cannot_hold(monkeypatch, run):
-    monkeypatch.setattr(lm, "linux_bytes", lambda path, name, otherwise: 1e6)
-    code, told, err = run(["bench", "--preset", "138m", "--device", "cpu", "--compile", 0])
-    assert code == 2 and "not even" in err
-    assert told.count("does not fit in memory") == 2  # the second with recomputed layers
-
-
-def test_bench_as_typed(run):
-    """Two real trials, each in a process of its own, and what they mean in hours and money."""
+def test_bench_as_typed(run, monkeypatch):
+    """Real trials, each in a process of its own, and what they mean in hours and money."""
+    monkeypatch.setattr(lm, "can_compile", lambda device: False)
     code, told, err = run(["bench", "--n_layer", 1, "--d_model", 16, "--n_head", 2, "--seq_len", 16,
-                           "--vocab", 300, "--steps", 1, "--compile", 0, "--batch_size", 64,
-                           "--threads", 1, "--device", "cpu", "--tokens", 1e12,
-                           "--usd_per_hour", 2])
+                           "--vocab", 300, "--batch_size", 64, "--threads", 1, "--device", "cpu",
+                           "--tokens", 1e12, "--usd_per_hour", 2])
     assert code == 0, err
-    trials = re.findall(r"--batch_size (\d+) .*: ([\d.]+)([KM]?) tokens a second, mfu unknown, "
-                        r"(0\.\d\d) GB", told)
+    trials = re.findall(r"--batch_size (\d+) .*: ([\d.]+)([KM]?) tokens a second, mfu unknown\n",
+                        told)
     assert [int(size) for size, *_ in trials[:2]] == [64, 128]
-    assert all(float(memory) > 0.1 for *_, memory in trials)
     fastest = re.search(r"fastest: --batch_size (\d+) ", told)[1]
     best = max(trials, key=lambda row: float(row[1]) * {"": 1, "K": 1e3, "M": 1e6}[row[2]])
     assert fastest == best[0]
