@@ -1222,13 +1222,6 @@ def find_sources(paths: Iterable[str], document: str, flag: str = "--text_path")
     return found
 
 
-def spool(path: str, file: Path, document: str) -> Source:
-    """Standard input (-) or a pipe, written to a file because it will be read twice."""
-    with sys.stdin.buffer if path == "-" else open(path, "rb") as pipe, open(file, "wb") as out:
-        shutil.copyfileobj(pipe, out)
-    return Source(file, document, "stdin" if path == "-" else path, file.stat().st_size)
-
-
 def damaged(source: Source, where: str, fault: Exception) -> Exception:
     if getattr(fault, "errno", None):  # bz2 and pyarrow raise OSErrors without one
         return fault
@@ -1546,8 +1539,12 @@ def merge_shards(folder: Path, out: Path) -> dict:
 def build_data(settings: PrepSettings, out: Path) -> dict:
     pipes = [path for path in settings.text_path if path == "-" or Path(path).is_fifo()]
     files = (path for path in settings.text_path if path not in pipes)
-    sources = find_sources(files, settings.document) + [
-        spool(path, out / f"pipe-{i}", settings.document) for i, path in enumerate(pipes)]
+    sources = find_sources(files, settings.document)
+    for i, path in enumerate(pipes):  # written to files because they will be read twice
+        file, shown = out / f"pipe-{i}", "stdin" if path == "-" else path
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as pipe, open(file, "wb") as raw:
+            shutil.copyfileobj(pipe, raw)
+        sources.append(Source(file, settings.document, shown, file.stat().st_size))
     if settings.spm:
         tokenizer = Tokenizer.load(settings.spm)
     else:
@@ -2107,10 +2104,6 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * rows
 
-    @property
-    def even(self) -> bool:
-        return min(self.lengths) == max(self.lengths)
-
     def positions(self, new: int) -> Tensor:
         """Where `new` tokens a row will lie: (B, new)."""
         return (torch.tensor(self.lengths).unsqueeze(1) + torch.arange(new)).to(self.k.device)
@@ -2120,7 +2113,7 @@ class KVCache:
         """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row, or
         to a `fixed` end, which keeps the shapes of one step those of the next."""
         end = fixed or max(self.lengths) + k.shape[2]
-        if not fixed and self.even:
+        if not fixed and len(set(self.lengths)) == 1:
             span = slice(self.lengths[0], end)
             self.k[layer, :, :, span], self.v[layer, :, :, span] = k, v
         else:
@@ -2423,7 +2416,7 @@ class Transformer(nn.Module):
         flex = (cache is None and x.device.type == "cuda" and config.head_size >= 16
                 and not (self.training and config.dropout))
         make = sight.block_mask if flex else sight.mask
-        plain = documents is None and (seen == 0 or (length == 1 and cache.even))
+        plain = documents is None and (seen == 0 or (length == 1 and len(set(cache.lengths)) == 1))
         masks = {False: None if plain else make(0)}
         if config.window:
             short = seen + length - config.n_sink <= config.window
@@ -2736,10 +2729,15 @@ LOSS_ROWS = 4096  # positions whose logits stand in CUDA's memory at a time
 
 
 def by_parts(work: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """work(hidden (N, d), targets (N,)) of (B, T, d) and (B, T), joined in its last place; on CUDA
-    by parts, made again in the backward pass, so that the logits never stand in memory whole."""
+    """work(hidden (N, d), targets (N,)) of (B, T, d) and (B, T), joined in its last place, which
+    may be 0 where IGNOREd: a CPU, not compiled, leaves that out. On CUDA by parts, made again in
+    the backward pass, so that the logits never stand in memory whole."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    if hidden.device.type == "cpu" or len(targets) <= LOSS_ROWS:
+    on_cpu = hidden.device.type == "cpu"
+    if on_cpu and not torch.compiler.is_compiling() and not (kept := targets != IGNORE).all():
+        found = work(hidden[kept], targets[kept])
+        return found.new_zeros(*found.shape[:-1], len(targets)).masked_scatter(kept, found)
+    if on_cpu or len(targets) <= LOSS_ROWS:
         return work(hidden, targets)
     pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
     return torch.cat([recompute(work, *piece, use_reentrant=False) for piece in pieces], -1)
@@ -4195,7 +4193,8 @@ class PolicyTrainer(Trainer):
         for one in rows:
             ids = np.concatenate((one.problem.ids, one.ids))
             whole.append(Example(ids, np.arange(len(ids)) >= len(one.problem.ids)))
-        chats = Chats(whole, self.job.model.config.seq_len, self.args["seed"], pack=False)
+        room = self.job.model.config.seq_len if self.compiled else max(len(e.ids) for e in whole)
+        chats = Chats(whole, room, self.args["seed"], pack=False)
         lengths = [len(one.ids) for one in rows]
         places = torch.arange(sum(lengths)).split(lengths)
         order = sorted(range(len(rows)), key=lambda i: len(whole[i].ids))
