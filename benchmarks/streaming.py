@@ -4,8 +4,8 @@
 
 Feeds the validation stream a token at a time through the key/value cache. When it is full, the
 oldest tokens behind the learned sinks are forgotten (`KVCache.forget`), never recomputed.
-`--drop_sinks` forgets the sinks too, as a cache without them would. Prints perplexity by context
-length and the resident memory.
+`--drop_sinks` forgets the sinks too, as a cache without them would; `--keep_all` forgets nothing,
+and positions run past the trained ones. Prints perplexity by context length and resident memory.
 """
 
 import argparse
@@ -34,13 +34,14 @@ def forget(model: lm.Transformer, cache: lm.KVCache, count: int, drop_sinks: boo
 @torch.inference_mode()
 def stream(model: lm.Transformer, rows: torch.Tensor, contexts: int, keep: int,
            drop_sinks: bool) -> list[float]:
-    """Perplexity over rows (B, T) in each stretch of one context length."""
-    T, losses, result = model.config.seq_len, [], []
+    """Perplexity over rows (B, contexts * T + 1) in each stretch of one context length T; of a full
+    cache the newest `keep` tokens stay, or all where that is 0."""
+    T, losses, result = rows.shape[1] // contexts, [], []
     cache = lm.KVCache(model.config, len(rows), model.device, torch.float32)
     for t in range(contexts * T):
         logits = model(rows[:, t:t + 1], cache)[:, -1]
         losses.append(torch.nn.functional.cross_entropy(logits, rows[:, t + 1]))
-        if max(cache.lengths) >= cache.size:
+        if keep and max(cache.lengths) >= cache.size:
             forget(model, cache, T - keep, drop_sinks)
         if (t + 1) % T == 0:
             result.append(math.exp(torch.stack(losses).mean()))
@@ -59,14 +60,19 @@ def main() -> int:
     parser.add_argument("--keep", type=int, default=0, help="tokens kept; 0: half the context")
     parser.add_argument("--rows", type=int, default=8, help="streams read side by side")
     parser.add_argument("--drop_sinks", action="store_true")
+    parser.add_argument("--keep_all", action="store_true")
     args = parser.parse_args()
-    model = lm.build_model(lm.load_checkpoint(args.ckpt), torch.device("cpu"))
+    saved = lm.load_checkpoint(args.ckpt)
+    T = saved["config"]["seq_len"]
+    if args.keep_all:  # the rotary tables and the cache go on
+        saved["config"]["seq_len"] *= args.contexts
+    model = lm.build_model(saved, torch.device("cpu"))
     ids = torch.from_numpy(lm.TokenFolder(args.data_dir).val.astype("int64"))
-    length = args.contexts * model.config.seq_len + 1
+    length = args.contexts * T + 1
     count = min(args.rows, len(ids) // length)
     assert count, "the validation split is too short for so many contexts"
     rows = torch.stack([ids[i * length:(i + 1) * length] for i in range(count)])
-    keep = args.keep or model.config.seq_len // 2
+    keep = 0 if args.keep_all else args.keep or T // 2
     found = stream(model, rows, args.contexts, keep, args.drop_sinks)
     print(f"last / first: {found[-1] / found[0]:.3f}")
     return 0
