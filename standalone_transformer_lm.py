@@ -2063,20 +2063,22 @@ def yarn_frequencies(frequencies: Tensor, config: ModelSettings) -> Tensor:
 
     low = max(0, math.floor(dimension(YARN_FAST)))
     high = min(config.head_size - 1, math.ceil(dimension(YARN_SLOW)))
-    ramp = ((torch.arange(len(frequencies)) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    steps = torch.arange(len(frequencies), device=frequencies.device)
+    ramp = ((steps - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies / config.rope_factor * ramp + frequencies * (1 - ramp)
 
 
 def rope_tables(config: ModelSettings) -> tuple[Tensor, Tensor]:
     """cos and sin (positions, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu")
+    exponents = exponents / config.head_size  # never on "meta", where torch loads half its compiler
     frequencies, scale = 1.0 / config.rope_theta ** exponents, 1.0
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
     elif config.rope_scaling == "yarn":
         frequencies = yarn_frequencies(frequencies, config)
         scale = 0.1 * math.log(config.rope_factor) + 1.0
-    positions = torch.arange(config.n_sink + config.seq_len, dtype=torch.float32)
+    positions = torch.arange(config.n_sink + config.seq_len, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, frequencies)
     return angles.cos() * scale, angles.sin() * scale
 
@@ -2242,10 +2244,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
+        both = qkv[:, :self.H + self.K]
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotates:
-            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        both = rotate(both, context.cos, context.sin) if self.rotates else both
+        q, k = both.split((self.H, self.K), dim=1)
         if context.cache is not None:
             k, v = context.cache.write(self.layer, k, v, context.positions, context.end)
         y = attend(q, k, v, context.masks[self.windowed], self.dropout if self.training else 0.0)
@@ -2296,7 +2299,8 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, d, width))
         self.w2 = nn.Parameter(torch.empty(E, d, width))
         self.w3 = nn.Parameter(torch.empty(E, width, d))
-        self.register_buffer("usage", torch.zeros(E), persistent=False)  # evaluated tokens
+        usage = torch.zeros(E, device="cpu")  # evaluated tokens of each
+        self.register_buffer("usage", usage, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, d) -> the same and a scalar side loss."""
@@ -2350,7 +2354,8 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.rope_layout == "half", "load_checkpoint turns other layouts into this one"
         self.config, self.grad_checkpoint = config, False
-        self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
+        empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
+        self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
         self.sinks = nn.Parameter(torch.empty(config.n_sink, config.d_model)) \
             if config.n_sink else None
         self.drop = nn.Dropout(config.dropout)
@@ -3270,10 +3275,6 @@ def build_model(checkpoint: dict, device: torch.device) -> Transformer:
     model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.tie:
         model.lm_head.weight = model.tok_emb.weight
-    model.cos, model.sin = rope_tables(model.config)
-    for block in model.blocks:
-        if isinstance(block.mlp, MoE):
-            block.mlp.usage = torch.zeros(model.config.n_expert)
     return model.float().to(device).eval().requires_grad_(False)
 
 

@@ -74,7 +74,8 @@ def save(path, model, tokenizer=None, **changes):
 
 
 def random_ids(model, rows=2):
-    return torch.randint(model.config.vocab_size, (rows, model.config.seq_len))
+    """Without <s>, which would begin another document of a model with doc_mask."""
+    return torch.randint(2, model.config.vocab_size, (rows, model.config.seq_len))
 
 
 @torch.no_grad()
