@@ -11,9 +11,8 @@ Quick start
   python standalone_transformer_lm.py sft   --ckpt run --data chats.jsonl --out_dir sft
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
-Every command explains its flags with --help, and @FILE reads flags from a file; each run writes
-OUT/args.txt, so `train @OUT/args.txt --max_steps 300000` repeats it with one change. The same
---out_dir resumes. Each room uses only what stands above it.
+Every command explains its flags with --help. `train @OUT/args.txt --max_steps 300000` repeats a
+run with one change; the same --out_dir resumes. Each room uses only what stands above it.
 
 Rooms
   Ground       constants, errors a user can act on, safe writing, progress
@@ -379,6 +378,7 @@ class DeviceSettings:
     dtype: str = setting("auto", "of the matmuls; auto is bf16 where the hardware has it",
                          choices=("auto", "bf16", "fp16", "fp32"))
     threads: int = setting(0, "CPU threads; 0 shares the cores among the processes")
+    flash: str = setting("", "SDPA's flash kernel on CUDA, by its package", choices=("FA3", "FA4"))
 
 
 @dataclass
@@ -891,7 +891,6 @@ PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of t
 @dataclass(frozen=True)
 class Machine:
     """Where this process computes and its place among its ranks."""
-
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
@@ -970,6 +969,12 @@ def open_machine(settings: DeviceSettings) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
+        if settings.flash:
+            try:
+                torch.nn.attention.activate_flash_attention_impl(settings.flash)
+            except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
+                raise UserError(f"--flash {settings.flash} is not to be had here ({fault})",
+                                "install its package and a newer torch, or drop it") from fault
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1033,7 +1038,8 @@ class Signals:
     def note(self, number: int, _frame) -> None:
         now = time.monotonic()
         if self.received and number == signal.SIGINT and now - self.at > 1:
-            raise KeyboardInterrupt
+            signal.signal(number, self.previous[number])
+            os.kill(os.getpid(), number)
         else:
             self.received, self.at = self.received or number, now
 
@@ -2159,7 +2165,6 @@ class Sight:
     query (B, T) or (1, T) and key (1, S) are places in the sequence, counted from its first sink;
     documents (B, S) numbers the document of each place, sinks belonging to all.
     """
-
     query: Tensor
     key: Tensor
     documents: Tensor | None
@@ -2218,7 +2223,6 @@ class RMSNorm(nn.RMSNorm):
 @dataclass(frozen=True)
 class Context:
     """What all layers of one forward pass share: rotary tables, cache, and masks by window."""
-
     cos: Tensor
     sin: Tensor
     cache: KVCache | None
@@ -3490,7 +3494,6 @@ class Gauges:
 # Loop: the one training loop
 # ==================================================================================================
 
-FAR = 10 ** 9  # steps: what comes then never comes
 BENCH_STEPS = (2, 3)  # to warm up, and timed
 BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
@@ -3505,7 +3508,6 @@ NOT_SAME = {"data_key": "other rows in --data", "reference": "another reference,
 class Job:
     """What one trainer gives the loop: evaluate(module) runs on every rank, samples(model) on rank
     0; less is better of the metric `best`; names of the loss's sums; lora: what adapters adapt."""
-
     kind: str
     model: Transformer
     loss: Callable[..., Tensor]
@@ -3656,14 +3658,11 @@ class Trainer:
             self.objective.train()
             if row.get(self.job.best, math.inf) < self.best_val:
                 self.best_val = row[self.job.best]
-                self.save_best()
+                self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
         if self.machine.main and not self.gauges.progress.bar and row:
             print(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
                   file=sys.stderr, flush=True)
         return row
-
-    def save_best(self) -> None:
-        self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
 
     def save(self) -> None:
         with self.gauges.aside():
@@ -3690,7 +3689,7 @@ class Trainer:
             return 128 + (signals.received or signal.SIGTERM)
         with self.averaged():
             if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
-                self.save_best()
+                self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
             if not self.job.lora:
                 self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
         return 0
@@ -3755,7 +3754,7 @@ def trial(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
     step = {name: value for name, value in flags.items() if name != "dtype"}
     device, told = replace(device, dtype=flags["dtype"]), "does not fit in memory"
     with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
-        run = RunSettings(out_dir=out, max_steps=FAR, log_interval=FAR, eval_interval=FAR, **step)
+        run = RunSettings(out_dir=out, **step)  # too few steps for a log or an evaluation
         try:
             row = pool.submit(time_steps, config, optim, device, run).result()
             told = f"{short(row['perf/tok_per_s'])} tokens a second"
@@ -4063,7 +4062,6 @@ ENTROPY_STEP = 0.005  # by which the bonus moves a step (He et al. 2025, Skywork
 @dataclass(frozen=True)
 class Completion:
     """A sampled answer: its ids (n,), its text, whether it ended itself, its rewards by part."""
-
     problem: Problem
     ids: np.ndarray
     text: str
@@ -4389,13 +4387,11 @@ def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings
     samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
     step_tokens = samples * job.sample_tokens
     run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
-
     def begin() -> None:  # OSError here costs no paid hour
         with atomic_write(out / "args.txt", "w") as file:
             file.write(args_text)
         for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
             half.unlink()
-
     machine.on_main(begin)
     trained = sum(w.numel() for w in trained_weights(model).values()) / total
     say(f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
