@@ -205,9 +205,11 @@ def test_packed_documents_give_the_logits_they_give_alone():
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["n_expert", "everything", "doc_mask+n_sink+window"])
-def test_compiled_equals_eager(name):
-    config = lm.ModelSettings(**{**BASE, "n_layer": 1, **OPTIONS[name]})
+@pytest.mark.parametrize("names", [
+    ["n_expert"], ["everything"], ["doc_mask+n_sink+window"], ["head_dim", "rope yarn", "mqa"]])
+def test_compiled_equals_eager(names):
+    options = {key: value for name in names for key, value in OPTIONS[name].items()}
+    config = lm.ModelSettings(**{**BASE, "n_layer": 1, **options})
     model = lm.Transformer(config)
     model.init_weights(1)
     ids = texts()
