@@ -1,13 +1,13 @@
 """How fast this program is beside others, on the CPU of the machine at hand.
 
     python benchmarks/peers.py train --shape 12m --nanogpt nanoGPT --hf --compile
-    python benchmarks/peers.py decode --shape 15m --batch 64 --hf --nanochat nanochat
+    python benchmarks/peers.py decode --shape 15m --batch 1 --hf --llama2c llama2.c
     python benchmarks/peers.py prep --text docs.txt --spm data/tokenizer.model
     python benchmarks/peers.py start --data_dir data
     python benchmarks/peers.py grpo --trl venv/bin/python
 
-Weights and ids are random: only sizes matter here. A peer that is not named is left out; --nanogpt
-and --nanochat name checkouts, --trl the Python of an environment with TRL (it need not be able to
+Weights and ids are random: only sizes matter here. A peer that is not named is left out; --nanogpt,
+--nanochat and --llama2c name checkouts, --trl the Python of an environment with TRL (it need not be able to
 run this program), and --hf wants transformers beside this program. Every participant has a process
 of its own, for `open_machine` sets threads and malloc for a whole process; it lives through all
 rounds, so that it compiles once, and waits on stdin while others are timed. They take turns, a
@@ -186,6 +186,28 @@ def decode_nanochat(job, config):
     return step, gpt.COMPUTE_DTYPE
 
 
+def decode_llama2c(job, config):
+    """Its run.c, built as its Makefile's `runomp` does, on random weights; it writes a text without
+    a prompt, token by token, and its start is in the time."""
+    assert job.batch == 1, "llama2.c writes one text at a time"
+    folder, source = Path(job.folder), Path(job.llama2c)
+    subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", source / "run.c", "-lm", "-o",
+                    folder / "run"], check=True)
+    sizes = [config.d_model, config.hidden, config.n_layer, config.n_head, config.n_head,
+             config.vocab_size, config.seq_len]
+    count = program().parameter_counts(config)["total"] + config.seq_len * config.head_size
+    weights = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(0.02)
+    (folder / "model.bin").write_bytes(np.array(sizes, np.int32).tobytes() + weights.tobytes())
+    words = [folder / "run", folder / "model.bin", "-z", source / "tokenizer.bin", "-t", "1.0",
+             "-n", str(job.new_tokens)]
+
+    def step() -> None:
+        done = subprocess.run(words, check=True, capture_output=True)
+        assert b"achieved" in done.stderr, done.stderr
+
+    return step, torch.float32
+
+
 def matmul(job, config):
     """What the machine can do, set up as this program does it."""
     lm, dtype = program(), getattr(torch, job.dtype)
@@ -195,7 +217,8 @@ def matmul(job, config):
 
 
 PARTICIPANTS = {one.__name__: one for one in (
-    train_ours, train_nanogpt, train_hf, decode_ours, decode_hf, decode_nanochat, matmul)}
+    train_ours, train_nanogpt, train_hf, decode_ours, decode_hf, decode_nanochat,
+    decode_llama2c, matmul)}
 
 
 # ---- Turns: one process a participant, driven by lines ----
@@ -306,6 +329,7 @@ def cmd_decode(args: argparse.Namespace) -> None:
     entries = {OURS: "decode_ours"} | ({"Hugging Face": "decode_hf"} if args.hf else {})
     entries = both_ways(entries, args.compile)
     entries += [("nanochat", {"kind": "decode_nanochat"})] * bool(args.nanochat)
+    entries += [("llama2.c", {"kind": "decode_llama2c"})] * bool(args.llama2c)
     peers = race(entries, args.batch * args.new_tokens, args,
                  prompts=prompts * (args.batch // len(prompts)))
     show_race(f"decode {args.shape}, batch {args.batch}, tokens/s", peers)
@@ -482,7 +506,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add(cmd_train, steps=10, shape=None, nanogpt="", hf=False, compile=False, optimizer="adamw")
     add(cmd_decode, steps=1, shape=None, batch=64, prompt_tokens=32, new_tokens=96, hf=False,
-        nanochat="", share=False, compile=False)
+        nanochat="", llama2c="", share=False, compile=False)
     add(cmd_prep, text=None, spm=None)
     add(cmd_start, data_dir=None)
     add(cmd_grpo, steps=10, trl="", shape="1m", micro=32)
