@@ -7,13 +7,14 @@
     python benchmarks/peers.py grpo --trl venv/bin/python
 
 Weights and ids are random: only sizes matter here. A peer that is not named is left out; --nanogpt,
---nanochat and --llama2c name checkouts, --trl the Python of an environment with TRL (it need not be able to
-run this program), and --hf wants transformers beside this program. Every participant has a process
-of its own, for `open_machine` sets threads and malloc for a whole process; it lives through all
-rounds, so that it compiles once, and waits on stdin while others are timed. They take turns, a
-block of --steps steps a round, after a warm-up. The tables hold medians over the rounds and their
-range; a speedup is this program's median over the row's. Each has the number format and the
-threads that it would have by itself; all use AdamW unless --optimizer gives this program another.
+--nanochat and --llama2c name checkouts, --trl the Python of an environment with TRL (it need not
+be able to run this program), and --hf wants transformers beside this program. Every participant has
+a process of its own, for `open_machine` sets threads and malloc for a whole process; it lives
+through all rounds, so that it compiles once, and waits on stdin while others are timed. They take
+turns, a block of --steps steps a round, after a warm-up. The tables hold medians over the rounds
+and their range; a speedup is this program's median over the row's. Each has the number format and
+the threads that it would have by itself; all use AdamW unless --optimizer gives this program
+another.
 """
 
 import argparse
