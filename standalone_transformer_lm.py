@@ -1284,7 +1284,7 @@ def decode_block(block: TextBlock, errors: str) -> str:
     except UnicodeDecodeError as fault:
         line = block.line + block.data.count(b"\n", 0, fault.start)
         raise UserError(f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
-                        "mend the file, or use --errors replace") from fault
+                        "mend the file, or in prep use --errors replace") from fault
 
 
 def numbered_lines(block: TextBlock, errors: str = "strict") -> Iterator[tuple[int, str]]:
@@ -3656,6 +3656,9 @@ class Trainer:
                 if self.job.samples and self.machine.main:
                     self.gauges.write_samples(self.job.samples(self.job.model))
             self.objective.train()
+            if not math.isfinite(sum(row.values())):
+                raise UserError(f"the evaluation at step {self.step} gave no number",
+                                "resume with a lower --lr, or --dtype fp32")
             if row.get(self.job.best, math.inf) < self.best_val:
                 self.best_val = row[self.job.best]
                 self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())

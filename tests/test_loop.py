@@ -12,7 +12,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, TINY, log_rows, read_pt, signal_at, weight_bytes
+from conftest import SHORT, TINY, complaint, log_rows, read_pt, signal_at, weight_bytes
 
 import standalone_transformer_lm as lm
 
@@ -381,3 +381,10 @@ def test_profile_writes_a_trace_and_names_the_dearest_operations(run, data_dir, 
     steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#4", "ProfilerStep#5", "ProfilerStep#6"}
     assert "--profile" not in (out / "args.txt").read_text()
+
+
+def test_an_evaluation_that_gives_no_number_is_one_sentence(run, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "perplexity", lambda *args: {"val/loss": math.nan})
+    out = tmp_path / "out"
+    complaint(run(flags(data_dir, out)), "no number", "--lr")
+    assert not (out / "ckpt_best.pt").exists()
