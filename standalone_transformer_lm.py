@@ -966,15 +966,15 @@ def open_machine(settings: DeviceSettings) -> Machine:
     """Choose device and precision, seed, and join the process group where torchrun made one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(settings.device)
+    if settings.flash:
+        try:
+            torch.nn.attention.activate_flash_attention_impl(settings.flash)
+        except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
+            raise UserError(f"--flash {settings.flash} is not to be had here ({fault})",
+                            "install its package and a newer torch, or drop it") from fault
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
-        if settings.flash:
-            try:
-                torch.nn.attention.activate_flash_attention_impl(settings.flash)
-            except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
-                raise UserError(f"--flash {settings.flash} is not to be had here ({fault})",
-                                "install its package and a newer torch, or drop it") from fault
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -2013,8 +2013,9 @@ class Groups(Stream):
     """Groups of g answers that are judged together, with numbers (count, g): pairs with their
     reference's log-probs, or single answers with their label. A loss is counted in groups."""
 
-    def __init__(self, groups: list[list[Example]], numbers: np.ndarray, seq_len: int, seed: int):
-        self.groups, self.numbers, self.seq_len, self.seed = groups, numbers, seq_len, seed
+    def __init__(self, groups: list[list[Example]], numbers: Iterable, seq_len: int, seed: int):
+        self.groups, self.seq_len, self.seed = groups, seq_len, seed
+        self.numbers = np.asarray(numbers)
         self.count = len(groups)
         self.tokens = sum(len(one.ids) for group in groups for one in group)
 
