@@ -348,10 +348,15 @@ def rope_config(model: lm.ModelSettings) -> dict:
     scaled = {"rope_type": "default"}
     if model.rope_scaling != "none":
         original = model.rope_original or round(model.seq_len / model.rope_factor)
-        scaled = {"rope_type": model.rope_scaling, "factor": model.rope_factor,
-                  "original_max_position_embeddings": original}
-    keys = {"rope_theta": model.rope_theta,
-            "rope_parameters": {**scaled, "rope_theta": model.rope_theta}}
+        scaled = {
+            "rope_type": model.rope_scaling,
+            "factor": model.rope_factor,
+            "original_max_position_embeddings": original,
+        }
+    keys = {
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {**scaled, "rope_theta": model.rope_theta},
+    }
     return keys if model.rope_scaling == "none" else {**keys, "rope_scaling": scaled}
 
 
@@ -386,8 +391,9 @@ def common_settings(config: dict, family: Family) -> dict:
     ]
     odd = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"} & set(rope)
     if rope_type not in SCALINGS or odd:
-        faults.append(f"rope_scaling is of type {rope_type!r}" + (f" with {sorted(odd)}"
-                                                                  if odd else ""))
+        faults.append(
+            f"rope_scaling is of type {rope_type!r}" + (f" with {sorted(odd)}" if odd else "")
+        )
     faults += [f"{key} is missing" for key in NEEDS if not config.get(key)]
     if faults:
         raise lm.UserError(
@@ -426,10 +432,14 @@ def window_settings(config: dict) -> dict:
 
 
 def qwen3_config(model: lm.ModelSettings) -> dict:
-    kinds = ["sliding_attention" if model.windowed(i) else "full_attention"
-             for i in range(model.n_layer)]
-    return {"use_sliding_window": bool(model.window), "sliding_window": model.window or None,
-            "layer_types": kinds}
+    kinds = [
+        "sliding_attention" if model.windowed(i) else "full_attention" for i in range(model.n_layer)
+    ]
+    return {
+        "use_sliding_window": bool(model.window),
+        "sliding_window": model.window or None,
+        "layer_types": kinds,
+    }
 
 
 def qwen3_settings(config: dict) -> dict:
@@ -438,16 +448,22 @@ def qwen3_settings(config: dict) -> dict:
     every = kinds.index("full_attention") + 1 if window and "full_attention" in kinds else 0
     model = {"qk_norm": True, "window": window or 0, "full_every": every}
     described = lm.ModelSettings(**model)
-    if kinds and kinds != ["sliding_attention" if described.windowed(i) else "full_attention"
-                           for i in range(len(kinds))]:
+    if kinds and kinds != [
+        "sliding_attention" if described.windowed(i) else "full_attention"
+        for i in range(len(kinds))
+    ]:
         raise lm.UserError("layer_types is no pattern of ours", "give a model with every n-th full")
     return model
 
 
 def smollm3_config(model: lm.ModelSettings) -> dict:
-    return {"no_rope_layers": [int(model.rotates(i)) for i in range(model.n_layer)],
-            "no_rope_layer_interval": model.nope_every, "use_sliding_window": False,
-            "sliding_window": None, "layer_types": ["full_attention"] * model.n_layer}
+    return {
+        "no_rope_layers": [int(model.rotates(i)) for i in range(model.n_layer)],
+        "no_rope_layer_interval": model.nope_every,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * model.n_layer,
+    }
 
 
 def smollm3_settings(config: dict) -> dict:
@@ -460,54 +476,126 @@ def smollm3_settings(config: dict) -> dict:
 
 
 def mixtral_config(model: lm.ModelSettings) -> dict:
-    return {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_active,
-            "router_aux_loss_coef": model.balance_loss, **window_config(model)}
+    return {
+        "num_local_experts": model.n_expert,
+        "num_experts_per_tok": model.n_expert_active,
+        "router_aux_loss_coef": model.balance_loss,
+        **window_config(model),
+    }
 
 
 def mixtral_settings(config: dict) -> dict:
-    return {"n_expert": config["num_local_experts"],
-            "n_expert_active": config["num_experts_per_tok"], **window_settings(config)}
+    return {
+        "n_expert": config["num_local_experts"],
+        "n_expert_active": config["num_experts_per_tok"],
+        **window_settings(config),
+    }
 
 
 def qwen3_moe_config(model: lm.ModelSettings) -> dict:
-    return {"num_experts": model.n_expert, "num_experts_per_tok": model.n_expert_active,
-            "moe_intermediate_size": model.hidden, "norm_topk_prob": True,
-            "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
-            "router_aux_loss_coef": model.balance_loss}
+    return {
+        "num_experts": model.n_expert,
+        "num_experts_per_tok": model.n_expert_active,
+        "moe_intermediate_size": model.hidden,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "router_aux_loss_coef": model.balance_loss,
+    }
 
 
 def qwen3_moe_settings(config: dict) -> dict:
     if not config.get("norm_topk_prob") or config.get("mlp_only_layers"):
-        raise lm.UserError("norm_topk_prob is off or mlp_only_layers is set, which ours are not",
-                           "give the folder of a model without these")
-    return {"qk_norm": True, "n_expert": config["num_experts"],
-            "n_expert_active": config["num_experts_per_tok"],
-            "ffn_hidden": config["moe_intermediate_size"]}
+        raise lm.UserError(
+            "norm_topk_prob is off or mlp_only_layers is set, which ours are not",
+            "give the folder of a model without these",
+        )
+    return {
+        "qk_norm": True,
+        "n_expert": config["num_experts"],
+        "n_expert_active": config["num_experts_per_tok"],
+        "ffn_hidden": config["moe_intermediate_size"],
+    }
 
 
 LLAMA = {**ATTENTION_LAYER, **MLP_LAYER}
 EXPERTS = frozenset({"n_expert", "n_expert_active"})
 FAMILIES = (
-    Family("LlamaForCausalLM", "llama", frozenset(), frozenset(), LLAMA, nothing, nothing,
-           {"sliding_window": None}),
-    Family("Qwen3ForCausalLM", "qwen3", frozenset({"qk_norm"}),
-           frozenset({"window", "full_every"}), {**LLAMA, **QK_NORM}, qwen3_config,
-           qwen3_settings),
-    Family("SmolLM3ForCausalLM", "smollm3", frozenset({"nope_every"}), frozenset(), LLAMA,
-           smollm3_config, smollm3_settings, {"use_sliding_window": False}),
-    Family("MistralForCausalLM", "mistral", frozenset({"window"}), frozenset(), LLAMA,
-           window_config, window_settings),
-    Family("MixtralForCausalLM", "mixtral", frozenset({"n_expert"}), EXPERTS | {"window"},
-           {**ATTENTION_LAYER, **expert_layer(
-               "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}.w1.weight",
-               "block_sparse_moe.experts.{}.w3.weight", "block_sparse_moe.experts.{}.w2.weight")},
-           mixtral_config, mixtral_settings),
-    Family("Qwen3MoeForCausalLM", "qwen3_moe", frozenset({"n_expert", "qk_norm"}), EXPERTS,
-           {**ATTENTION_LAYER, **QK_NORM, **expert_layer(
-               "mlp.gate.weight", "mlp.experts.{}.gate_proj.weight",
-               "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight")},
-           qwen3_moe_config, qwen3_moe_settings,
-           {"use_sliding_window": False, "decoder_sparse_step": 1}),
+    Family(
+        "LlamaForCausalLM",
+        "llama",
+        frozenset(),
+        frozenset(),
+        LLAMA,
+        nothing,
+        nothing,
+        {"sliding_window": None},
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        frozenset({"qk_norm"}),
+        frozenset({"window", "full_every"}),
+        {**LLAMA, **QK_NORM},
+        qwen3_config,
+        qwen3_settings,
+    ),
+    Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        frozenset({"nope_every"}),
+        frozenset(),
+        LLAMA,
+        smollm3_config,
+        smollm3_settings,
+        {"use_sliding_window": False},
+    ),
+    Family(
+        "MistralForCausalLM",
+        "mistral",
+        frozenset({"window"}),
+        frozenset(),
+        LLAMA,
+        window_config,
+        window_settings,
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        frozenset({"n_expert"}),
+        EXPERTS | {"window"},
+        {
+            **ATTENTION_LAYER,
+            **expert_layer(
+                "block_sparse_moe.gate.weight",
+                "block_sparse_moe.experts.{}.w1.weight",
+                "block_sparse_moe.experts.{}.w3.weight",
+                "block_sparse_moe.experts.{}.w2.weight",
+            ),
+        },
+        mixtral_config,
+        mixtral_settings,
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        frozenset({"n_expert", "qk_norm"}),
+        EXPERTS,
+        {
+            **ATTENTION_LAYER,
+            **QK_NORM,
+            **expert_layer(
+                "mlp.gate.weight",
+                "mlp.experts.{}.gate_proj.weight",
+                "mlp.experts.{}.up_proj.weight",
+                "mlp.experts.{}.down_proj.weight",
+            ),
+        },
+        qwen3_moe_config,
+        qwen3_moe_settings,
+        {"use_sliding_window": False, "decoder_sparse_step": 1},
+    ),
 )
 PLAIN = frozenset(
     """seq_len n_layer d_model n_head n_kv_head head_dim ffn_mult ffn_hidden dropout tie rope_theta
@@ -531,14 +619,18 @@ def family_of(model: lm.ModelSettings) -> Family:
     )
 
 
-def folded(weights: dict[str, Tensor], model: lm.ModelSettings,
-           ) -> tuple[dict[str, Tensor], lm.ModelSettings]:
+def folded(
+    weights: dict[str, Tensor],
+    model: lm.ModelSettings,
+) -> tuple[dict[str, Tensor], lm.ModelSettings]:
     """The same function without embed_scale: the scale goes into an input embedding of its own."""
     if not model.embed_scale:
         return weights, model
     scaled = weights["tok_emb.weight"] * math.sqrt(model.d_model)
-    return ({**weights, "tok_emb.weight": scaled},
-            dataclasses.replace(model, embed_scale=False, tie=False))
+    return (
+        {**weights, "tok_emb.weight": scaled},
+        dataclasses.replace(model, embed_scale=False, tie=False),
+    )
 
 
 def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
@@ -655,8 +747,10 @@ def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None
     if tokenizer.roles:
         config["chat_template"] = CHAT_TEMPLATE
     if tied := tied_scores(pieces):
-        lm.say(f"note: {tied} pieces of the tokenizer share a score; where two of them compete, "
-               "tokenizer.json may join another one than SentencePiece")
+        lm.say(
+            f"note: {tied} pieces of the tokenizer share a score; where two of them compete, "
+            "tokenizer.json may join another one than SentencePiece"
+        )
     write_json(folder / "tokenizer.json", tokenizer_json(pieces, tokenizer.bos))
     write_json(folder / "tokenizer_config.json", config)
     (folder / "tokenizer.model").write_bytes(tokenizer.data)
@@ -678,15 +772,22 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
         raise lm.UserError(f"{folder}: {fault}", fix) from fault
 
 
-def write_folder(folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings,
-                 tokenizer: lm.Tokenizer) -> None:
+def write_folder(
+    folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings, tokenizer: lm.Tokenizer
+) -> None:
     weights, model = folded(weights, model)
     family = family_of(model)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     if tokenizer.pad >= 0:
         ids["pad_token_id"] = tokenizer.pad
-    config = {"architectures": [family.architecture], "model_type": family.model_type,
-              **common_config(model), **family.config(model), **ids, "torch_dtype": "float32"}
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **common_config(model),
+        **family.config(model),
+        **ids,
+        "torch_dtype": "float32",
+    }
     write_tokenizer(folder, tokenizer, model.seq_len)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)
@@ -704,8 +805,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             files = [single] if single.exists() else []
         if files:
             return {k: w for path in files for k, w in read_tensors(path).items()}
-    raise lm.UserError(f"{folder} has no weights", "it needs model.safetensors, pytorch_model.bin "
-                       "or an index of several such files")
+    raise lm.UserError(
+        f"{folder} has no weights",
+        "it needs model.safetensors, pytorch_model.bin or an index of several such files",
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -785,8 +888,9 @@ def greedy_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
     prompt = sample_ids(model, tokenizer)[1]
     prompt = prompt[:, : max(1, model.config.seq_len - NEW_TOKENS)]
     start, new = prompt.shape[1], min(NEW_TOKENS, model.config.seq_len - prompt.shape[1])
-    ids = hf.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                      max_new_tokens=new)
+    ids = hf.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new
+    )
     logits = model(ids)[0, start - 1 : -1]  # (new, V)
     chosen = logits.gather(1, ids[0, start:, None]).squeeze(1)
     return float((logits.max(dim=1).values - chosen).max())
@@ -797,8 +901,9 @@ def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
     for text in SAMPLE_TEXTS:
         ours = [tokenizer.bos, *tokenizer.encode(text)]
         if hf(text).input_ids != ours:
-            raise RuntimeError(f"the folder's tokenizer.json encodes {text!r} otherwise than "
-                               "tokenizer.model does")
+            raise RuntimeError(
+                f"the folder's tokenizer.json encodes {text!r} otherwise than tokenizer.model does"
+            )
 
 
 def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: bool) -> str:
@@ -818,8 +923,10 @@ def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: b
     if ours:
         compare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), tokenizer)
     same = "greedy tokens and token ids are" if ours else "greedy tokens are"
-    return (f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, "
-            f"{same} the same")
+    return (
+        f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, "
+        f"{same} the same"
+    )
 
 
 # ==================================================================================================
@@ -838,8 +945,10 @@ class ConvertSettings:
     spm: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
     out: str = lm.setting("", "folder to write; with --reverse the checkpoint, CKPT.pt")
     rope_theta: float = lm.setting(
-        0.0, "base of the rotary frequencies, for a checkpoint that tells a wrong one; 0 keeps it",
-        least=0.0)
+        0.0,
+        "base of the rotary frequencies, for a checkpoint that tells a wrong one; 0 keeps it",
+        least=0.0,
+    )
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt and not self.reverse:
@@ -875,14 +984,18 @@ def read_folder(folder: Path, spm: str) -> dict:
     family = next((f for f in FAMILIES if f.model_type == config.get("model_type")), None)
     if family is None:
         known = ", ".join(f.model_type for f in FAMILIES)
-        raise lm.UserError(f"config.json describes a model that is not ours: model_type is "
-                           f"{config.get('model_type')!r}", f"give one of {known}")
+        raise lm.UserError(
+            f"config.json describes a model that is not ours: model_type is "
+            f"{config.get('model_type')!r}",
+            f"give one of {known}",
+        )
     model = lm.ModelSettings(**{**common_settings(config, family), **family.settings(config)})
     lm.raise_all(lm.check(model))
     if not spm and not (folder / "tokenizer.model").exists():
         raise lm.UserError(
             f"{folder} has no tokenizer.model",
-            "only a model with a SentencePiece tokenizer can be imported; name it with --spm")
+            "only a model with a SentencePiece tokenizer can be imported; name it with --spm",
+        )
     tokenizer = lm.Tokenizer.load(spm or folder / "tokenizer.model")
     return {
         "format": lm.CHECKPOINT_FORMAT,

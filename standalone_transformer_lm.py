@@ -122,11 +122,14 @@ IGNORE = -100  # a target that is no target, torch's own convention
 OTHER_RANKS_WAIT_S = 2.0  # before they tell an error that rank 0 has told and ended the job for
 LINE_EVERY_S = 10.0  # between two progress lines when stderr is no terminal
 DISK_FAULTS = {  # that the user can mend, and how; the system says what is wrong
-    errno.EFBIG: "raise `ulimit -f`", errno.EIO: "check the disk",
-    errno.EISDIR: "name a file in it", errno.ENAMETOOLONG: "name a shorter path",
+    errno.EFBIG: "raise `ulimit -f`",
+    errno.EIO: "check the disk",
+    errno.EISDIR: "name a file in it",
+    errno.ENAMETOOLONG: "name a shorter path",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name a folder elsewhere"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder you may write"),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST), "check the path")}
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST), "check the path"),
+}
 
 
 class UserError(Exception):
@@ -225,13 +228,21 @@ class Progress:
     """How far something is: a tqdm bar on a terminal, a plain line every few seconds elsewhere, and
     nothing from a process that does not talk. The total is None where it is unknown."""
 
-    def __init__(self, what: str, total: float | None, unit: str, start: float = 0,
-                 talks: bool = True):
+    def __init__(
+        self, what: str, total: float | None, unit: str, start: float = 0, talks: bool = True
+    ):
         self.what, self.total, self.unit, self.done, self.start = what, total, unit, start, start
         self.began, self.last_line, self.talks, self.bar = None, time.monotonic(), talks, None
         if talks and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=what, unit=unit, unit_scale=True,
-                            dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(
+                total=total,
+                initial=start,
+                desc=what,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
 
     def update(self, done: float, note: str = "") -> None:
         """`done` units of the total are finished; `note` stands behind the figures."""
@@ -262,6 +273,7 @@ class Progress:
         elif self.talks and note:
             print(self.line(note), file=sys.stderr, flush=True)
 
+
 # ==================================================================================================
 # Settings: every setting once: flags, checkpoint config and args.txt come from here
 # ==================================================================================================
@@ -278,16 +290,42 @@ PRESETS = {  # name -> values of settings fields; a flag given beside --preset w
     "pure-tiny": {**PURE, "n_layer": 12, "d_model": 512, "n_head": 8, "ffn_hidden": 1408},
     "pure-small": {**PURE, "n_layer": 16, "d_model": 768, "n_head": 12, "ffn_hidden": 2112},
     "pure-medium": {**PURE, "n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_hidden": 2816},
-    "smollm-600m": {"n_layer": 24, "d_model": 1536, "n_head": 12, "n_kv_head": 4, "nope_every": 4,
-                    "ffn_hidden": 4096, "seq_len": 2048, "vocab_size": 32000, "embed_scale": True,
-                    "trunc_init": True, "optimizer": "muon", "schedule": "wsd"},
-    "modern-253m": {"n_layer": 16, "d_model": 1024, "n_head": 16, "ffn_hidden": 3120,
-                    "n_sink": 4, "seq_len": 2048, "vocab_size": 32000},
+    "smollm-600m": {
+        "n_layer": 24,
+        "d_model": 1536,
+        "n_head": 12,
+        "n_kv_head": 4,
+        "nope_every": 4,
+        "ffn_hidden": 4096,
+        "seq_len": 2048,
+        "vocab_size": 32000,
+        "embed_scale": True,
+        "trunc_init": True,
+        "optimizer": "muon",
+        "schedule": "wsd",
+    },
+    "modern-253m": {
+        "n_layer": 16,
+        "d_model": 1024,
+        "n_head": 16,
+        "ffn_hidden": 3120,
+        "n_sink": 4,
+        "seq_len": 2048,
+        "vocab_size": 32000,
+    },
 }
 FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
 NOT_REPEATED = ("preset", "resume", "profile")  # written out; and said of one start alone
-SWITCH = {"1": True, "true": True, "yes": True, "on": True,
-          "0": False, "false": False, "no": False, "off": False}
+SWITCH = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 KINDS = {  # type of a flag -> its value in the help, what it is called, how argparse takes it
     bool: ("0|1", "1 or 0", {"nargs": "?", "const": "1"}),
     int: ("N", "a whole number", {}),
@@ -298,18 +336,36 @@ KINDS = {  # type of a flag -> its value in the help, what it is called, how arg
 PART = re.compile(r"([\w-]+)=(.+):(\d*\.?\d+)")  # of a mixture
 
 
-def setting(default, help: str, *, choices: Iterable = (), least: float | None = None,
-            below: float | None = None, positional: bool = False, flag: bool = True):
+def setting(
+    default,
+    help: str,
+    *,
+    choices: Iterable = (),
+    least: float | None = None,
+    below: float | None = None,
+    positional: bool = False,
+    flag: bool = True,
+):
     """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument. A
     value is the default or one of the `choices`; a number is at `least` 0 and stays `below`."""
     least = 0 if least is None and type(default) in (int, float) else least
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least,
-                                            "below": below, "positional": positional, "flag": flag})
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": tuple(choices),
+            "least": least,
+            "below": below,
+            "positional": positional,
+            "flag": flag,
+        },
+    )
 
 
 @dataclass
 class PrepSettings:
     """Input, tokenizer and output of prep."""
+
     text_path: tuple[str, ...] = setting((), "text, .jsonl or .parquet, packed or not; - is stdin")
     out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
     vocab_size: int = setting(32000, "size of the tokenizer to train", least=280, below=1 << 24)
@@ -350,8 +406,10 @@ def mixture_faults(flag: str, kind: str, words: Iterable[str]) -> Iterator[tuple
     for place, word in enumerate(words if any("=" in word for word in words) else ()):
         part = PART.fullmatch(word)
         if not part or not float(part[3]):
-            yield (f"--{flag}: {word} is not NAME={kind}:WEIGHT with a weight above 0",
-                   "write each part like web=data/web:0.9")
+            yield (
+                f"--{flag}: {word} is not NAME={kind}:WEIGHT with a weight above 0",
+                "write each part like web=data/web:0.9",
+            )
         elif any(other.startswith(f"{part[1]}=") for other in words[:place]):
             yield f"--{flag} names {part[1]} twice", "give each part a name of its own"
 
@@ -359,6 +417,7 @@ def mixture_faults(flag: str, kind: str, words: Iterable[str]) -> Iterator[tuple
 @dataclass
 class DataSettings:
     """Data to train on."""
+
     data_dir: str = setting("data", "folder that prep wrote, or a mixture, NAME=FOLDER:WEIGHT,…")
 
     def domains(self) -> list[tuple[str, str, float]]:
@@ -373,10 +432,14 @@ class DataSettings:
 @dataclass
 class DeviceSettings:
     """Device and numbers."""
+
     seed: int = setting(1337, "seed of every random draw")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("auto", "of the matmuls; auto is bf16 where the hardware has it",
-                         choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = setting(
+        "auto",
+        "of the matmuls; auto is bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
     threads: int = setting(0, "CPU threads; 0 shares the cores among the processes")
     flash: str = setting("", "SDPA's flash kernel on CUDA, by its package", choices=("FA3", "FA4"))
 
@@ -384,6 +447,7 @@ class DeviceSettings:
 @dataclass
 class StepSettings:
     """Size and price of a step."""
+
     preset: str = setting("", "a published size by name", choices=PRESETS)
     batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
     grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
@@ -394,6 +458,7 @@ class StepSettings:
 @dataclass
 class RunSettings(StepSettings):
     """The run."""
+
     out_dir: str = setting("runs/lm", "folder of checkpoints and metrics; the same one resumes")
     resume: bool = setting(True, "go on from ckpt_last.pt; 0 refuses to touch an existing run")
     compile: str = setting("auto", "torch.compile; auto: in long runs", choices=("auto", "0", "1"))
@@ -411,11 +476,15 @@ class RunSettings(StepSettings):
 @dataclass
 class OptimSettings:
     """Optimiser and schedule."""
+
     lr: float = setting(6e-4, "peak learning rate")
     min_lr: float = setting(0.1, "where cosine and wsd end, as a share of --lr")
     optimizer: str = setting("muon", "muon takes hidden matrices alone", choices=("adamw", "muon"))
-    schedule: str = setting("wsd", "learning rate after the warm-up; wsd holds it, then decays",
-                            choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"))
+    schedule: str = setting(
+        "wsd",
+        "learning rate after the warm-up; wsd holds it, then decays",
+        choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"),
+    )
     warmup_steps: int = setting(100, "steps of linear warm-up")
     decay_share: float = setting(0.2, "share of --max_steps that wsd decays over", below=1.0)
     weight_decay: float = setting(0.1, "on matrices; never on norms and embeddings")
@@ -441,6 +510,7 @@ def either(options: Iterable) -> str:
 @dataclass
 class ModelSettings:
     """Architecture."""
+
     seq_len: int = setting(512, "context length in tokens", least=2)
     n_layer: int = setting(12, "layers", least=1)
     d_model: int = setting(768, "width of the residual stream", least=2)
@@ -502,13 +572,17 @@ class ModelSettings:
             choice = f"--n_head {either(near)}, or " if near else ""
             below = width - width % (2 * heads)
             widths = either(n for n in (below, below + 2 * heads) if n)
-            yield (f"--n_head {heads} does not divide --d_model {width} into heads of even size",
-                   f"use {choice}--d_model {widths}, or name --head_dim")
+            yield (
+                f"--n_head {heads} does not divide --d_model {width} into heads of even size",
+                f"use {choice}--d_model {widths}, or name --head_dim",
+            )
         elif self.head_dim % 2:
             yield f"--head_dim {self.head_dim} is odd", f"use --head_dim {self.head_dim + 1}"
         if heads % self.kv_heads:
-            yield (f"--n_kv_head {self.n_kv_head} does not divide --n_head {heads}",
-                   f"use {either(divisors(heads))}")
+            yield (
+                f"--n_kv_head {self.n_kv_head} does not divide --n_head {heads}",
+                f"use {either(divisors(heads))}",
+            )
         if self.hidden < 1:
             yield f"--ffn_mult {self.ffn_mult} leaves the feed-forward no width", "use a larger one"
         if self.full_every and not self.window:
@@ -520,6 +594,7 @@ class ModelSettings:
 @dataclass
 class TuneSettings:
     """Where to start and what to learn from."""
+
     ckpt: str = setting("", "checkpoint to start from, or the folder of a run")
     spm: str = setting("", "tokenizer, for a checkpoint that carries none")
     data: tuple[str, ...] = setting((), "files of rows, .jsonl .json .parquet, or NAME=FILE:WEIGHT")
@@ -545,6 +620,7 @@ class TuneSettings:
 @dataclass
 class SftSettings:
     """Conversations."""
+
     pack: bool = setting(True, "several conversations in a sequence, each blind to the others")
     samples: int = setting(3, "questions answered at each evaluation, for the eye")
     sample_tokens: int = setting(64, "most tokens of such an answer", least=1)
@@ -553,8 +629,12 @@ class SftSettings:
 @dataclass
 class DpoSettings:
     """Preference loss."""
-    loss: str = setting("sigmoid", "simpo and orpo need no reference model", choices=(
-        "sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo"))
+
+    loss: str = setting(
+        "sigmoid",
+        "simpo and orpo need no reference model",
+        choices=("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo"),
+    )
     beta: float = setting(0.1, "closeness to the reference; simpo wants about 2", least=1e-6)
     label_smoothing: float = setting(0.0, "share of pairs the wrong way round", below=0.5)
     simpo_gamma: float = setting(0.5, "margin that simpo asks for")
@@ -563,6 +643,7 @@ class DpoSettings:
 @dataclass
 class LoraSettings:
     """Low-rank adapters."""
+
     lora_rank: int = setting(0, "rank of adapters trained in place of the weights; 0 trains all")
     lora_alpha: float = setting(0.0, "adapters count times alpha / rank; 0 means twice the rank")
     lora_dropout: float = setting(0.0, "dropout before the adapters", below=1.0)
@@ -581,6 +662,7 @@ class LoraSettings:
 @dataclass
 class RewardSettings:
     """Scoring, in place of training."""
+
     score: tuple[str, ...] = setting((), "score these rows with the reward model --ckpt")
     out: str = setting("", "file for the scored rows, .jsonl")
 
@@ -588,6 +670,7 @@ class RewardSettings:
 @dataclass
 class TaskSettings:
     """Rows that are made, in place of --data."""
+
     task: str = setting("", "kind of rows", choices=("", "add", "countdown", "sort", "copy"))
     difficulty: int = setting(2, "most digits of a sum; numbers or letters of the others", least=1)
     task_rows: int = setting(10_000, "how many, where there are so many different ones", least=2)
@@ -600,22 +683,42 @@ ALGORITHMS = {  # name -> values of settings fields; a flag given beside --algo 
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"ratio": "weight", "clip_low": 1.0, "clip_high": 4.0, "normalise": "tokens"},
     "ppo": {"advantage": "gae", "normalise": "tokens", "value_clip": 0.2},
-    "vapo": {"advantage": "gae", "clip_high": 0.28, "normalise": "tokens", "value_clip": 0.2,
-             "lam": 1.0, "length_alpha": 0.05, "value_warmup": 20, "lm_loss": 0.1}}
+    "vapo": {
+        "advantage": "gae",
+        "clip_high": 0.28,
+        "normalise": "tokens",
+        "value_clip": 0.2,
+        "lam": 1.0,
+        "length_alpha": 0.05,
+        "value_warmup": 20,
+        "lm_loss": 0.1,
+    },
+}
 
 
 @dataclass
 class PolicySettings:
     """Policy loss."""
+
     algo: str = setting("grpo", "values for flags here and of rollouts", choices=ALGORITHMS)
-    ratio: str = setting("token", "what is clipped: each token's ratio, the sequence's mean one, "
-                         "or the weight of each log-prob", choices=("token", "sequence", "weight"))
+    ratio: str = setting(
+        "token",
+        "what is clipped: each token's ratio, the sequence's mean one, "
+        "or the weight of each log-prob",
+        choices=("token", "sequence", "weight"),
+    )
     clip_low: float = setting(0.2, "how far the ratio may fall below 1")
     clip_high: float = setting(0.2, "how far it may rise above 1")
-    advantage: str = setting("mean_std", "reward less its group's mean, over its deviation or not; "
-                             "gae asks a value model", choices=("mean_std", "mean", "gae"))
-    normalise: str = setting("sequence", "a token is one of its completion's, of the step's, or of "
-                             "--max_new_tokens", choices=("sequence", "tokens", "constant"))
+    advantage: str = setting(
+        "mean_std",
+        "reward less its group's mean, over its deviation or not; gae asks a value model",
+        choices=("mean_std", "mean", "gae"),
+    )
+    normalise: str = setting(
+        "sequence",
+        "a token is one of its completion's, of the step's, or of --max_new_tokens",
+        choices=("sequence", "tokens", "constant"),
+    )
     updates: int = setting(1, "optimiser steps on each batch of completions", least=1)
     kl: float = setting(0.0, "weight of the divergence from the reference model")
     reference_steps: int = setting(0, "steps until the model is the new reference; 0 is never")
@@ -626,6 +729,7 @@ class PolicySettings:
 @dataclass
 class ValueSettings:
     """Value model, with --advantage gae."""
+
     gamma: float = setting(1.0, "discount a token")
     lam: float = setting(0.95, "lambda of the advantages")
     length_alpha: float = setting(0.0, "a: the policy's lambda is 1 - 1/(a length); 0 is off")
@@ -639,6 +743,7 @@ class ValueSettings:
 @dataclass
 class RolloutSettings:
     """Completions and rewards."""
+
     prompts: int = setting(16, "prompts a step, of all devices together", least=1)
     group_size: int = setting(8, "completions of each", least=2)
     max_new_tokens: int = setting(128, "most tokens of a completion", least=1)
@@ -646,8 +751,10 @@ class RolloutSettings:
     temperature_end: float = setting(0.0, "at the last; 0 means the same")
     rollout_batch: int = setting(256, "completions under way at once on a device", least=1)
     reward: tuple[str, ...] = setting(
-        (), "number choice exact regex format length countdown FILE.py:FUNCTION or reward model, "
-        "each with :WEIGHT or not; the first says what is right; none means --task's, or number")
+        (),
+        "number choice exact regex format length countdown FILE.py:FUNCTION or reward model, "
+        "each with :WEIGHT or not; the first says what is right; none means --task's, or number",
+    )
     pattern: str = setting("", "what regex looks for, in rows without a pattern of their own")
     reward_timeout: float = setting(5.0, "seconds that a FUNCTION may take", least=0.01)
     overlong: float = setting(0.0, "share of the length in which reward falls by 1", below=1.0)
@@ -661,6 +768,7 @@ class RolloutSettings:
 @dataclass
 class SamplingSettings:
     """Sampling."""
+
     max_new_tokens: int = setting(200, "most tokens to generate", least=1)
     temperature: float = setting(0.8, "0 takes the likeliest token")
     top_k: int = setting(0, "sample among the k likeliest; 0 is off")
@@ -672,6 +780,7 @@ class SamplingSettings:
 @dataclass
 class GenerateSettings:
     """Prompts and output of generate."""
+
     ckpt: str = setting("", "checkpoint, or the folder of a run")
     spm: str = setting("", "tokenizer, for a checkpoint that carries none")
     prompt: str = setting("", "text to continue")
@@ -699,6 +808,7 @@ class GenerateSettings:
 @dataclass
 class InfoSettings(StepSettings):
     """What to describe, or to plan."""
+
     path: str = setting("", "checkpoint, run folder or data folder", positional=True)
     vocab: int = setting(0, "ids of the planned model; 0 means the preset's, or 32,000")
     tokens: float = setting(0.0, "tokens to train on; 0 means 20 a parameter")
@@ -711,6 +821,7 @@ class InfoSettings(StepSettings):
 @dataclass
 class DemoSettings:
     """The demo."""
+
     out_dir: str = setting("demo", "folder of the demo's data and run")
     quick: bool = setting(False, "the same in about a minute, with a worse model")
     max_steps: int = setting(0, "training steps; 0 means as many as a few minutes hold")
@@ -718,21 +829,55 @@ class DemoSettings:
 
 def with_defaults(kind: type, *hidden: str, **defaults) -> type:
     """The same settings with other defaults; the hidden ones are no flags."""
-    made = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata={
-        **f.metadata, "flag": f.metadata["flag"] and f.name not in hidden})) for f in fields(kind)]
+    made = [
+        (
+            f.name,
+            f.type,
+            field(
+                default=defaults.get(f.name, f.default),
+                metadata={**f.metadata, "flag": f.metadata["flag"] and f.name not in hidden},
+            ),
+        )
+        for f in fields(kind)
+    ]
     return make_dataclass(kind.__name__, made, bases=(kind,), namespace={"__doc__": kind.__doc__})
 
 
-BenchSettings = with_defaults(InfoSettings, "path", "grad_accum_steps", "grad_checkpoint", "gpu",
-                              "mfu", "tok_per_s", batch_size=4)
-TuneRun = with_defaults(RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100,
-                        ckpt_interval=100)
-TuneOptim = with_defaults(OptimSettings, "z_loss", lr=1e-4, optimizer="adamw", schedule="cosine",
-                          warmup_steps=10, weight_decay=0.0)
+BenchSettings = with_defaults(
+    InfoSettings,
+    "path",
+    "grad_accum_steps",
+    "grad_checkpoint",
+    "gpu",
+    "mfu",
+    "tok_per_s",
+    batch_size=4,
+)
+TuneRun = with_defaults(
+    RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100, ckpt_interval=100
+)
+TuneOptim = with_defaults(
+    OptimSettings,
+    "z_loss",
+    lr=1e-4,
+    optimizer="adamw",
+    schedule="cosine",
+    warmup_steps=10,
+    weight_decay=0.0,
+)
 DpoOptim = with_defaults(TuneOptim, lr=1e-5)
 GrpoOptim = with_defaults(TuneOptim, lr=1e-5, schedule="constant")
-GrpoRun = with_defaults(TuneRun, "log_interval", "grad_accum_steps", "eval_tokens", max_steps=200,
-                        batch_size=32, log_interval=1, eval_interval=20, ckpt_interval=20)
+GrpoRun = with_defaults(
+    TuneRun,
+    "log_interval",
+    "grad_accum_steps",
+    "eval_tokens",
+    max_steps=200,
+    batch_size=32,
+    log_interval=1,
+    eval_interval=20,
+    ckpt_interval=20,
+)
 GrpoTune = with_defaults(TuneSettings, "dropout")  # without it the first ratio is exactly 1
 
 
@@ -754,12 +899,16 @@ def field_faults(settings) -> Iterator[tuple[str, str]]:
 
 
 def check(*groups) -> list[tuple[str, str]]:
-    return [fault for settings in groups
-            for fault in (*field_faults(settings), *getattr(settings, "faults", tuple)())]
+    return [
+        fault
+        for settings in groups
+        for fault in (*field_faults(settings), *getattr(settings, "faults", tuple)())
+    ]
 
 
 class FlagParser(argparse.ArgumentParser):
     """argparse with flags read from @FILE, a line each, and errors as UserError."""
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The words of a line; # begins a comment where a word could begin."""
         return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", arg_line))
@@ -777,9 +926,14 @@ def flag_help(f: Field) -> str:
 def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
     """One command's parser: a group of flags a dataclass, a flag a field."""
     parser = FlagParser(
-        prog=f"{PROGRAM} {command}", description=about, epilog=f"example:\n  {example}",
-        fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=f"{PROGRAM} {command}",
+        description=about,
+        epilog=f"example:\n  {example}",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for group in groups:
         topic = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in flags(group):
@@ -787,8 +941,12 @@ def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]
                 topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
             else:
                 metavar, _, arity = KINDS[f.type]
-                topic.add_argument(f"--{f.name}", help=flag_help(f), **arity,
-                                   metavar="NAME" if f.metadata["choices"] else metavar)
+                topic.add_argument(
+                    f"--{f.name}",
+                    help=flag_help(f),
+                    **arity,
+                    metavar="NAME" if f.metadata["choices"] else metavar,
+                )
     return parser
 
 
@@ -835,8 +993,10 @@ def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) ->
     try:
         known, unknown = parser.parse_known_args(joined_values(argv, groups))
     except ValueError as fault:  # it is not UTF-8, or a quote is open
-        raise UserError(f"a file of flags cannot be read: {fault}",
-                        "write a flag a line, as in the args.txt of a run") from fault
+        raise UserError(
+            f"a file of flags cannot be read: {fault}",
+            "write a flag a line, as in the args.txt of a run",
+        ) from fault
     given, found = vars(known), [*unknown_flags(unknown, groups)]
     values = PRESETS.get(given.get("preset"), {}) | ALGORITHMS.get(given.get("algo"), {})
     for f in flags(*groups):
@@ -846,8 +1006,10 @@ def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) ->
             except (KeyError, ValueError):
                 noun = KINDS[f.type][1]
                 found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
-    made = [group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
-            for group in groups]
+    made = [
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for group in groups
+    ]
     raise_all(found + check(*made))
     return made
 
@@ -875,22 +1037,46 @@ def settings_text(*groups) -> str:
 def settings_dict(*groups) -> dict:
     return {k: v for settings in groups for k, v in asdict(settings).items()}
 
+
 # ==================================================================================================
 # Machine: device, number format, seeds, signals, and everything distributed
 # ==================================================================================================
 
 PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of the device's name
-    ("B200", 2250e12), ("B100", 1750e12), ("GH200", 989e12), ("H200", 989e12), ("H800", 989e12),
-    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H20", 148e12),
-    ("A100", 312e12), ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12),
-    ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
-    ("RTX A6000", 155e12), ("RTX 5090", 210e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
-    ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12), ("MI250", 181e12))
+    ("B200", 2250e12),
+    ("B100", 1750e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H800", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 6000 Ada", 364e12),
+    ("RTX A6000", 155e12),
+    ("RTX 5090", 210e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("MI300X", 1307e12),
+    ("MI250", 181e12),
+)
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where this process computes and its place among its ranks."""
+
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
@@ -970,8 +1156,10 @@ def open_machine(settings: DeviceSettings) -> Machine:
         try:
             torch.nn.attention.activate_flash_attention_impl(settings.flash)
         except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
-            raise UserError(f"--flash {settings.flash} is not to be had here ({fault})",
-                            "install its package and a newer torch, or drop it") from fault
+            raise UserError(
+                f"--flash {settings.flash} is not to be had here ({fault})",
+                "install its package and a newer torch, or drop it",
+            ) from fault
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
@@ -1031,8 +1219,11 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.received, self.at = 0, 0.0
-        self.previous = {number: signal.signal(number, self.note) for number in signal.Signals
-                         if number.name in ("SIGTERM", "SIGINT", "SIGUSR1")}
+        self.previous = {
+            number: signal.signal(number, self.note)
+            for number in signal.Signals
+            if number.name in ("SIGTERM", "SIGINT", "SIGUSR1")
+        }
         return self
 
     def note(self, number: int, _frame) -> None:
@@ -1046,6 +1237,7 @@ class Signals:
     def __exit__(self, *_fault) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
 
 # ==================================================================================================
 # Text: the tokenizer and the chat format
@@ -1066,8 +1258,10 @@ class Tokenizer:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as fault:
-            raise UserError(f"{name} is no SentencePiece model",
-                            "name a tokenizer.model made by prep or by SentencePiece") from fault
+            raise UserError(
+                f"{name} is no SentencePiece model",
+                "name a tokenizer.model made by prep or by SentencePiece",
+            ) from fault
         self.data, self.sha256, self.vocab_size = data, sha256(data), len(self.sp)
         self.bos, self.eos, self.pad = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()
         if min(self.bos, self.eos) < 0:
@@ -1093,8 +1287,9 @@ class Tokenizer:
         return [self.roles[role]] if self.roles else self.sp.encode(f"<|{role}|>")
 
 
-def encode_chat(tokenizer: Tokenizer, turns: Iterable[tuple[str, str]],
-                reply: bool = False) -> tuple[list[int], list[bool]]:
+def encode_chat(
+    tokenizer: Tokenizer, turns: Iterable[tuple[str, str]], reply: bool = False
+) -> tuple[list[int], list[bool]]:
     """ids of the turns (role, text), and which are learned (the assistant's); reply opens one."""
     ids, learned = [tokenizer.bos], [False]
     for role, text in turns:
@@ -1113,11 +1308,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            unk_id=UNK, bos_id=BOS, eos_id=EOS, pad_id=PAD, control_symbols=list(CONTROL),
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            split_digits=True, required_chars="\n", character_coverage=0.9999,
-            max_sentence_length=1 << 30, minloglevel=2)
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            pad_id=PAD,
+            control_symbols=list(CONTROL),
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            required_chars="\n",
+            character_coverage=0.9999,
+            max_sentence_length=1 << 30,
+            minloglevel=2,
+        )
     except (RuntimeError, ValueError) as fault:
         fix = "give text with words in it, or another size"
         if bound := re.search(r"(value <=|required_chars\. \d+ vs) (\d+)", str(fault)):
@@ -1130,13 +1338,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether this model encodes a text word by word, as prep's own do: BPE (whole scores),
     unnormalised, with the dummy prefix, no piece across space or line."""
-    pieces = [sp.id_to_piece(i) for i in range(len(sp))
-              if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
+    pieces = [
+        sp.id_to_piece(i)
+        for i in range(len(sp))
+        if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
+    ]
     plain = all(SPACE not in p[1:] and ("\n" not in p or p == "\n") for p in pieces)
     bpe = all(float(sp.get_score(sp.piece_to_id(p))).is_integer() for p in pieces)
     odd = " \uff21\u2460\ufb01e\u0301  \u00a0\t\u3000x "
-    return (plain and bpe and {SPACE, "\n"} <= set(pieces)
-            and sp.normalize(odd) == SPACE + odd.replace(" ", SPACE))
+    return (
+        plain
+        and bpe
+        and {SPACE, "\n"} <= set(pieces)
+        and sp.normalize(odd) == SPACE + odd.replace(" ", SPACE)
+    )
 
 
 class WordEncoder(dict):
@@ -1164,6 +1379,7 @@ class WordEncoder(dict):
             return self.pack(self.sp.encode(text))
         return b"".join(map(self.__getitem__, text.replace("\n", " \n").split(" ")))
 
+
 # ==================================================================================================
 # Prep: text in any packing becomes token files
 # ==================================================================================================
@@ -1186,7 +1402,9 @@ def need(module: str, package: str = ""):
 
 
 PACKINGS = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     # The package zstandard takes a file that was cut short for a whole one; pyarrow does not.
     ".zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
 }
@@ -1203,6 +1421,7 @@ class Source:  # one input file
 @dataclass(frozen=True)
 class TextBlock:
     """Whole documents, as raw bytes of one source, or as rows where the packing gives rows."""
+
     source: Source
     line: int  # of the source at which the block begins, from 1
     data: bytes | list
@@ -1215,8 +1434,11 @@ def find_sources(paths: Iterable[str], document: str, flag: str = "--text_path")
     for path in paths:
         files = set()
         for match in map(Path, [path] if os.path.exists(path) else glob.glob(path, recursive=True)):
-            inside = {file for file in match.rglob("*") if file.is_file()
-                      and "/." not in f"/{file.relative_to(match).as_posix()}"}
+            inside = {
+                file
+                for file in match.rglob("*")
+                if file.is_file() and "/." not in f"/{file.relative_to(match).as_posix()}"
+            }
             files |= inside if match.is_dir() else {match}
         if not files:
             faults.append((f"{flag} {path} does not exist or holds no file", "name one that does"))
@@ -1240,8 +1462,10 @@ def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
         table = parquet.ParquetFile(source.path)
         types = {column.name: str(column.type) for column in table.schema_arrow}
         if types.get(text_key) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{source.path} has no column {text_key} of strings",
-                            f"name one with --text_key; there are {', '.join(types)}")
+            raise UserError(
+                f"{source.path} has no column {text_key} of strings",
+                f"name one with --text_key; there are {', '.join(types)}",
+            )
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             first, rows = rows + 1, rows + len(batch)
             read = source.size * rows // max(1, table.metadata.num_rows)
@@ -1283,8 +1507,10 @@ def decode_block(block: TextBlock, errors: str) -> str:
         return block.data.decode("utf-8", errors)
     except UnicodeDecodeError as fault:
         line = block.line + block.data.count(b"\n", 0, fault.start)
-        raise UserError(f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
-                        "mend the file, or in prep use --errors replace") from fault
+        raise UserError(
+            f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
+            "mend the file, or in prep use --errors replace",
+        ) from fault
 
 
 def numbered_lines(block: TextBlock, errors: str = "strict") -> Iterator[tuple[int, str]]:
@@ -1314,8 +1540,10 @@ def jsonl_texts(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
             text = row.get(text_key)
             refuse(not isinstance(text, str), f"no text under {text_key} ({', '.join(row)})")
         except ValueError as fault:
-            raise UserError(f"{block.source.shown}, line {number}: {fault}",
-                            "mend the line, or name another --text_key") from fault
+            raise UserError(
+                f"{block.source.shown}, line {number}: {fault}",
+                "mend the line, or name another --text_key",
+            ) from fault
         yield text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
 
 
@@ -1334,7 +1562,7 @@ def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[st
 
 def content_hash(text: bytes, salt: bytes = b"") -> float:
     """A document's place in [0, 1), by its content alone."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7, salt=salt).digest(), "big") / 2 ** 56
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7, salt=salt).digest(), "big") / 2**56
 
 
 def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[TextBlock]:
@@ -1351,8 +1579,9 @@ def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[Text
 
 def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[str]:
     """Documents worth about --sample_mb, picked evenly over all sources by their hash."""
-    total = sum(s.size * (4 if s.path.suffix.lower() in (*PACKINGS, ".parquet") else 1)
-                for s in sources)
+    total = sum(
+        s.size * (4 if s.path.suffix.lower() in (*PACKINGS, ".parquet") else 1) for s in sources
+    )
     budget = left = settings.sample_mb * 1e6
     share, nearest = budget / max(total, 1), (1.0, "")
     with contextlib.closing(Progress("sampling text", sum(s.size for s in sources), "B")) as bar:
@@ -1432,8 +1661,10 @@ def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
         yield pool
         done = True
     except BrokenProcessPool as fault:
-        raise UserError("a worker was killed, most likely because memory ran out",
-                        "use fewer --workers, or a smaller --sample_mb") from fault
+        raise UserError(
+            "a worker was killed, most likely because memory ran out",
+            "use fewer --workers, or a smaller --sample_mb",
+        ) from fault
     finally:
         for child in () if done else multiprocessing.active_children():
             child.terminate()
@@ -1460,8 +1691,12 @@ def encode_sources(sources: list[Source], settings: PrepSettings, out: Path) -> 
 
 def format_of(tokenizer: Tokenizer) -> dict:
     """The part of meta.json that follows from this program and the tokenizer."""
-    return {"format": DATA_FORMAT, "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size, "dtype": token_dtype(tokenizer.vocab_size).name}
+    return {
+        "format": DATA_FORMAT,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+    }
 
 
 def write_meta(out: Path, tokenizer: Tokenizer, splits: dict[str, dict], val_split: float) -> dict:
@@ -1487,14 +1722,18 @@ class TokenFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "meta.json").exists():
-            raise UserError(f"the data folder {folder} does not exist or is not finished",
-                            f"run: python {PROGRAM} prep --text_path TEXT --out_dir {folder}")
+            raise UserError(
+                f"the data folder {folder} does not exist or is not finished",
+                f"run: python {PROGRAM} prep --text_path TEXT --out_dir {folder}",
+            )
         self.meta = read_json(self.folder / "meta.json")
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.model")
         for key, value in format_of(self.tokenizer).items():
             if self.meta.get(key) != value:
-                raise UserError(f"{folder}/meta.json says {key} {self.meta.get(key)}, not {value}",
-                                "put the original tokenizer.model back, or run prep again")
+                raise UserError(
+                    f"{folder}/meta.json says {key} {self.meta.get(key)}, not {value}",
+                    "put the original tokenizer.model back, or run prep again",
+                )
         if set(self.meta.get("splits", ())) != set(SPLITS):
             raise UserError(f"{folder}/meta.json lacks its splits", "run prep again")
         self.train, self.val = map(self.tokens, SPLITS)
@@ -1505,13 +1744,16 @@ class TokenFolder:
         count, vocab_size = self.meta["splits"][split]["tokens"], self.meta["vocab_size"]
         size, promised = path.stat().st_size if path.exists() else 0, count * dtype.itemsize
         if size != promised:
-            raise UserError(f"{path} holds {size} bytes where meta.json promises {promised}",
-                            "copy it again whole, or run prep again")
+            raise UserError(
+                f"{path} holds {size} bytes where meta.json promises {promised}",
+                "copy it again whole, or run prep again",
+            )
         ids = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
-        probe = ids if count <= 1 << 26 else ids[::count >> 22]
+        probe = ids if count <= 1 << 26 else ids[:: count >> 22]
         if count and int(probe.max()) >= vocab_size:
-            raise UserError(f"{path} holds an id beyond the vocabulary of {vocab_size}",
-                            "run prep again")
+            raise UserError(
+                f"{path} holds an id beyond the vocabulary of {vocab_size}", "run prep again"
+            )
         return ids
 
     def bytes_per_token(self, split: str) -> float:
@@ -1560,8 +1802,9 @@ def build_data(settings: PrepSettings, out: Path) -> dict:
     (out / "tokenizer.model").write_bytes(tokenizer.data)
     splits = encode_sources(sources, settings, out)
     if not splits["train"]["documents"] and not settings.shard:
-        raise UserError("no document came into the training split",
-                        "give more text, or a smaller --val_split")
+        raise UserError(
+            "no document came into the training split", "give more text, or a smaller --val_split"
+        )
     return write_meta(out, tokenizer, splits, settings.val_split)
 
 
@@ -1572,8 +1815,10 @@ def prepare(settings: PrepSettings) -> dict:
         final = out / "shard-{:05d}-of-{:05d}".format(*settings.part())
     for folder in (out, final):
         if (folder / "meta.json").exists() and not settings.overwrite:
-            raise UserError(f"{folder} already holds prepared data",
-                            "name another --out_dir, or add --overwrite")
+            raise UserError(
+                f"{folder} already holds prepared data",
+                "name another --out_dir, or add --overwrite",
+            )
     building = out / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -1585,6 +1830,7 @@ def prepare(settings: PrepSettings) -> dict:
     for shard in out.glob("shard-*-of-*") if settings.merge else ():
         shutil.rmtree(shard)
     return meta
+
 
 # ==================================================================================================
 # Batches: which tokens make up which step
@@ -1619,6 +1865,7 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
 @dataclass(frozen=True)
 class StepBatch:
     """One rank's share of one step."""
+
     micros: list[tuple[Tensor, ...]]  # on the CPU
     targets: int  # what this share of the loss is counted in
     samples: int  # sequences of the whole step, all ranks
@@ -1629,6 +1876,7 @@ class Stream:
     """Samples to train on: sample i is a pure function of (seed, i), each epoch a permutation, so
     what a step sees depends neither on batch size, accumulation and ranks nor on restarts. A kind
     of stream says what its samples are (rows) and how they become tensors (collate)."""
+
     count: int  # samples in an epoch
     tokens: int  # positions in an epoch
     per_step = 0  # samples of a step on all ranks, where batch size and accumulation do not say
@@ -1652,15 +1900,19 @@ class Stream:
         """This rank's micro-batches of the step whose first sample number is `first`."""
         numbers = first + np.arange(batch_size * accum * world).reshape(accum, world, batch_size)
         micros = [self.collate(self.samples(mine)) for mine in numbers[:, rank]]
-        return StepBatch(micros, sum(map(self.targets, micros)), numbers.size,
-                         sum(micro[0].numel() for micro in micros))
+        return StepBatch(
+            micros,
+            sum(map(self.targets, micros)),
+            numbers.size,
+            sum(micro[0].numel() for micro in micros),
+        )
 
     def in_order(self, batch_size: int, most: int, rank: int, world: int) -> Batches:
         """This rank's share of the items, each once, up to `most` tokens: (micro, targets)."""
         count = min(self.count, -(-most * self.count // max(1, self.tokens)))
         mine = np.arange(rank, count, world)
         for i in range(0, len(mine), batch_size):
-            micro = self.collate(self.items(mine[i:i + batch_size]))
+            micro = self.collate(self.items(mine[i : i + batch_size]))
             yield micro, self.targets(micro)
 
 
@@ -1673,11 +1925,13 @@ class Windows(Stream):
         self.tokens = self.count * seq_len
         if self.count < 1:
             shorter = f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else ""
-            raise UserError(f"{len(ids)} tokens to train on are too few for --seq_len {seq_len}",
-                            f"{shorter}prepare more text")
+            raise UserError(
+                f"{len(ids)} tokens to train on are too few for --seq_len {seq_len}",
+                f"{shorter}prepare more text",
+            )
 
     def items(self, places: np.ndarray) -> list[np.ndarray]:
-        return [self.ids[start:start + self.seq_len + 1] for start in places * self.seq_len]
+        return [self.ids[start : start + self.seq_len + 1] for start in places * self.seq_len]
 
     def collate(self, items: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T); a target is the next id."""
@@ -1695,8 +1949,10 @@ class Mixture(Stream):
         self.ends = np.round(np.cumsum(weights) * MIXTURE_BLOCK).astype(np.int64)
         self.shares = np.diff(self.ends, prepend=0)
         if not self.shares.all():
-            raise UserError(f"a part of the data has less than 1 sample in {MIXTURE_BLOCK}",
-                            "raise its weight, or leave it out")
+            raise UserError(
+                f"a part of the data has less than 1 sample in {MIXTURE_BLOCK}",
+                "raise its weight, or leave it out",
+            )
         self.count = sum(part.count for part in parts)
         self.tokens = sum(part.tokens for part in parts)
 
@@ -1723,8 +1979,10 @@ def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
     """(name, folder, weight) of --data_dir's parts; raises UserError where tokenizers differ."""
     domains = [(name, TokenFolder(path), weight) for name, path, weight in data.domains()]
     if len({folder.tokenizer.sha256 for _, folder, _ in domains}) > 1:
-        raise UserError("the parts of --data_dir do not share one tokenizer",
-                        "prep them all with the same --spm")
+        raise UserError(
+            "the parts of --data_dir do not share one tokenizer",
+            "prep them all with the same --spm",
+        )
     return domains
 
 
@@ -1732,23 +1990,25 @@ def mixed(parts: list[Stream], weights: list[float]) -> Stream:
     return parts[0] if len(parts) == 1 else Mixture(parts, weights)
 
 
-def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int,
-           count: int = 0) -> tuple[Tensor, Tensor]:
+def padded(
+    rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 0
+) -> tuple[Tensor, Tensor]:
     """ids and targets (B, length) of such rows, filled up with PAD and IGNORE; B >= `count`."""
     shape = max(count, len(rows)), length
     x, y = torch.full(shape, PAD), torch.full(shape, IGNORE)
     for i, (ids, targets) in enumerate(rows):
-        x[i, :len(ids)], y[i, :len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
+        x[i, : len(ids)], y[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
     return x, y
 
 
-def evaluation_batches(ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int,
-                       world: int) -> Batches:
+def evaluation_batches(
+    ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int, world: int
+) -> Batches:
     """This rank's share of a split in order, up to `most` tokens, every batch of full shape."""
-    ids = ids[:most + 1]
+    ids = ids[: most + 1]
     starts = range(rank * seq_len, len(ids) - 1, world * seq_len)
     for i in range(0, len(starts), batch_size):
-        pieces = [ids[s:s + seq_len + 1].astype(np.int64) for s in starts[i:i + batch_size]]
+        pieces = [ids[s : s + seq_len + 1].astype(np.int64) for s in starts[i : i + batch_size]]
         x, y = padded([(piece[:-1], piece[1:]) for piece in pieces], seq_len, batch_size)
         yield (x, y), int((y != IGNORE).sum())
 
@@ -1807,8 +2067,10 @@ def preference(row: dict) -> tuple[Turns, Turns]:
     """The conversations that end in the chosen and in the rejected answer."""
     prompt = turns_of(row["prompt"], "user", "prompt") if "prompt" in row else []
     answers = [turns_of(row.get(key), "assistant", key) for key in ("chosen", "rejected")]
-    chosen, rejected = (check_turns(turns if turns[:len(prompt)] == prompt else prompt + turns,
-                                    answered=True) for turns in answers)
+    chosen, rejected = (
+        check_turns(turns if turns[: len(prompt)] == prompt else prompt + turns, answered=True)
+        for turns in answers
+    )
     refuse(chosen == rejected, "chosen and rejected are identical")
     refuse(chosen[:-1] != rejected[:-1], "chosen and rejected answer different prompts")
     return chosen, rejected
@@ -1826,8 +2088,9 @@ def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
             yield from numbered_lines(block)
 
 
-def read_rows(paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str,
-              flag: str = "--data") -> list:
+def read_rows(
+    paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str, flag: str = "--data"
+) -> list:
     """Every row of the files, parsed; bad ones are counted and raise, or warn where "skip" says."""
     good, bad = [], []
     for source in find_sources(paths, "jsonl", flag=flag):
@@ -1850,12 +2113,19 @@ def read_rows(paths: Iterable[str], parse: Callable[[dict], object], on_bad_row:
     return good
 
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 
 
 def arithmetic(text: str) -> Fraction:
     """The value of an expression of whole numbers, + - * / and brackets; else ValueError."""
+
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
@@ -1865,15 +2135,21 @@ def arithmetic(text: str) -> Fraction:
     refuse(not re.fullmatch(r"[\d\s()+*/-]*", text), "no arithmetic")  # 1_2 and # 3 are Python too
     try:
         return value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, AttributeError, KeyError, ZeroDivisionError, RecursionError,
-            MemoryError) as fault:  # most are of nodes that have no place here
+    except (
+        SyntaxError,
+        AttributeError,
+        KeyError,
+        ZeroDivisionError,
+        RecursionError,
+        MemoryError,
+    ) as fault:  # most are of nodes that have no place here
         raise ValueError("no arithmetic") from fault
 
 
 def add_row(rng: random.Random, digits: int) -> dict:
     """A sum of numbers of two (one, where --difficulty is 1) to so many digits."""
     sizes = [rng.randint(min(2, digits), digits) for _ in "ab"]
-    a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10 ** n) for n in sizes)
+    a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in sizes)
     return {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}
 
 
@@ -1886,14 +2162,20 @@ def countdown_row(rng: random.Random, count: int) -> dict:
         return words[0] + "".join(f" {rng.choice('+-*')} {word}" for word in words[1:])
 
     target = next(n for _ in range(1000) if 0 < (n := arithmetic(expression())) < 100)
-    return {"prompt": f"Make {target} from {', '.join(map(str, numbers))}.",
-            "response": expression(), "answer": str(target), "numbers": numbers}
+    return {
+        "prompt": f"Make {target} from {', '.join(map(str, numbers))}.",
+        "response": expression(),
+        "answer": str(target),
+        "numbers": numbers,
+    }
 
 
 def sort_row(rng: random.Random, count: int) -> dict:
     numbers = [rng.randrange(100) for _ in range(count + 1)]
-    return {"prompt": f"Sort {' '.join(map(str, numbers))}.",
-            "answer": " ".join(map(str, sorted(numbers)))}
+    return {
+        "prompt": f"Sort {' '.join(map(str, numbers))}.",
+        "answer": " ".join(map(str, sorted(numbers))),
+    }
 
 
 def copy_row(rng: random.Random, count: int) -> dict:
@@ -1920,6 +2202,7 @@ def task_rows(settings: TaskSettings, seed: int) -> list[dict]:
 @dataclass(frozen=True)
 class Example:
     """One conversation: its ids (n,) and which of them are learned (n,)."""
+
     ids: np.ndarray
     learned: np.ndarray
 
@@ -1932,7 +2215,7 @@ def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
     """A conversation's answers, cut behind the last one within `limit` ids, or None."""
     ids, learned = map(np.array, encode_chat(tokenizer, turns))
     ends = 1 + np.flatnonzero(learned[:limit] & (ids[:limit] == tokenizer.eos))
-    return Example(ids[:ends[-1]], learned[:ends[-1]]) if len(ends) else None
+    return Example(ids[: ends[-1]], learned[: ends[-1]]) if len(ends) else None
 
 
 def last_answer(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
@@ -1954,17 +2237,23 @@ def held_out(turns: Turns, share: float) -> bool:
     return content_hash(first.encode(), b"rows") < share
 
 
-def fit_rows(rows: list[list[Turns]], make: Callable[[Turns], Example | None], eos: int,
-             name: str) -> tuple[list[list[Example]], list[int]]:
+def fit_rows(
+    rows: list[list[Turns]], make: Callable[[Turns], Example | None], eos: int, name: str
+) -> tuple[list[list[Example]], list[int]]:
     """Groups of examples and the rows they come from; says how many were cut or left out."""
     groups = [[make(turns) for turns in row] for row in rows]
     kept = [i for i, group in enumerate(groups) if all(group)]
     if not kept:
         raise UserError(f"{name}: every row is longer than the context", "use a larger --seq_len")
-    cut = sum((one.ids == eos).sum() < len(turns) for i in kept
-              for one, turns in zip(groups[i], rows[i], strict=True))
-    say(f"{name}: {len(kept)} rows, {cut} cut behind the last answer that fits, "
-        f"{len(rows) - len(kept)} longer than the context left out")
+    cut = sum(
+        (one.ids == eos).sum() < len(turns)
+        for i in kept
+        for one, turns in zip(groups[i], rows[i], strict=True)
+    )
+    say(
+        f"{name}: {len(kept)} rows, {cut} cut behind the last answer that fits, "
+        f"{len(rows) - len(kept)} longer than the context left out"
+    )
     return [groups[i] for i in kept], kept
 
 
@@ -2003,8 +2292,13 @@ class Chats(Stream):
 
     def collate(self, items: list[list[Example]]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T)."""
-        rows = [(np.concatenate([one.ids[:-1] for one in item]),
-                 np.concatenate([one.targets()[:-1] for one in item])) for item in items]
+        rows = [
+            (
+                np.concatenate([one.ids[:-1] for one in item]),
+                np.concatenate([one.targets()[:-1] for one in item]),
+            )
+            for item in items
+        ]
         longest = self.seq_len if self.pack else max(len(ids) for ids, _ in rows)
         return padded(rows, padded_length(longest, self.seq_len))
 
@@ -2035,6 +2329,7 @@ class Groups(Stream):
 @dataclass(frozen=True)
 class Problem:
     """What is to be answered: its ids (n,), its turns, and the row it comes from."""
+
     ids: np.ndarray
     turns: Turns
     row: dict
@@ -2047,6 +2342,7 @@ class Prompts(Stream):
         self.rows, self.seed, self.per_step, self.count = prompts, seed, per_step, len(prompts)
         self.tokens = sum(len(one.ids) + more for one in prompts)
         self.collate = list  # of the rows themselves
+
 
 # ==================================================================================================
 # Model: the transformer; it touches no file and prints nothing
@@ -2079,7 +2375,7 @@ def rope_tables(config: ModelSettings) -> tuple[Tensor, Tensor]:
     """cos and sin (positions, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu")
     exponents = exponents / config.head_size  # never on "meta", where torch loads half its compiler
-    frequencies, scale = 1.0 / config.rope_theta ** exponents, 1.0
+    frequencies, scale = 1.0 / config.rope_theta**exponents, 1.0
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
     elif config.rope_scaling == "yarn":
@@ -2104,8 +2400,14 @@ class KVCache:
     it is seen.
     """
 
-    def __init__(self, config: ModelSettings, rows: int, device: torch.device, dtype: torch.dtype,
-                 room: int = 0):
+    def __init__(
+        self,
+        config: ModelSettings,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        room: int = 0,
+    ):
         self.config = config
         self.size = config.n_sink + min(room or config.seq_len, config.seq_len)
         shape = (config.n_layer, rows, config.kv_heads, self.size, config.head_size)
@@ -2117,8 +2419,9 @@ class KVCache:
         """Where `new` tokens a row will lie: (B, new)."""
         return (torch.tensor(self.lengths).unsqueeze(1) + torch.arange(new)).to(self.k.device)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor,
-              fixed: int = 0) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, k: Tensor, v: Tensor, positions: Tensor, fixed: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row, or
         to a `fixed` end, which keeps the shapes of one step those of the next."""
         end = fixed or max(self.lengths) + k.shape[2]
@@ -2150,11 +2453,11 @@ class KVCache:
         position ever passes the trained context. cos and sin (D/2,) are of `count` positions.
         """
         sinks = self.config.n_sink
-        k, v = self.k[:, rows, :, sinks + count:], self.v[:, rows, :, sinks + count:]
+        k, v = self.k[:, rows, :, sinks + count :], self.v[:, rows, :, sinks + count :]
         turned = torch.tensor([self.config.rotates(i) for i in range(len(k))], device=k.device)
         k = torch.where(turned.view(-1, 1, 1, 1, 1), rotate(k.float(), cos, -sin).to(k.dtype), k)
-        self.k[:, rows, :, sinks:self.size - count] = k
-        self.v[:, rows, :, sinks:self.size - count] = v
+        self.k[:, rows, :, sinks : self.size - count] = k
+        self.v[:, rows, :, sinks : self.size - count] = v
         for row in rows:
             self.lengths[row] -= count
 
@@ -2166,6 +2469,7 @@ class Sight:
     query (B, T) or (1, T) and key (1, S) are places in the sequence, counted from its first sink;
     documents (B, S) numbers the document of each place, sinks belonging to all.
     """
+
     query: Tensor
     key: Tensor
     documents: Tensor | None
@@ -2188,8 +2492,11 @@ class Sight:
     def mask(self, window: int) -> Tensor:
         """The rule at every query and key: (B, 1, T, S)."""
         query, key = self.query[:, None, :, None], self.key[:, None, None, :]
-        rows = None if self.documents is None else \
-            torch.arange(len(self.documents), device=key.device).view(-1, 1, 1, 1)
+        rows = (
+            None
+            if self.documents is None
+            else torch.arange(len(self.documents), device=key.device).view(-1, 1, 1, 1)
+        )
         return self.rule(window)(rows, None, query, key)
 
     def block_mask(self, window: int) -> BlockMask:
@@ -2197,12 +2504,19 @@ class Sight:
         rows = None if self.documents is None else len(self.documents)
         eager = self.key.device.type == "cpu" or torch.compiler.is_compiling()
         create = create_block_mask if eager else compiled(create_block_mask)  # no whole (T, S)
-        return create(self.rule(window), rows, None, self.query.shape[1], self.key.shape[1],
-                      device=self.key.device)
+        return create(
+            self.rule(window),
+            rows,
+            None,
+            self.query.shape[1],
+            self.key.shape[1],
+            device=self.key.device,
+        )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None,
-           dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float
+) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D), by the fitting kernel; without a mask
     it is causal, a single query seeing every key."""
     grouped = q.shape[1] != k.shape[1]
@@ -2210,8 +2524,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None,
         flex = compiled(flex_attention, dynamic=False)  # the one fused kernel it is made for
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=grouped)
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=grouped,
+    )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -2224,6 +2544,7 @@ class RMSNorm(nn.RMSNorm):
 @dataclass(frozen=True)
 class Context:
     """What all layers of one forward pass share: rotary tables, cache, and masks by window."""
+
     cos: Tensor
     sin: Tensor
     cache: KVCache | None
@@ -2249,7 +2570,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
-        both = qkv[:, :self.H + self.K]
+        both = qkv[:, : self.H + self.K]
         if self.q_norm is not None:
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         both = rotate(both, context.cos, context.sin) if self.rotates else both
@@ -2317,7 +2638,8 @@ class MoE(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)  # (N * active,), sorted by expert
         counts = torch.zeros_like(self.usage, dtype=torch.long).scatter_add_(
-            0, experts.flatten(), torch.ones_like(experts.flatten()))
+            0, experts.flatten(), torch.ones_like(experts.flatten())
+        )
         rows = tokens[order // self.active]
         hidden = self.experts(rows, counts) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
         y = torch.zeros_like(tokens).index_add_(0, order // self.active, hidden.to(x.dtype))
@@ -2361,8 +2683,9 @@ class Transformer(nn.Module):
         self.config, self.grad_checkpoint = config, False
         empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
         self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
-        self.sinks = nn.Parameter(torch.empty(config.n_sink, config.d_model)) \
-            if config.n_sink else None
+        self.sinks = (
+            nn.Parameter(torch.empty(config.n_sink, config.d_model)) if config.n_sink else None
+        )
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -2381,7 +2704,7 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Normal weights, the two maps into the residual stream smaller by sqrt(2 L), as GPT-2;
         with trunc_init, of deviation 0.5/sqrt(d_model) and truncated at three."""
-        generator = torch.Generator().manual_seed(seed % 2 ** 63)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         width, depth = math.sqrt(self.config.d_model), math.sqrt(2 * self.config.n_layer)
         std, bound = (0.5 / width, 3.0) if self.config.trunc_init else (0.02, math.inf)
         for name, weight in self.named_parameters():
@@ -2423,8 +2746,12 @@ class Transformer(nn.Module):
         positions = cache.positions(length) if seen else key
         documents, places = self.documents(ids) if cache is None else (None, None)
         sight = Sight(positions, key, documents, config.n_sink)
-        flex = (cache is None and x.device.type == "cuda" and config.head_size >= 16
-                and not (self.training and config.dropout))
+        flex = (
+            cache is None
+            and x.device.type == "cuda"
+            and config.head_size >= 16
+            and not (self.training and config.dropout)
+        )
         make = sight.block_mask if flex else sight.mask
         plain = documents is None and (seen == 0 or (length == 1 and len(set(cache.lengths)) == 1))
         masks = {False: None if plain else make(0)}
@@ -2434,8 +2761,9 @@ class Transformer(nn.Module):
         turns = self.rotary(positions if places is None else places, x)
         return Context(*turns, cache, positions, masks)
 
-    def hidden_and_side(self, ids: Tensor, cache: KVCache | None = None,
-                        lengths: list[int] | None = None) -> tuple[Tensor, Tensor | None]:
+    def hidden_and_side(
+        self, ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Final hidden states (B, T, d) of ids (B, T), and the mixture's side loss, if any. With
         a cache, ids follow what it holds; `lengths` says how many of a padded row count."""
         x, sides = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0), []
@@ -2486,8 +2814,13 @@ def parameter_counts(config: ModelSettings) -> dict[str, int]:
     embedding, head = sizes["tok_emb.weight"], sizes.get("lm_head.weight", 0)
     total = sum(sizes.values())
     idle = max(0, config.n_expert - config.n_expert_active) * 3 * config.d_model * config.hidden
-    return {"embedding": embedding, "head": head, "blocks": total - embedding - head,
-            "total": total, "active": total - idle * config.n_layer}
+    return {
+        "embedding": embedding,
+        "head": head,
+        "blocks": total - embedding - head,
+        "total": total,
+        "active": total - idle * config.n_layer,
+    }
 
 
 def flops_per_token(config: ModelSettings) -> int:
@@ -2498,14 +2831,20 @@ def flops_per_token(config: ModelSettings) -> int:
     """
     counts = parameter_counts(config)
     layers = counts["active"] - counts["embedding"] - counts["head"]
-    seen = sum(min(config.window, config.seq_len) if config.windowed(i) else config.seq_len
-               for i in range(config.n_layer))
-    return (6 * (layers + config.vocab_size * config.d_model)
-            + 12 * config.n_head * config.head_size * seen)
+    seen = sum(
+        min(config.window, config.seq_len) if config.windowed(i) else config.seq_len
+        for i in range(config.n_layer)
+    )
+    return (
+        6 * (layers + config.vocab_size * config.d_model)
+        + 12 * config.n_head * config.head_size * seen
+    )
+
 
 # ==================================================================================================
 # LoRA: low-rank adapters: attach, merge
 # ==================================================================================================
+
 
 class LoraLinear(nn.Linear):
     """A frozen linear map W and a low-rank change of it: W x + scale B A x (Hu et al. 2021)."""
@@ -2528,11 +2867,17 @@ def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora"))
     parts = [part for block in model.blocks for part in (block.attn, block.mlp)]
-    found = [(part, name) for part in parts for name in settings.lora_targets.split(",")
-             if isinstance(getattr(part, name, None), nn.Linear)]
+    found = [
+        (part, name)
+        for part in parts
+        for name in settings.lora_targets.split(",")
+        if isinstance(getattr(part, name, None), nn.Linear)
+    ]
     if not found:
-        raise UserError(f"--lora_targets {settings.lora_targets}: this model has no such matrix",
-                        "experts take no adapter; use --lora_targets qkv,proj")
+        raise UserError(
+            f"--lora_targets {settings.lora_targets}: this model has no such matrix",
+            "experts take no adapter; use --lora_targets qkv,proj",
+        )
     for part, name in found:
         setattr(part, name, LoraLinear(getattr(part, name), settings, generator))
     if model.score is not None:
@@ -2543,14 +2888,16 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
 
 
-def merge_lora(weights: dict[str, Tensor], adapter: dict[str, Tensor],
-               scale: float) -> dict[str, Tensor]:
+def merge_lora(
+    weights: dict[str, Tensor], adapter: dict[str, Tensor], scale: float
+) -> dict[str, Tensor]:
     """The weights with an adapter's trained_weights worked into them."""
     merged = weights | {name: w for name, w in adapter.items() if ".lora_" not in name}
     for stem in (name.removesuffix("lora_b") for name in adapter if name.endswith(".lora_b")):
         change = adapter[f"{stem}lora_b"].float() @ adapter[f"{stem}lora_a"].float()
         merged[f"{stem}weight"] = weights[f"{stem}weight"] + scale * change
     return merged
+
 
 # ==================================================================================================
 # Engine: sampling and cached generation; token ids only
@@ -2562,9 +2909,10 @@ LEAST_END = 64  # of the keys that a compiled step sees; further ends are powers
 
 def banned(history: list[int], n: int) -> list[int]:
     """Ids that would end an n-gram which the history already holds."""
-    prefix = history[len(history) - n + 1:]
-    return [history[i + n - 1] for i in range(len(history) - n + 1)
-            if history[i:i + n - 1] == prefix]
+    prefix = history[len(history) - n + 1 :]
+    return [
+        history[i + n - 1] for i in range(len(history) - n + 1) if history[i : i + n - 1] == prefix
+    ]
 
 
 def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSettings) -> Tensor:
@@ -2606,8 +2954,9 @@ def uniforms(seed: int, row: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(derive_seed(seed, row)))
 
 
-def prefill(model: Transformer, histories: list[list[int]],
-            dtype: torch.dtype) -> tuple[Tensor, KVCache]:
+def prefill(
+    model: Transformer, histories: list[list[int]], dtype: torch.dtype
+) -> tuple[Tensor, KVCache]:
     """Run prompts of any lengths through the model: logits (B, V) after each, and their cache."""
     lengths = [len(h) for h in histories]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(h) for h in histories], batch_first=True)
@@ -2623,8 +2972,9 @@ class Decoder:
     room: most tokens that a row will hold; live: rows whose text has not ended.
     """
 
-    def __init__(self, model: Transformer, rows: int, room: int, dtype: torch.dtype,
-                 compiled: bool = False):
+    def __init__(
+        self, model: Transformer, rows: int, room: int, dtype: torch.dtype, compiled: bool = False
+    ):
         self.model, self.dtype, self.compiled = model, dtype, compiled
         self.half = max(1, model.config.seq_len // 2)  # what is forgotten beyond the context
         self.cache = KVCache(model.config, rows, model.device, dtype, room)
@@ -2636,7 +2986,7 @@ class Decoder:
         """Begin `rows` anew with these texts; equal ones are read once, of too long ones the
         newest half."""
         fits = self.model.config.seq_len
-        windows = [tuple(text if len(text) <= fits else text[-self.half:]) for text in texts]
+        windows = [tuple(text if len(text) <= fits else text[-self.half :]) for text in texts]
         unique = {window: i for i, window in enumerate(dict.fromkeys(windows))}
         logits, cache = prefill(self.model, [list(window) for window in unique], self.dtype)
         picks = [unique[window] for window in windows]
@@ -2676,16 +3026,27 @@ class Decoder:
             self.logits = model(ids, cache)[:, -1].float()
             return
         end = min(cache.size, max(LEAST_END, 1 << max(cache.lengths).bit_length()))
-        step = compiled(Transformer.next_logits, dynamic=False,  # on CUDA captured as one graph
-                        mode="reduce-overhead" if ids.is_cuda else "default")
+        step = compiled(
+            Transformer.next_logits,
+            dynamic=False,  # on CUDA captured as one graph
+            mode="reduce-overhead" if ids.is_cuda else "default",
+        )
         self.logits = step(model, ids, cache.positions(1), cache, end).float().clone()
         cache.lengths = [length + 1 for length in cache.lengths]
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSettings, seed: int,
-             stop: frozenset[int] = frozenset(), dtype: torch.dtype = torch.float32,
-             first: int = 0, at_once: int = 0, compiled: bool = False) -> Iterator[tuple[int, int]]:
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    settings: SamplingSettings,
+    seed: int,
+    stop: frozenset[int] = frozenset(),
+    dtype: torch.dtype = torch.float32,
+    first: int = 0,
+    at_once: int = 0,
+    compiled: bool = False,
+) -> Iterator[tuple[int, int]]:
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
     At most `at_once` rows are under way (0: all); as rows end, waiting ones take their places.
@@ -2702,7 +3063,7 @@ def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSet
         idle = [slot for slot in range(slots) if slot not in decoder.live]
         enough = len(idle) >= DROP_WHEN * slots
         if waiting and enough:
-            free = idle[:len(waiting)]
+            free = idle[: len(waiting)]
             for slot in free:
                 rows[slot] = waiting.popleft()
                 chance[slot] = uniforms(seed, first + rows[slot], most)
@@ -2710,7 +3071,7 @@ def generate(model: Transformer, prompts: list[list[int]], settings: SamplingSet
         elif enough and (not compiled or 2 * len(idle) >= slots):
             kept = sorted(decoder.live)
             if compiled:  # sizes are few, for each is compiled
-                kept += idle[:slots // 2 - len(kept)]
+                kept += idle[: slots // 2 - len(kept)]
             decoder.keep(kept)
             rows, chance, slots = [rows[slot] for slot in kept], chance[kept], len(kept)
         logits = penalise(decoder.logits.clone(), decoder.histories, settings)
@@ -2730,6 +3091,7 @@ def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> l
     for row, token in generate(model, prompts, *args, **kwargs):
         rows[row].append(token)
     return rows
+
 
 # ==================================================================================================
 # Losses: tensors in, tensors out
@@ -2753,9 +3115,11 @@ def by_parts(work: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: 
     return torch.cat([recompute(work, *piece, use_reentrant=False) for piece in pieces], -1)
 
 
-def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor,
-                 z_loss: float = 0.0) -> Tensor:
+def token_losses(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, z_loss: float = 0.0
+) -> Tensor:
     """Cross-entropy (N,) in nats of targets (B, T), 0 where IGNOREd; head: hidden to logits."""
+
     def work(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float()
         losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
@@ -2808,12 +3172,14 @@ PREFERENCE_LOSSES = {
     "hinge": lambda rewards, means, s: F.relu(1 - gap(rewards)),
     # Chowdhury et al. 2024, eq. 10: unbiased under flipped labels, by weights that add up to 1 too
     "robust": lambda rewards, means, s: smoothed(
-        gap(rewards), -s.label_smoothing / (1 - 2 * s.label_smoothing)),
+        gap(rewards), -s.label_smoothing / (1 - 2 * s.label_smoothing)
+    ),
     # D'Oosterlinck et al. 2024, section 3: chosen up and rejected down; or both down, it further
     "apo_zero": lambda rewards, means, s: 1 - rewards[:, 0].sigmoid() + rewards[:, 1].sigmoid(),
     "apo_down": lambda rewards, means, s: rewards[:, 0].sigmoid() + 1 - gap(rewards).sigmoid(),
     "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s.label_smoothing),
-    "orpo": orpo_loss}
+    "orpo": orpo_loss,
+}
 BY_LENGTH = ("ipo", "simpo", "orpo")  # rewards are means a token (Meng et al. 2024, section 2.2)
 REFERENCE_FREE = ("simpo", "orpo")
 PAIR_METRICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "length_bias")
@@ -2821,8 +3187,9 @@ BINS = 10  # of calibration
 JUDGE_METRICS = ("loss", "margin", "accuracy") + ("bin",) * BINS
 
 
-def preference_loss(model: Transformer, ids: Tensor, targets: Tensor, reference: Tensor,
-                    settings: DpoSettings) -> Tensor:
+def preference_loss(
+    model: Transformer, ids: Tensor, targets: Tensor, reference: Tensor, settings: DpoSettings
+) -> Tensor:
     """PAIR_METRICS summed over pairs: ids, targets (2B, T), chosen and rejected in turn; reference:
     log-probs (B, 2). length_bias: by how many tokens the answer of higher reward is longer."""
     logps, side = sequence_logps(model, ids, targets)
@@ -2906,13 +3273,18 @@ def overlong_penalty(lengths: Tensor, most: int, share: float) -> Tensor:
 
 def row_weights(lengths: Tensor, kind: str, rows: float, tokens: float, most: int) -> Tensor:
     """What a token of each completion counts; the sum is then divided by all ranks' `rows`."""
-    return {"sequence": 1 / lengths, "constant": torch.full_like(lengths, 1 / most),
-            "tokens": torch.full_like(lengths, rows / tokens)}[kind]
+    return {
+        "sequence": 1 / lengths,
+        "constant": torch.full_like(lengths, 1 / most),
+        "tokens": torch.full_like(lengths, rows / tokens),
+    }[kind]
 
 
-def completion_logps(model: Transformer, ids: Tensor, targets: Tensor, temperature: Tensor,
-                     spread: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def completion_logps(
+    model: Transformer, ids: Tensor, targets: Tensor, temperature: Tensor, spread: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and entropies (B, T), 0 where ignored, the latter fixed unless `spread`; side."""
+
     def work(hidden: Tensor, targets: Tensor) -> Tensor:
         logps = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
         chosen = logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -2924,9 +3296,17 @@ def completion_logps(model: Transformer, ids: Tensor, targets: Tensor, temperatu
     return *both, side
 
 
-def policy_loss(model: Transformer, ids: Tensor, targets: Tensor, old: Tensor, advantages: Tensor,
-                reference: Tensor, weights: Tensor, scalars: Tensor,
-                settings: PolicySettings) -> Tensor:
+def policy_loss(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    reference: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    settings: PolicySettings,
+) -> Tensor:
     """POLICY_METRICS of completions: the loss, to be divided by the step's rows, sums over tokens,
     and the extreme ratios. ids, targets, old, advantages, reference: (B, T); where old log-probs
     are NaN the ratio is 1. weights (B, 2): what a token counts, and what its plain log-likelihood
@@ -2959,8 +3339,9 @@ def token_values(critic: Transformer, ids: Tensor) -> Tensor:  # (B, T)
     return critic.score(critic.hidden(ids)).squeeze(-1).float()
 
 
-def value_loss(critic: Transformer, ids: Tensor, targets: Tensor, old: Tensor, returns: Tensor,
-               clip: float) -> Tensor:
+def value_loss(
+    critic: Transformer, ids: Tensor, targets: Tensor, old: Tensor, returns: Tensor, clip: float
+) -> Tensor:
     """Half the squared error of a micro-batch's values, not to be had by moving from the old ones
     (B, T) by more than `clip` (0: by any), and how many tokens that holds back."""
     values = token_values(critic, ids)
@@ -2982,20 +3363,25 @@ class Objective(nn.Module):
     def forward(self, *batch: Tensor) -> Tensor:
         return self.loss(self.model, *batch).reshape(-1)
 
+
 # ==================================================================================================
 # Optimisers: parameter groups and schedules
 # ==================================================================================================
 
 # How far a rate has come down from its peak to min_lr, by the share of its descent that is gone
-DESCENTS = {"cosine": lambda gone: 0.5 * (1 - math.cos(math.pi * gone)),
-            "wsd": lambda gone: gone,  # Hu et al. 2024, MiniCPM
-            "wsd_sqrt": math.sqrt,  # Hagele et al. 2024, section 3
-            "constant": lambda gone: 0.0}
+DESCENTS = {
+    "cosine": lambda gone: 0.5 * (1 - math.cos(math.pi * gone)),
+    "wsd": lambda gone: gone,  # Hu et al. 2024, MiniCPM
+    "wsd_sqrt": math.sqrt,  # Hagele et al. 2024, section 3
+    "constant": lambda gone: 0.0,
+}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
 NEWTON_SCHULZ_STEPS = 5
 MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
-MUON_SCALES = {"rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-               "shape": lambda rows, columns: math.sqrt(max(1.0, rows / columns))}
+MUON_SCALES = {
+    "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "shape": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+}
 
 
 def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
@@ -3036,10 +3422,19 @@ class Muon(torch.optim.Optimizer):
     a fused projection that are matrices of their own.
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float,
-                 scale: str):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
-                                  "scale": scale, "rows": None})
+    def __init__(
+        self, groups: list[dict], lr: float, weight_decay: float, momentum: float, scale: str
+    ):
+        super().__init__(
+            groups,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "scale": scale,
+                "rows": None,
+            },
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3056,7 +3451,7 @@ class Muon(torch.optim.Optimizer):
                 size = group["lr"] * MUON_SCALES[group["scale"]](rows, columns)
                 at_once = max(1, MUON_AT_ONCE // math.prod(shape))
                 for i in range(0, len(pairs), at_once):
-                    parts, updates = zip(*pairs[i:i + at_once], strict=True)
+                    parts, updates = zip(*pairs[i : i + at_once], strict=True)
                     updates = torch.stack(updates)
                     directions = orthogonalise(updates.flatten(0, -3)).view_as(updates)
                     torch._foreach_add_(parts, list(directions), alpha=-size)
@@ -3085,22 +3480,42 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return kinds
 
 
-def make_optimizers(model: Transformer, settings: OptimSettings,
-                    device: torch.device) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: Transformer, settings: OptimSettings, device: torch.device
+) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
     kinds, attn = split_parameters(model), model.blocks[0].attn
     muon = settings.optimizer == "muon"
     decayed = kinds["head"] + ([] if muon else kinds["qkv"] + kinds["hidden"])
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay},
-              {"params": kinds["spared"], "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": kinds["spared"], "weight_decay": 0.0},
+    ]
     groups = [g for g in groups if g["params"]]
-    made = [torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2),
-                              fused=device.type in ("cpu", "cuda"))] if groups else []
+    made = (
+        [
+            torch.optim.AdamW(
+                groups,
+                lr=settings.lr,
+                betas=(settings.beta1, settings.beta2),
+                fused=device.type in ("cpu", "cuda"),
+            )
+        ]
+        if groups
+        else []
+    )
     if muon:
         rows = tuple(count * attn.D for count in (attn.H, attn.K, attn.K))
         matrices = [{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}]
-        made.append(Muon([g for g in matrices if g["params"]], settings.muon_lr or settings.lr,
-                         settings.weight_decay, settings.muon_momentum, settings.muon_scale))
+        made.append(
+            Muon(
+                [g for g in matrices if g["params"]],
+                settings.muon_lr or settings.lr,
+                settings.weight_decay,
+                settings.muon_momentum,
+                settings.muon_scale,
+            )
+        )
     return made
 
 
@@ -3109,8 +3524,10 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
         self.live, self.decay = [w for w in model.parameters() if w.requires_grad], decay
-        self.weights = [torch.empty_like(live).copy_(start.detach())
-                        for live, start in zip(self.live, weights or self.live, strict=True)]
+        self.weights = [
+            torch.empty_like(live).copy_(start.detach())
+            for live, start in zip(self.live, weights or self.live, strict=True)
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -3134,8 +3551,9 @@ class Average:
             mine.copy_(kept)
 
 
-def set_step(optimizers: list[torch.optim.Optimizer], settings: OptimSettings, step: int,
-             max_steps: int) -> float:
+def set_step(
+    optimizers: list[torch.optim.Optimizer], settings: OptimSettings, step: int, max_steps: int
+) -> float:
     """Set learning rates and Muon's momentum for a step; returns AdamW's learning rate."""
     scale = lr_scale(step, settings, max_steps)
     warm = min(1.0, step / settings.muon_warmup) if settings.muon_warmup else 1.0
@@ -3148,6 +3566,7 @@ def set_step(optimizers: list[torch.optim.Optimizer], settings: OptimSettings, s
                 group["momentum"] = begin + (settings.muon_momentum - begin) * warm
     return scale * settings.lr
 
+
 # ==================================================================================================
 # Checkpoints: the only place that saves and loads
 # ==================================================================================================
@@ -3155,8 +3574,20 @@ def set_step(optimizers: list[torch.optim.Optimizer], settings: OptimSettings, s
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile and DDP leave in names
 OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
 BROKEN = (  # whatever torch's reader runs into on bytes that lie
-    RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError, ArithmeticError, MemoryError, struct.error, zlib.error, pickle.UnpicklingError)
+    RuntimeError,
+    EOFError,
+    zipfile.BadZipFile,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    pickle.UnpicklingError,
+)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -3180,15 +3611,19 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
         raise disk_error(fault, path) or fault from fault
     except BROKEN as fault:
         if "Weights only load failed" in str(fault) and "GLOBAL" in str(fault):
-            raise UserError(f"{path} holds code besides numbers, and was not loaded",
-                            "use only checkpoints of this program") from fault
+            raise UserError(
+                f"{path} holds code besides numbers, and was not loaded",
+                "use only checkpoints of this program",
+            ) from fault
         raise UserError(f"{path} is damaged or no checkpoint", "name another") from fault
     match checkpoint:
         case {"model": dict(), "config": dict(), **more}:
             if more.get("format", CHECKPOINT_FORMAT) == CHECKPOINT_FORMAT:
                 return checkpoint
-    raise UserError(f"{path} is a file of some other program or of a newer version of this one",
-                    "name a ckpt_*.pt of this one, or update it")
+    raise UserError(
+        f"{path} is a file of some other program or of a newer version of this one",
+        "name a ckpt_*.pt of this one, or update it",
+    )
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -3235,8 +3670,10 @@ def with_base(checkpoint: dict, base: dict, path: Path) -> dict:
     """A checkpoint of adapters, merged into what they adapt; UserError where that has changed."""
     lora = checkpoint["lora"]
     if model_key(base) != lora["key"]:
-        raise UserError(f"{lora['base']} is no longer the model that {path} adapts",
-                        "put the model of that time back")
+        raise UserError(
+            f"{lora['base']} is no longer the model that {path} adapts",
+            "put the model of that time back",
+        )
     weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
     if not checkpoint["config"]["scalar_head"]:
         weights.pop("score.weight", None)
@@ -3262,15 +3699,22 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         config = whole_config(checkpoint["config"], weights, path)
     except BROKEN as fault:
-        raise UserError(f"{path} is of another program or a newer version ({fault})",
-                        "name a ckpt_*.pt of this one, or update it") from fault
+        raise UserError(
+            f"{path} is of another program or a newer version ({fault})",
+            "name a ckpt_*.pt of this one, or update it",
+        ) from fault
     turned = (config.n_head + config.kv_heads) * config.head_size
     for name in [name for name in weights if original and name.endswith("attn.qkv.weight")]:
         pairs = weights[name][:turned].view(-1, config.head_size // 2, 2, config.d_model)
         half = pairs.transpose(1, 2).reshape(turned, config.d_model)  # (x0 x2 …)(x1 x3 …)
         weights[name] = torch.cat((half, weights[name][turned:]))
-    return {**checkpoint, "model": weights, "config": asdict(config),
-            "tokenizer": checkpoint.get("tokenizer"), "original": original}
+    return {
+        **checkpoint,
+        "model": weights,
+        "config": asdict(config),
+        "tokenizer": checkpoint.get("tokenizer"),
+        "original": original,
+    }
 
 
 def build_model(checkpoint: dict, device: torch.device) -> Transformer:
@@ -3290,8 +3734,10 @@ def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
         raise UserError(f"{path} carries no tokenizer", "name its tokenizer.model with --spm")
     tokenizer = Tokenizer.load(spm) if spm else Tokenizer(bytes(own), f"the tokenizer in {path}")
     if tokenizer.vocab_size > ids:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {ids}",
-                        "name the tokenizer.model that this model was trained with")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {ids}",
+            "name the tokenizer.model that this model was trained with",
+        )
     return tokenizer
 
 
@@ -3333,16 +3779,20 @@ def newest_whole(out: Path, resume: bool) -> Path | None:
 
 def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """pytorch_model.bin, config.json and tokenizer.model, for programs that want plain weights."""
-    save_checkpoint(out / "pytorch_model.bin",
-                    {name: w.detach().cpu() for name, w in model.state_dict().items()})
+    save_checkpoint(
+        out / "pytorch_model.bin",
+        {name: w.detach().cpu() for name, w in model.state_dict().items()},
+    )
     with atomic_write(out / "config.json", "w") as file:
         json.dump(asdict(model.config), file, indent=1)
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.data)
 
+
 # ==================================================================================================
 # Gauges: metrics to files and services, and the progress line
 # ==================================================================================================
+
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a last line cut short, so that a run's log goes on."""
@@ -3363,23 +3813,34 @@ def open_sinks(run: RunSettings, out: Path, step: int) -> Iterator[Callable[[dic
         if not name.exists():
             name.write_text(os.urandom(8).hex(), encoding="utf-8")
         service = need("wandb").init(
-            project=run.wandb, dir=str(out), config=asdict(run), resume="allow",
-            name=out.name, id=name.read_text(encoding="utf-8"))
+            project=run.wandb,
+            dir=str(out),
+            config=asdict(run),
+            resume="allow",
+            name=out.name,
+            id=name.read_text(encoding="utf-8"),
+        )
         yield lambda row: service.log(row, step=row["step"])
     if run.tensorboard:
         tensorboard = need("torch.utils.tensorboard", "tensorboard")
         writer = tensorboard.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        yield lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()
-                           if "/" in key and value is not None]
+        yield lambda row: [
+            writer.add_scalar(key, value, row["step"])
+            for key, value in row.items()
+            if "/" in key and value is not None
+        ]
 
 
 def profiler(run: RunSettings, out: Path, talks: bool):
     """Watches steps 5 to 4 + --profile of this start, then tells what took longest; on request."""
+
     def tell(watched) -> None:
         watched.export_chrome_trace(str(out / "profile.json.gz"))
         where = "device" if torch.cuda.is_available() else "cpu"
-        say(watched.key_averages().table(f"self_{where}_time_total", row_limit=10),
-            f"{out / 'profile.json.gz'} opens in ui.perfetto.dev")
+        say(
+            watched.key_averages().table(f"self_{where}_time_total", row_limit=10),
+            f"{out / 'profile.json.gz'} opens in ui.perfetto.dev",
+        )
 
     if not (run.profile and talks):
         return contextlib.nullcontext()
@@ -3399,15 +3860,24 @@ def curve(values: list[float], width: int = 60, height: int = 8) -> str:
     """Numbers as a drawing for the terminal, from the first at the left to the last."""
     columns = [np.mean(part) for part in np.array_split(values, min(width, len(values)))]
     levels = np.linspace(max(columns), min(columns), height)
-    return "\n".join(f"{level:7.3f} " + "".join(" █"[int(value >= level)] for value in columns)
-                     for level in levels)
+    return "\n".join(
+        f"{level:7.3f} " + "".join(" █"[int(value >= level)] for value in columns)
+        for level in levels
+    )
 
 
 class Gauges:
     """What a run tells its logs, services and progress line, read off the device when it does."""
 
-    def __init__(self, out: Path, run: RunSettings, machine: Machine, flops: int, state: dict,
-                 names: tuple[str, ...] = ("loss",)):
+    def __init__(
+        self,
+        out: Path,
+        run: RunSettings,
+        machine: Machine,
+        flops: int,
+        state: dict,
+        names: tuple[str, ...] = ("loss",),
+    ):
         self.out, self.run, self.machine, self.flops, self.names = out, run, machine, flops, names
         zeros = (0.0,) * (len(names) + 1)
         self.sums = torch.tensor(state.get("sums", zeros), device=machine.device)
@@ -3433,8 +3903,10 @@ class Gauges:
         *losses, norm = self.sums.tolist()
         totals = [total / self.machine.world for total in self.machine.total(*losses)] + [norm]
         if not math.isfinite(sum(totals)):
-            raise UserError(f"the loss or its gradient is no longer a number at step {self.step}",
-                            "resume with a lower --lr, more --warmup_steps, or --dtype fp32")
+            raise UserError(
+                f"the loss or its gradient is no longer a number at step {self.step}",
+                "resume with a lower --lr, more --warmup_steps, or --dtype fp32",
+            )
         return totals
 
     def row(self, lr: float) -> dict:
@@ -3443,16 +3915,22 @@ class Gauges:
         speed = self.timed_tokens / max(time.monotonic() - self.stopwatch, 1e-9)
         peak = peak_flops(self.machine.device)
         mfu = speed * self.flops / (peak * self.machine.world) if peak else None
-        row = {**report("train", self.names, losses), "train/grad_norm": norm, "train/lr": lr,
-               "perf/tok_per_s": round(speed, 1), "perf/mfu": mfu}
+        row = {
+            **report("train", self.names, losses),
+            "train/grad_norm": norm,
+            "train/lr": lr,
+            "perf/tok_per_s": round(speed, 1),
+            "perf/mfu": mfu,
+        }
         if self.machine.device.type == "cuda":
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
         used = "unknown" if mfu is None else f"{mfu:.1%}"
         cost = f" ${row['cost/usd']:.2f}" if "cost/usd" in row else ""
-        self.note = (f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s "
-                     f"mfu {used}{cost}")
+        self.note = (
+            f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s mfu {used}{cost}"
+        )
         self.sums.zero_()
         self.steps, self.timed_tokens, self.stopwatch = 0, 0, time.monotonic()
         return row
@@ -3488,8 +3966,14 @@ class Gauges:
 
     def state(self) -> dict:
         """What a resumed run's log goes on from; every rank calls it, for each holds its losses."""
-        return {"sums": self.totals(), "steps": self.steps, "tokens": self.tokens,
-                "seconds": self.elapsed(), "step": self.step}
+        return {
+            "sums": self.totals(),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.elapsed(),
+            "step": self.step,
+        }
+
 
 # ==================================================================================================
 # Loop: the one training loop
@@ -3499,16 +3983,32 @@ BENCH_STEPS = (2, 3)  # to warm up, and timed
 BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
-SAME_ON_RESUME = ("seed", "seq_len", "optimizer", "pack", "loss", "advantage", "lora_rank",
-                  "lora_alpha", "lora_targets", "lora_base", "data_key", "reference")
-NOT_SAME = {"data_key": "other rows in --data", "reference": "another reference, or none",
-            "lora_base": "it adapts another model"}  # where no flag of the name tells it
+SAME_ON_RESUME = (
+    "seed",
+    "seq_len",
+    "optimizer",
+    "pack",
+    "loss",
+    "advantage",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "lora_base",
+    "data_key",
+    "reference",
+)
+NOT_SAME = {
+    "data_key": "other rows in --data",
+    "reference": "another reference, or none",
+    "lora_base": "it adapts another model",
+}  # where no flag of the name tells it
 
 
 @dataclass
 class Job:
     """What one trainer gives the loop: evaluate(module) runs on every rank, samples(model) on rank
     0; less is better of the metric `best`; names of the loss's sums; lora: what adapters adapt."""
+
     kind: str
     model: Transformer
     loss: Callable[..., Tensor]
@@ -3541,9 +4041,14 @@ def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
     speed = ASSUMED_FLOPS.get(key) or 0.3 * (peak_flops(machine.device) or 1e14)
     seconds = flops / speed / machine.world
     worth, able = seconds >= COMPILE_REPAYS_S, can_compile(machine.device)
-    say(f"about {duration(seconds)} of training if not compiled: "
-        + ("compiling first (--compile 0 skips it)" if worth and able else "not compiling"
-           + (", no C++ compiler is found" if worth else "")))
+    say(
+        f"about {duration(seconds)} of training if not compiled: "
+        + (
+            "compiling first (--compile 0 skips it)"
+            if worth and able
+            else "not compiling" + (", no C++ compiler is found" if worth else "")
+        )
+    )
     return worth and able
 
 
@@ -3556,8 +4061,15 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
 class Trainer:
     """One run: its model, optimiser and counters, and the steps that move them."""
 
-    def __init__(self, job: Job, machine: Machine, run: RunSettings, optim: OptimSettings,
-                 args: dict, saved: dict | None):
+    def __init__(
+        self,
+        job: Job,
+        machine: Machine,
+        run: RunSettings,
+        optim: OptimSettings,
+        args: dict,
+        saved: dict | None,
+    ):
         self.job, self.machine, self.run, self.optim, self.args = job, machine, run, optim, args
         self.out = Path(run.out_dir)
         saved = saved or {}  # the model has its weights
@@ -3566,8 +4078,9 @@ class Trainer:
         self.optimizers = make_optimizers(job.model, optim, machine.device)
         self.ema = Average(job.model, optim.ema, saved.get("ema")) if optim.ema else None
         self.averaged = self.ema.in_place if self.ema else contextlib.nullcontext
-        self.scaler = torch.amp.GradScaler(machine.device.type,
-                                           enabled=machine.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            machine.device.type, enabled=machine.dtype == torch.float16
+        )
         if saved:
             load_optimizers(self.optimizers, saved["optim"])
         if saved.get("scaler"):
@@ -3586,15 +4099,22 @@ class Trainer:
         model, lora = self.job.model, self.job.lora
         weights = trained_weights(model) if lora else model.state_dict()
         return {  # its gauges refuse a model whose loss is no number
-            "format": CHECKPOINT_FORMAT, "kind": self.job.kind, "step": self.step,
-            "samples": self.samples, "best_val": self.best_val,
+            "format": CHECKPOINT_FORMAT,
+            "kind": self.job.kind,
+            "step": self.step,
+            "samples": self.samples,
+            "best_val": self.best_val,
             "model": {name: weight.detach() for name, weight in weights.items()},
-            "config": asdict(model.config), "lora": lora,
+            "config": asdict(model.config),
+            "lora": lora,
             "optim": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(), "ema": self.ema.weights if self.ema else None,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
             "args": {**self.args, "step_samples": self.step_samples},
-            "gauges": self.gauges.state(), "tokenizer": self.job.tokenizer.data}
+            "gauges": self.gauges.state(),
+            "tokenizer": self.job.tokenizer.data,
+        }
 
     def due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.run.max_steps
@@ -3602,8 +4122,9 @@ class Trainer:
     def train_step(self, stop: int) -> bool:
         """One optimiser step over all ranks; whether any rank was told to stop."""
         run, machine = self.run, self.machine
-        batch = self.job.stream.step(self.samples, run.batch_size, run.grad_accum_steps,
-                                     machine.rank, machine.world)
+        batch = self.job.stream.step(
+            self.samples, run.batch_size, run.grad_accum_steps, machine.rank, machine.world
+        )
         targets, tokens, stops = machine.total(batch.targets, batch.tokens, stop)
         seed_step(self.args["seed"], self.step, machine.rank)
         lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
@@ -3620,8 +4141,9 @@ class Trainer:
         self.gauges.write(row)
         return bool(stops)
 
-    def accumulate(self, wrapped: nn.Module, micros: Iterable[tuple[Tensor, ...]],
-                   scale: float) -> list[Tensor]:
+    def accumulate(
+        self, wrapped: nn.Module, micros: Iterable[tuple[Tensor, ...]], scale: float
+    ) -> list[Tensor]:
         """Add up the gradient of the micro-batches' losses times `scale`; these, one by one."""
         found, micros = [], list(micros)
         for i, micro in enumerate(micros):
@@ -3658,14 +4180,19 @@ class Trainer:
                     self.gauges.write_samples(self.job.samples(self.job.model))
             self.objective.train()
             if not math.isfinite(sum(row.values())):
-                raise UserError(f"the evaluation at step {self.step} gave no number",
-                                "resume with a lower --lr, or --dtype fp32")
+                raise UserError(
+                    f"the evaluation at step {self.step} gave no number",
+                    "resume with a lower --lr, or --dtype fp32",
+                )
             if row.get(self.job.best, math.inf) < self.best_val:
                 self.best_val = row[self.job.best]
                 self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
         if self.machine.main and not self.gauges.progress.bar and row:
-            print(f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
-                  file=sys.stderr, flush=True)
+            print(
+                f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
+                file=sys.stderr,
+                flush=True,
+            )
         return row
 
     def save(self) -> None:
@@ -3688,8 +4215,11 @@ class Trainer:
         if self.step < self.run.max_steps:
             world = self.machine.world
             launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            say(f"stopped at step {self.step}, saved; go on with:", f"  {launcher} {PROGRAM} "
-                f"{self.job.kind} @{shlex.quote(str(self.out / 'args.txt'))}")
+            say(
+                f"stopped at step {self.step}, saved; go on with:",
+                f"  {launcher} {PROGRAM} "
+                f"{self.job.kind} @{shlex.quote(str(self.out / 'args.txt'))}",
+            )
             return 128 + (signals.received or signal.SIGTERM)
         with self.averaged():
             if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
@@ -3707,41 +4237,60 @@ def keep_step_size(run: RunSettings, saved: dict, world: int) -> None:
         return
     share, rest = divmod(old["step_samples"], world)
     if rest:
-        raise UserError(f"a step of {old['step_samples']} sequences cannot be shared by {world} "
-                        "ranks", "give new --batch_size and --grad_accum_steps")
+        raise UserError(
+            f"a step of {old['step_samples']} sequences cannot be shared by {world} ranks",
+            "give new --batch_size and --grad_accum_steps",
+        )
     run.batch_size = max(b for b in divisors(share) if b <= run.batch_size)
     run.grad_accum_steps = share // run.batch_size
-    say(f"resuming on {world} ranks: --batch_size {run.batch_size} --grad_accum_steps "
-        f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences")
+    say(
+        f"resuming on {world} ranks: --batch_size {run.batch_size} --grad_accum_steps "
+        f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences"
+    )
 
 
-def check_same_run(saved: dict, kind: str, config: ModelSettings, tokenizer: Tokenizer, args: dict,
-                   out: Path) -> None:
+def check_same_run(
+    saved: dict, kind: str, config: ModelSettings, tokenizer: Tokenizer, args: dict, out: Path
+) -> None:
     """Raise UserError where the run in `out` is of another model, tokenizer or trainer."""
     if saved.get("kind") != kind or "gauges" not in saved:
-        raise UserError(f"{out} holds a run of {saved.get('kind', 'the original program')}, not of "
-                        f"{kind}", "name another --out_dir")
+        raise UserError(
+            f"{out} holds a run of {saved.get('kind', 'the original program')}, not of {kind}",
+            "name another --out_dir",
+        )
     same = [key for key in SAME_ON_RESUME if key in args]
     new = {**asdict(config), **{key: args[key] for key in same}}
     old = {"scalar_head": False, **saved["config"], **{k: saved["args"].get(k) for k in same}}
-    unlike = [NOT_SAME.get(k) or f"--{k} {old.get(k)} (now {new[k]})" for k in new
-              if old.get(k) != new[k] and k != "dropout"]
+    unlike = [
+        NOT_SAME.get(k) or f"--{k} {old.get(k)} (now {new[k]})"
+        for k in new
+        if old.get(k) != new[k] and k != "dropout"
+    ]
     unlike += ["another tokenizer"] * (sha256(saved["tokenizer"]) != tokenizer.sha256)
     if unlike:
-        raise UserError(f"{out} holds another run: {', '.join(unlike)}", "name another --out_dir, "
-                        f"or repeat the run's own flags: {kind} @{out}/args.txt")
+        raise UserError(
+            f"{out} holds another run: {', '.join(unlike)}",
+            f"name another --out_dir, or repeat the run's own flags: {kind} @{out}/args.txt",
+        )
 
 
-def time_steps(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
-               run: RunSettings) -> dict:
+def time_steps(
+    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, run: RunSettings
+) -> dict:
     """The gauges' row of a few steps on random tokens, after others that warm up."""
     machine, network = open_machine(device), Transformer(config)
     network.init_weights(device.seed)
     network.to(machine.device).grad_checkpoint = run.grad_checkpoint
     size = sum(BENCH_STEPS) * run.batch_size * config.seq_len + 1
     ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
-    job = Job("bench", network, functools.partial(pretrain_loss, z_loss=optim.z_loss),
-              Windows(ids, config.seq_len, device.seed), lambda module: {}, None)
+    job = Job(
+        "bench",
+        network,
+        functools.partial(pretrain_loss, z_loss=optim.z_loss),
+        Windows(ids, config.seq_len, device.seed),
+        lambda module: {},
+        None,
+    )
     with contextlib.redirect_stderr(io.StringIO()):
         trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
         for count in BENCH_STEPS:
@@ -3751,8 +4300,9 @@ def time_steps(config: ModelSettings, optim: OptimSettings, device: DeviceSettin
     return row
 
 
-def trial(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
-          flags: dict) -> float:
+def trial(
+    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, flags: dict
+) -> float:
     """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
     process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
     step = {name: value for name, value in flags.items() if name != "dtype"}
@@ -3772,8 +4322,9 @@ def trial(config: ModelSettings, optim: OptimSettings, device: DeviceSettings,
     return row["perf/tok_per_s"]
 
 
-def fastest(speed: Callable[[dict], float], flags: dict,
-            changes: Iterable[dict]) -> tuple[dict, float]:
+def fastest(
+    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict]
+) -> tuple[dict, float]:
     """The flags of most speed, and that: each change is made to the best so far, and the batch
     doubled for as long as it pays; layers are recomputed where memory ended that."""
     most, full = 0.0, False
@@ -3793,9 +4344,11 @@ def fastest(speed: Callable[[dict], float], flags: dict,
         full = full or not found
     return flags, most
 
+
 # ==================================================================================================
 # Judges: how good is a model
 # ==================================================================================================
+
 
 def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     """The least and most used expert's share times the experts (1 is even) since the last call."""
@@ -3807,8 +4360,12 @@ def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     return {"moe/least": min(shares), "moe/most": max(shares)} if shares else {}
 
 
-def validate(module: nn.Module, parts: list[tuple[str, float, Batches]], machine: Machine,
-             names: tuple[str, ...] = ("loss",)) -> dict[str, float]:
+def validate(
+    module: nn.Module,
+    parts: list[tuple[str, float, Batches]],
+    machine: Machine,
+    names: tuple[str, ...] = ("loss",),
+) -> dict[str, float]:
     """val/* of an Objective over the parts (name, weight, batches) of all ranks, weighted as
     trained; val/loss/NAME of each named one. A part without targets is passed over."""
     row, means, weights = {}, [], []
@@ -3828,14 +4385,26 @@ def validate(module: nn.Module, parts: list[tuple[str, float, Batches]], machine
     return {**report("val", names, np.average(means, axis=0, weights=weights).tolist()), **row}
 
 
-def perplexity(module: nn.Module, domains: list[tuple[str, TokenFolder, float]], batch_size: int,
-               machine: Machine, seq_len: int, most: int) -> dict[str, float]:
+def perplexity(
+    module: nn.Module,
+    domains: list[tuple[str, TokenFolder, float]],
+    batch_size: int,
+    machine: Machine,
+    seq_len: int,
+    most: int,
+) -> dict[str, float]:
     """val/loss (nats a token), val/ppl and val/bpb of the validation splits, weighted as trained;
     val/loss/NAME of each named domain. `module` is an Objective of pretrain_loss."""
     expert_usage(module.model, machine)  # count from here
     filled = [d for d in domains if len(d[1].val) > 1]
-    parts = [(name, weight, evaluation_batches(folder.val, seq_len, batch_size, most, machine.rank,
-                                               machine.world)) for name, folder, weight in filled]
+    parts = [
+        (
+            name,
+            weight,
+            evaluation_batches(folder.val, seq_len, batch_size, most, machine.rank, machine.world),
+        )
+        for name, folder, weight in filled
+    ]
     row = validate(module, parts, machine)
     if not row:
         return {}
@@ -3852,7 +4421,7 @@ def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Mach
     mine = np.arange(machine.rank, stream.count, machine.world)
     progress = Progress("reference log-probs", len(mine), "rows", talks=machine.main)
     for i in range(0, len(mine), batch_size):
-        places = mine[i:i + batch_size]
+        places = mine[i : i + batch_size]
         ids, targets, _ = map(machine.to_device, stream.collate(stream.items(places)))
         with machine.autocast():
             result[places] = sequence_logps(model, ids, targets)[0].view(len(places), -1).cpu()
@@ -3862,8 +4431,9 @@ def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Mach
 
 
 @torch.inference_mode()
-def score_answers(model: Transformer, tokenizer: Tokenizer, chats: list[Turns], batch_size: int,
-                  machine: Machine) -> list[float]:
+def score_answers(
+    model: Transformer, tokenizer: Tokenizer, chats: list[Turns], batch_size: int, machine: Machine
+) -> list[float]:
     """A reward model's score of the last answer of each conversation, of long ones by their end."""
     limit, scores = model.config.seq_len, []
     read = [np.array(encode_chat(tokenizer, turns)[0][-limit:]) for turns in chats]
@@ -3875,13 +4445,16 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, chats: list[Turns], 
     return scores
 
 
-def sample_answers(model: Transformer, tokenizer: Tokenizer, questions: list[Turns], most: int,
-                   dtype: torch.dtype) -> list[dict]:
+def sample_answers(
+    model: Transformer, tokenizer: Tokenizer, questions: list[Turns], most: int, dtype: torch.dtype
+) -> list[dict]:
     """The likeliest answers to fixed questions, as rows of samples.jsonl."""
     prompts, eos = [encode_chat(tokenizer, q, reply=True)[0] for q in questions], tokenizer.eos
     answers = complete(model, prompts, SamplingSettings(most, 0.0), 0, frozenset({eos}), dtype)
-    return [{"prompt": turns[-1][1], "answer": tokenizer.decode(ids), "ended": ids[-1:] == [eos]}
-            for turns, ids in zip(questions, answers, strict=True)]
+    return [
+        {"prompt": turns[-1][1], "answer": tokenizer.decode(ids), "ended": ids[-1:] == [eos]}
+        for turns, ids in zip(questions, answers, strict=True)
+    ]
 
 
 def open_judge(path: str, spm: str, machine: Machine) -> tuple[Transformer, Tokenizer]:
@@ -3896,9 +4469,13 @@ NUMBER = re.compile(  # a minus behind a number or a word subtracts
     r"(?P<minus>(?<![\w.)])(?<![\d)%]\s)[-−]\s?|[$€£]-)?[$€£]?"
     r"(?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}"
     r"|(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<over>\d+))?)"
-    r"\s?(?P<percent>\\?%)?")
-MARKED = re.compile(r"####\s*([^\n]+)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)</answer>"
-                    r"|\banswer(?: is\b:?|:)\s*(?=([^\n]+))", re.I | re.S)
+    r"\s?(?P<percent>\\?%)?"
+)
+MARKED = re.compile(
+    r"####\s*([^\n]+)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)</answer>"
+    r"|\banswer(?: is\b:?|:)\s*(?=([^\n]+))",
+    re.I | re.S,
+)
 CHOICE = re.compile(r"^\W*(?![AI]\s+[\w'])([A-Z])(?![\w'])|\(([A-Z])\)|\b([A-Z])(?=[).:,]|\W*$)")
 
 
@@ -3927,7 +4504,7 @@ def number_reward(prompt: str, completion: str, row: dict) -> float:
     if wanted is None or given is None:
         return 0.0
     near = wanted[0], wanted[0] * Fraction(100) ** (given[1] - wanted[1])
-    return float(any(abs(given[0] - value) <= abs(value) / 10 ** 6 for value in near))
+    return float(any(abs(given[0] - value) <= abs(value) / 10**6 for value in near))
 
 
 def choice_letter(text: str) -> str | None:
@@ -3955,12 +4532,14 @@ def countdown_reward(prompt: str, completion: str, row: dict) -> float:
 REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completion, row
     "number": number_reward,
     "choice": lambda prompt, text, row: float(
-        choice_letter(text) == (choice_letter(str(row["answer"])) or "")),
+        choice_letter(text) == (choice_letter(str(row["answer"])) or "")
+    ),
     "exact": lambda prompt, text, row: float(text.strip() == str(row["answer"]).strip()),
     "regex": lambda prompt, text, row: float(re.search(row["pattern"], text) is not None),
     "format": lambda prompt, text, row: float(marked_answer(text) is not None),
     "length": lambda prompt, text, row: -len(text) / 1000,  # a point for 1,000 characters
-    "countdown": countdown_reward}
+    "countdown": countdown_reward,
+}
 REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
 RUN_FILE = functools.cache(runpy.run_path)  # once in each process
 
@@ -3978,8 +4557,10 @@ class UserReward:
         self.pool, self.told = None, set()
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
         if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
-            raise UserError(f"{path} has no function {name}",
-                            f"write def {name}(prompt, completion, row): return a number")
+            raise UserError(
+                f"{path} has no function {name}",
+                f"write def {name}(prompt, completion, row): return a number",
+            )
 
     def __call__(self, prompt: str, completion: str, row: dict) -> float:
         try:
@@ -4024,8 +4605,10 @@ class Rewards:
         path, _, name = what.partition(".py:")
         path += ".py" if name else ""
         if not what or not Path(path).exists():
-            raise UserError(f"--reward {what} is neither known, nor FILE.py:FUNCTION, nor a file",
-                            f"choose {either(REWARDS)}")
+            raise UserError(
+                f"--reward {what} is neither known, nor FILE.py:FUNCTION, nor a file",
+                f"choose {either(REWARDS)}",
+            )
         if not name:
             return open_judge(path, "", self.machine)
         try:
@@ -4056,6 +4639,7 @@ class Rewards:
                 columns.append([part(one.turns[-1][1], text, one.row) for one, text in pairs])
         return np.array(columns, dtype=np.float64).T
 
+
 # ==================================================================================================
 # Rollouts: generate, judge, advantage, update
 # ==================================================================================================
@@ -4066,6 +4650,7 @@ ENTROPY_STEP = 0.005  # by which the bonus moves a step (He et al. 2025, Skywork
 @dataclass(frozen=True)
 class Completion:
     """A sampled answer: its ids (n,), its text, whether it ended itself, its rewards by part."""
+
     problem: Problem
     ids: np.ndarray
     text: str
@@ -4081,23 +4666,39 @@ class Completion:
 class Sampler:
     """Draws completions from a model in training and has them judged."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, rewards: Rewards,
-                 settings: RolloutSettings, machine: Machine, compiled: bool):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        rewards: Rewards,
+        settings: RolloutSettings,
+        machine: Machine,
+        compiled: bool,
+    ):
         self.model, self.tokenizer, self.rewards = model, tokenizer, rewards
         self.settings, self.machine, self.compiled = settings, machine, compiled
         self.latest: list[list[Completion]] = []
 
-    def draw(self, problems: list[Problem], count: int, temperature: float, seed: int,
-             first: int) -> list[list[Completion]]:
+    def draw(
+        self, problems: list[Problem], count: int, temperature: float, seed: int, first: int
+    ) -> list[list[Completion]]:
         """`count` completions of each problem; `first` numbers the first one, for its chance."""
         s, eos = self.settings, self.tokenizer.eos
         asked = [one for one in problems for _ in range(count)]
         sampling = SamplingSettings(s.max_new_tokens, temperature, 0, 1.0)
         self.model.eval()
         with self.machine.autocast():
-            found = complete(self.model, [one.ids.tolist() for one in asked], sampling, seed,
-                             frozenset({eos}), self.machine.dtype, first, s.rollout_batch,
-                             self.compiled)
+            found = complete(
+                self.model,
+                [one.ids.tolist() for one in asked],
+                sampling,
+                seed,
+                frozenset({eos}),
+                self.machine.dtype,
+                first,
+                s.rollout_batch,
+                self.compiled,
+            )
         texts = [self.tokenizer.decode(ids) for ids in found]
         scores = self.rewards.score(asked, texts)
         totals = scores @ np.array(self.rewards.weights)
@@ -4105,9 +4706,11 @@ class Sampler:
             lengths = torch.tensor(list(map(len, found)))
             totals += overlong_penalty(lengths, s.max_new_tokens, s.overlong).numpy()
         rows = zip(asked, found, texts, scores, totals, strict=True)
-        made = [Completion(one, np.array(ids), text, ids[-1] == eos, score, float(total))
-                for one, ids, text, score, total in rows]
-        self.latest = [made[i:i + count] for i in range(0, len(made), count)]
+        made = [
+            Completion(one, np.array(ids), text, ids[-1] == eos, score, float(total))
+            for one, ids, text, score, total in rows
+        ]
+        self.latest = [made[i : i + count] for i in range(0, len(made), count)]
         return self.latest
 
     def evaluate(self, prompts: Prompts, seed: int) -> dict[str, float]:
@@ -4116,31 +4719,66 @@ class Sampler:
         s, machine = self.settings, self.machine
         places = np.arange(min(prompts.count, s.eval_prompts))
         own = np.array_split(places, machine.world)[machine.rank]
-        groups = self.draw(prompts.items(own), s.eval_samples, s.temperature,
-                           derive_seed(seed, "eval"), own[0] * s.eval_samples) if len(own) else []
+        groups = (
+            self.draw(
+                prompts.items(own),
+                s.eval_samples,
+                s.temperature,
+                derive_seed(seed, "eval"),
+                own[0] * s.eval_samples,
+            )
+            if len(own)
+            else []
+        )
         sums = np.zeros(4)
         for group in groups:
             right = [one.right for one in group]
-            sums += (np.mean(right), any(right), np.mean([one.reward for one in group]),
-                     np.mean([len(one.ids) for one in group]))
+            sums += (
+                np.mean(right),
+                any(right),
+                np.mean([one.reward for one in group]),
+                np.mean([len(one.ids) for one in group]),
+            )
         first, some, reward, length = (total / len(places) for total in machine.total(*sums))
-        return {"val/pass@1": first, f"val/pass@{s.eval_samples}": some, "val/reward": reward,
-                "val/length": length, "val/error": 1 - first}
+        return {
+            "val/pass@1": first,
+            f"val/pass@{s.eval_samples}": some,
+            "val/reward": reward,
+            "val/length": length,
+            "val/error": 1 - first,
+        }
 
     def shown(self) -> list[dict]:
         """A few of the latest completions, as rows of samples.jsonl."""
-        return [{"prompt": one.problem.turns[-1][1], "answer": one.text, "ended": one.ended,
-                 "reward": one.reward, **dict(zip(self.rewards.parts, one.scores, strict=True))}
-                for one, *_ in self.latest[:self.settings.samples]]
+        return [
+            {
+                "prompt": one.problem.turns[-1][1],
+                "answer": one.text,
+                "ended": one.ended,
+                "reward": one.reward,
+                **dict(zip(self.rewards.parts, one.scores, strict=True)),
+            }
+            for one, *_ in self.latest[: self.settings.samples]
+        ]
 
 
 class PolicyTrainer(Trainer):
     """Trains a policy on its own completions. A step is one batch of these with all its updates,
     so that a run resumes between two."""
 
-    def __init__(self, job: Job, machine: Machine, run: RunSettings, optim: OptimSettings,
-                 args: dict, saved: dict | None, sampler: Sampler, policy: PolicySettings,
-                 value: ValueSettings, critic: Transformer | None):
+    def __init__(
+        self,
+        job: Job,
+        machine: Machine,
+        run: RunSettings,
+        optim: OptimSettings,
+        args: dict,
+        saved: dict | None,
+        sampler: Sampler,
+        policy: PolicySettings,
+        value: ValueSettings,
+        critic: Transformer | None,
+    ):
         super().__init__(job, machine, run, optim, args, saved)
         self.sampler, self.policy, self.value, saved = sampler, policy, value, saved or {}
         self.share = sampler.settings.prompts // machine.world  # of the prompts
@@ -4149,8 +4787,9 @@ class PolicyTrainer(Trainer):
         self.critic, self.critic_model, self.critic_optimizers = None, critic, []
         if critic is not None:
             loss = Objective(critic, functools.partial(value_loss, clip=value.value_clip))
-            self.critic = distribute(torch.compile(loss, dynamic=False) if self.compiled else loss,
-                                     machine)
+            self.critic = distribute(
+                torch.compile(loss, dynamic=False) if self.compiled else loss, machine
+            )
             self.critic_optim = replace(optim, lr=value.value_lr or 2 * optim.lr)
             self.critic_optimizers = make_optimizers(critic, self.critic_optim, machine.device)
             if saved:
@@ -4158,10 +4797,13 @@ class PolicyTrainer(Trainer):
                 load_optimizers(self.critic_optimizers, saved["critic_optim"])
 
     def checkpoint(self) -> dict:
-        return {**super().checkpoint(), "entropy": (self.bonus, self.entropy),
-                "critic": self.critic_model.state_dict() if self.critic_model else None,
-                "critic_optim": [o.state_dict() for o in self.critic_optimizers],
-                "reference": self.reference.weights if self.reference else None}
+        return {
+            **super().checkpoint(),
+            "entropy": (self.bonus, self.entropy),
+            "critic": self.critic_model.state_dict() if self.critic_model else None,
+            "critic_optim": [o.state_dict() for o in self.critic_optimizers],
+            "reference": self.reference.weights if self.reference else None,
+        }
 
     def temperature(self) -> float:
         s, way = self.sampler.settings, self.step / max(1, self.run.max_steps - 1)
@@ -4177,16 +4819,24 @@ class PolicyTrainer(Trainer):
             first = self.samples + machine.rank * self.share
             lacking = max(0, self.share - len(kept))
             own = first + np.arange(min(self.share, 2 * lacking))  # some of these may be dull too
-            groups = self.sampler.draw(
-                self.job.stream.samples(own), s.group_size, self.temperature(),
-                derive_seed(self.args["seed"], "rollout"), first * s.group_size) if lacking else []
+            groups = (
+                self.sampler.draw(
+                    self.job.stream.samples(own),
+                    s.group_size,
+                    self.temperature(),
+                    derive_seed(self.args["seed"], "rollout"),
+                    first * s.group_size,
+                )
+                if lacking
+                else []
+            )
             for group in groups:
                 (kept if len({one.reward for one in group}) > 1 else dull).append(group)
             self.samples += s.prompts
             draws += 1
             [missing] = machine.total(max(0, self.share - len(kept)))
         drawn, alike = machine.total(len(kept) + len(dull), len(dull))
-        rows = [one for group in (kept + dull)[:self.share] for one in group]
+        rows = [one for group in (kept + dull)[: self.share] for one in group]
         return rows, {"train/zero_spread": alike / drawn, "train/draws": draws}
 
     def micros(self, rows: list[Completion]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
@@ -4201,12 +4851,13 @@ class PolicyTrainer(Trainer):
         lengths = [len(one.ids) for one in rows]
         places = torch.arange(sum(lengths)).split(lengths)
         order = sorted(range(len(rows)), key=lambda i: len(whole[i].ids))
-        for chosen in (order[i:i + size] for i in range(0, len(order), size)):
+        for chosen in (order[i : i + size] for i in range(0, len(order), size)):
             tokens = torch.cat([places[i] for i in chosen])
             yield chosen, tokens, *chats.collate(chats.items(chosen))
 
-    def laid_out(self, rows: list[Completion], parts: list[Tensor],
-                 *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def laid_out(
+        self, rows: list[Completion], parts: list[Tensor], *more: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Micro-batches with numbers of the completions' tokens (B, T), and of each row."""
         for chosen, tokens, ids, targets in self.micros(rows):
             laid = torch.zeros(len(parts), *ids.shape)
@@ -4254,14 +4905,22 @@ class PolicyTrainer(Trainer):
         the step's rows and tokens on all ranks."""
         lengths, right = torch.tensor([(float(len(one.ids)), one.right) for one in rows]).T
         count, tokens, right_tokens = self.machine.total(
-            len(rows), lengths.sum(), (lengths * right).sum())
-        own = row_weights(lengths, self.policy.normalise, count, tokens,
-                          self.sampler.settings.max_new_tokens)
+            len(rows), lengths.sum(), (lengths * right).sum()
+        )
+        own = row_weights(
+            lengths, self.policy.normalise, count, tokens, self.sampler.settings.max_new_tokens
+        )
         plain = self.policy.lm_loss * right * count / max(1.0, right_tokens)
         return torch.stack((own, plain), 1), count, tokens
 
-    def improve(self, rows: list[Completion], advantages: Tensor, weights: Tensor,
-                count: float, tokens: float) -> tuple[dict[str, float], Tensor, Tensor]:
+    def improve(
+        self,
+        rows: list[Completion],
+        advantages: Tensor,
+        weights: Tensor,
+        count: float,
+        tokens: float,
+    ) -> tuple[dict[str, float], Tensor, Tensor]:
         """The policy's updates on the step's completions: its metrics, loss and gradient norm."""
         machine, policy, found = self.machine, self.policy, []
         now = torch.full_like(advantages, math.nan)
@@ -4272,8 +4931,9 @@ class PolicyTrainer(Trainer):
         scalars = torch.tensor([self.temperature(), bonus]).repeat(len(rows), 1)
         scale = machine.world / count
         for update in range(policy.updates):
-            micros = self.laid_out(rows, [old if update else now, advantages, reference], weights,
-                                   scalars)
+            micros = self.laid_out(
+                rows, [old if update else now, advantages, reference], weights, scalars
+            )
             found += self.accumulate(self.wrapped, micros, scale)
             norm = self.update(self.job.model, self.optimizers)
         table = torch.stack(found).cpu() / scale  # (updates and micro-batches, metrics)
@@ -4289,8 +4949,9 @@ class PolicyTrainer(Trainer):
             self.bonus = row["train/entropy_bonus"] = max(0.0, self.bonus + move)
         return row, loss.to(norm.device) * scale, norm
 
-    def teach_critic(self, rows: list[Completion], values: Tensor, returns: Tensor,
-                     tokens: float) -> dict[str, float]:
+    def teach_critic(
+        self, rows: list[Completion], values: Tensor, returns: Tensor, tokens: float
+    ) -> dict[str, float]:
         """The value model's updates; what it explained of the returns before them (1 is all)."""
         machine = self.machine
         set_step(self.critic_optimizers, self.critic_optim, self.step, self.run.max_steps)
@@ -4298,19 +4959,30 @@ class PolicyTrainer(Trainer):
             micros = self.laid_out(rows, [values, returns])
             found = self.accumulate(self.critic, micros, machine.world / tokens)
             self.update(self.critic_model, self.critic_optimizers)
-        loss, clipped, *sums = machine.total(*sum(found), *(power.sum() for part in (
-            returns, returns - values) for power in (part, part.square())))
+        loss, clipped, *sums = machine.total(
+            *sum(found),
+            *(
+                power.sum()
+                for part in (returns, returns - values)
+                for power in (part, part.square())
+            ),
+        )
         spread, error = (sums[i + 1] - sums[i] ** 2 / tokens for i in (0, 2))
-        row = {"value_loss": loss / machine.world, "value_clipped": clipped / machine.world,
-               "value_explained": 1 - error / spread if spread > 1e-9 else 0.0}
+        row = {
+            "value_loss": loss / machine.world,
+            "value_clipped": clipped / machine.world,
+            "value_explained": 1 - error / spread if spread > 1e-9 else 0.0,
+        }
         return {f"train/{key}": number for key, number in row.items()}
 
     def reward_row(self, rows: list[Completion], count: float) -> dict[str, float]:
         """Means over all completions of the step, on all ranks."""
         parts = (f"reward/{name}" for name in self.sampler.rewards.parts)
         names = (*parts, "reward", "length", "truncated", "right")
-        sums = np.sum([(*one.scores, one.reward, len(one.ids), not one.ended, one.right)
-                       for one in rows], axis=0)
+        sums = np.sum(
+            [(*one.scores, one.reward, len(one.ids), not one.ended, one.right) for one in rows],
+            axis=0,
+        )
         means = (total / count for total in self.machine.total(*sums))
         return report("train", names, means) | {"train/temperature": self.temperature()}
 
@@ -4325,8 +4997,11 @@ class PolicyTrainer(Trainer):
         rows, row = self.gather()
         times.append(time.monotonic())
         self.objective.train()
-        values = self.measure(rows, lambda ids, targets: token_values(self.critic_model, ids)) \
-            if self.critic else torch.zeros(0)
+        values = (
+            self.measure(rows, lambda ids, targets: token_values(self.critic_model, ids))
+            if self.critic
+            else torch.zeros(0)
+        )
         advantages, returns = self.advantages(rows, values)
         weights, count, tokens = self.weights(rows)
         row |= self.reward_row(rows, count)
@@ -4353,9 +5028,11 @@ class PolicyTrainer(Trainer):
         self.gauges.write(row)
         return bool(stops)
 
+
 # ==================================================================================================
 # Commands: one cmd_* for each subcommand: wiring only
 # ==================================================================================================
+
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     with atomic_write(path, "w") as file:
@@ -4367,17 +5044,29 @@ def cmd_prep(settings: PrepSettings) -> int:
     meta = prepare(settings)
     seconds = max(time.monotonic() - began, 1e-9)
     total = sum(counts["bytes"] for counts in meta["splits"].values())
-    say(*(f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-          f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)"
-          for name, counts in meta["splits"].items()),
+    say(
+        *(
+            f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)"
+            for name, counts in meta["splits"].items()
+        ),
         f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
         f"{total / 1e6 / seconds:.1f} MB/s",
-        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}")
+        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}",
+    )
     return 0
 
 
-def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings, groups: tuple,
-              told: dict, epochs: float = 1.0, make: Callable[..., Trainer] = Trainer) -> int:
+def train_job(
+    job: Job,
+    machine: Machine,
+    run: RunSettings,
+    optim: OptimSettings,
+    groups: tuple,
+    told: dict,
+    epochs: float = 1.0,
+    make: Callable[..., Trainer] = Trainer,
+) -> int:
     """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
     model, stream, out = job.model, job.stream, Path(run.out_dir)
     args, args_text = settings_dict(*groups) | told, settings_text(*groups)
@@ -4391,47 +5080,70 @@ def train_job(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings
     samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
     step_tokens = samples * job.sample_tokens
     run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
+
     def begin() -> None:  # OSError here costs no paid hour
         with atomic_write(out / "args.txt", "w") as file:
             file.write(args_text)
         for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
             half.unlink()
+
     machine.on_main(begin)
     trained = sum(w.numel() for w in trained_weights(model).values()) / total
-    say(f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
+    say(
+        f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
         f"{f'{trained:.1%} of them trained, ' if job.lora else ''}"
         f"{model.config.n_layer} layers, context {model.config.seq_len}",
-        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.'):]}",
+        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
         f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
         f"the run {short(step_tokens * run.max_steps)} "
         f"({samples * run.max_steps / stream.count:.2g} epochs)",
-        *([f"resuming {out} after step {saved['step']}"] if saved else []))
+        *([f"resuming {out} after step {saved['step']}"] if saved else []),
+    )
     trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
     if code := trainer.fit():
         return code
     folder, newest = (shlex.quote(str(p)) for p in (out, checkpoint_path(out)))
     chat, best = "" if job.kind == "train" else " --chat", trainer.best_val
-    more = [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"] if job.kind == "reward" else [
-        f"{PROGRAM} generate --ckpt {folder}{chat} --prompt \"…\"",
-        f"convert_to_llama.py --ckpt {newest} --out {folder}/hf"]
-    say(f"done after {trainer.step} steps in {duration(trainer.gauges.elapsed())}; "
-        + (f"best {job.best} {best:.4f}; " if best < math.inf else "") + "next:",
-        *(f"  python {line}" for line in more))
+    more = (
+        [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
+        if job.kind == "reward"
+        else [
+            f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
+            f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
+        ]
+    )
+    say(
+        f"done after {trainer.step} steps in {duration(trainer.gauges.elapsed())}; "
+        + (f"best {job.best} {best:.4f}; " if best < math.inf else "")
+        + "next:",
+        *(f"  python {line}" for line in more),
+    )
     return 0
 
 
-def cmd_train(run: RunSettings, data: DataSettings, model: ModelSettings, optim: OptimSettings,
-              device: DeviceSettings) -> int:
+def cmd_train(
+    run: RunSettings,
+    data: DataSettings,
+    model: ModelSettings,
+    optim: OptimSettings,
+    device: DeviceSettings,
+) -> int:
     machine, domains = open_machine(device), open_domains(data)
     tokenizer = domains[0][1].tokenizer
     config = replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
     network = Transformer(config)
     network.init_weights(device.seed)
     windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
-    job = Job("train", network, functools.partial(pretrain_loss, z_loss=optim.z_loss),
-              mixed(windows, [weight for *_, weight in domains]),
-              lambda module: perplexity(module, domains, run.batch_size, machine, config.seq_len,
-                                        run.eval_tokens), tokenizer)
+    job = Job(
+        "train",
+        network,
+        functools.partial(pretrain_loss, z_loss=optim.z_loss),
+        mixed(windows, [weight for *_, weight in domains]),
+        lambda module: perplexity(
+            module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
+        ),
+        tokenizer,
+    )
     return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
 
 
@@ -4443,8 +5155,17 @@ Prompt = tuple[Turns, object]  # what is to be answered, and the answer that a r
 class Tuning:
     """What sft, dpo, reward and grpo share: the model they start from, their rows, their run."""
 
-    def __init__(self, kind: str, run: RunSettings, tune: TuneSettings, lora: LoraSettings,
-                 optim: OptimSettings, device: DeviceSettings, *more, **config):
+    def __init__(
+        self,
+        kind: str,
+        run: RunSettings,
+        tune: TuneSettings,
+        lora: LoraSettings,
+        optim: OptimSettings,
+        device: DeviceSettings,
+        *more,
+        **config,
+    ):
         self.task = next((one for one in more if isinstance(one, TaskSettings) and one.task), None)
         if bool(tune.data) == bool(self.task):
             what = "--data and --task are both given" if tune.data else "--data is missing"
@@ -4460,13 +5181,21 @@ class Tuning:
         old = ModelSettings(**base["config"])
         original = old.rope_original or round(old.seq_len / old.rope_factor)
         self.config = replace(
-            old, seq_len=tune.seq_len or old.seq_len, dropout=tune.dropout,
-            bos_id=self.tokenizer.bos, rope_original=original if old.rope_scaling != "none" else 0,
-            **{"doc_mask": False, "scalar_head": False, **config})
+            old,
+            seq_len=tune.seq_len or old.seq_len,
+            dropout=tune.dropout,
+            bos_id=self.tokenizer.bos,
+            rope_original=original if old.rope_scaling != "none" else 0,
+            **{"doc_mask": False, "scalar_head": False, **config},
+        )
         self.questions: list[Turns] = []  # of rows that are held out
 
-    def parts(self, parse: Callable[[dict], Row], make: Callable[..., Example | None],
-              stream: Callable[..., Stream] = Groups) -> tuple[list[Part], list[Part]]:
+    def parts(
+        self,
+        parse: Callable[[dict], Row],
+        make: Callable[..., Example | None],
+        stream: Callable[..., Stream] = Groups,
+    ) -> tuple[list[Part], list[Part]]:
         """Rows to train on and rows held out; make is example or last_answer, and a stream is
         made of groups of them, what is known of each, the context length and the seed."""
         tune, learned, train, val = self.tune, [], [], []
@@ -4474,8 +5203,12 @@ class Tuning:
         one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
 
         def part(name: str, weight: float, rows: list[Row], kind: str = "") -> Part:
-            groups, kept = fit_rows([row[0] for row in rows], one, self.tokenizer.eos,
-                                    f"{kind}rows{' of ' * bool(name)}{name}")
+            groups, kept = fit_rows(
+                [row[0] for row in rows],
+                one,
+                self.tokenizer.eos,
+                f"{kind}rows{' of ' * bool(name)}{name}",
+            )
             if kind:
                 self.questions += [rows[i][0][0][:-1] for i in kept]
             else:
@@ -4501,19 +5234,31 @@ class Tuning:
         network.init_weights(self.seed)
         if network.score is not None and not network.config.tie:
             network.lm_head.requires_grad_(False)  # it has no part in a score
-        network.load_state_dict({k: w for k, w in self.weights.items() if k != "score.weight"},
-                                strict=False)
+        network.load_state_dict(
+            {k: w for k, w in self.weights.items() if k != "score.weight"}, strict=False
+        )
         return network.to(self.machine.device)
 
-    def start(self, network: Transformer, train: list[Part], val: list[Part],
-              loss: Callable[..., Tensor], names: tuple[str, ...] = ("loss",),
-              make: Callable[..., Trainer] = Trainer, **how) -> int:
+    def start(
+        self,
+        network: Transformer,
+        train: list[Part],
+        val: list[Part],
+        loss: Callable[..., Tensor],
+        names: tuple[str, ...] = ("loss",),
+        make: Callable[..., Trainer] = Trainer,
+        **how,
+    ) -> int:
         """Train the network, or adapters of it, on the rows; `how` is more of a Job."""
         run, machine, lora = self.run, self.machine, None
         if self.lora.lora_rank:
             attach_lora(network, self.lora, self.seed)
-            lora = {"base": str(self.path.resolve()), "key": self.key, "scale": self.lora.scale,
-                    **asdict(self.lora)}
+            lora = {
+                "base": str(self.path.resolve()),
+                "key": self.key,
+                "scale": self.lora.scale,
+                **asdict(self.lora),
+            }
 
         def evaluate(module: nn.Module) -> dict[str, float]:
             share = run.batch_size, run.eval_tokens, machine.rank, machine.world
@@ -4521,29 +5266,57 @@ class Tuning:
             return validate(module, parts, machine, names)
 
         stream = mixed([stream for *_, stream in train], [weight for _, weight, _ in train])
-        job = Job(self.kind, network, loss, stream, tokenizer=self.tokenizer, names=names,
-                  lora=lora, **{"evaluate": evaluate, **how})
+        job = Job(
+            self.kind,
+            network,
+            loss,
+            stream,
+            tokenizer=self.tokenizer,
+            names=names,
+            lora=lora,
+            **{"evaluate": evaluate, **how},
+        )
         self.weights = None  # the network has them
-        code = train_job(job, machine, run, self.optim, self.groups, self.told, self.tune.epochs,
-                         make)
+        code = train_job(
+            job, machine, run, self.optim, self.groups, self.told, self.tune.epochs, make
+        )
         if code == 0 and lora and self.lora.lora_merge:
             kept = ("format", "kind", "step", "samples", "best_val", "model", "config", "tokenizer")
-            machine.on_main(lambda: save_checkpoint(Path(run.out_dir) / "merged.pt", {
-                k: value for k, value in load_checkpoint(run.out_dir).items() if k in kept}))
+            machine.on_main(
+                lambda: save_checkpoint(
+                    Path(run.out_dir) / "merged.pt",
+                    {k: value for k, value in load_checkpoint(run.out_dir).items() if k in kept},
+                )
+            )
         return code
 
 
-def cmd_sft(run: TuneRun, tune: TuneSettings, task: TaskSettings, sft: SftSettings,
-            lora: LoraSettings, optim: TuneOptim, device: DeviceSettings) -> int:
+def cmd_sft(
+    run: TuneRun,
+    tune: TuneSettings,
+    task: TaskSettings,
+    sft: SftSettings,
+    lora: LoraSettings,
+    optim: TuneOptim,
+    device: DeviceSettings,
+) -> int:
     tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
     train, val = tuning.parts(
-        lambda row: ([conversation(row)], None), example, lambda groups, _, seq_len, seed: Chats(
-            [one for one, in groups], seq_len, seed, sft.pack))
-    questions = tuning.questions[:sft.samples]
-    samples = functools.partial(sample_answers, tokenizer=tuning.tokenizer, questions=questions,
-                                most=sft.sample_tokens, dtype=tuning.machine.dtype)
-    return tuning.start(tuning.network(), train, val, pretrain_loss,
-                        samples=samples if questions else None)
+        lambda row: ([conversation(row)], None),
+        example,
+        lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, sft.pack),
+    )
+    questions = tuning.questions[: sft.samples]
+    samples = functools.partial(
+        sample_answers,
+        tokenizer=tuning.tokenizer,
+        questions=questions,
+        most=sft.sample_tokens,
+        dtype=tuning.machine.dtype,
+    )
+    return tuning.start(
+        tuning.network(), train, val, pretrain_loss, samples=samples if questions else None
+    )
 
 
 def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -> None:
@@ -4563,11 +5336,17 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
                 np.save(out, logps)
                 break  # the first place that takes it
     for stream in streams:
-        stream.numbers, logps = logps[:stream.count], logps[stream.count:]
+        stream.numbers, logps = logps[: stream.count], logps[stream.count :]
 
 
-def cmd_dpo(run: TuneRun, tune: TuneSettings, dpo: DpoSettings, lora: LoraSettings,
-            optim: DpoOptim, device: DeviceSettings) -> int:
+def cmd_dpo(
+    run: TuneRun,
+    tune: TuneSettings,
+    dpo: DpoSettings,
+    lora: LoraSettings,
+    optim: DpoOptim,
+    device: DeviceSettings,
+) -> int:
     tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
     train, val = tuning.parts(lambda row: (list(preference(row)), [0.0]), last_answer)
     network, loss = tuning.network(), functools.partial(preference_loss, settings=dpo)
@@ -4584,26 +5363,46 @@ def judged(row: dict) -> Row:
     return [conversation(row)], [float(row["label"])]
 
 
-def score_rows(reward: RewardSettings, run: RunSettings, tune: TuneSettings,
-               device: DeviceSettings) -> int:
+def score_rows(
+    reward: RewardSettings, run: RunSettings, tune: TuneSettings, device: DeviceSettings
+) -> int:
     """Write the rows of --score again, with the reward model's score of each answer."""
     machine, out = open_machine(device), reward.out or "scored.jsonl"
     model, tokenizer = open_judge(tune.ckpt, tune.spm, machine)
-    found = read_rows(reward.score, lambda row: (row, preference(row) if "chosen" in row else [
-        conversation(row)]), tune.on_bad_row, "--score")
+    found = read_rows(
+        reward.score,
+        lambda row: (row, preference(row) if "chosen" in row else [conversation(row)]),
+        tune.on_bad_row,
+        "--score",
+    )
     chats = [turns for _, group in found for turns in group]
     scores = iter(score_answers(model, tokenizer, chats, run.batch_size, machine))
     names = {1: ("reward",), 2: ("chosen_reward", "rejected_reward")}
     rows = [row | {name: next(scores) for name in names[len(group)]} for row, group in found]
     right = [row["chosen_reward"] > row["rejected_reward"] for row in rows if "chosen" in row]
     write_jsonl(out, rows)
-    say(f"{len(rows)} rows scored in {out}", *([f"the chosen answer scores higher in "
-        f"{sum(right) / len(right):.1%} of {len(right)} pairs"] if right else ()))
+    say(
+        f"{len(rows)} rows scored in {out}",
+        *(
+            [
+                f"the chosen answer scores higher in "
+                f"{sum(right) / len(right):.1%} of {len(right)} pairs"
+            ]
+            if right
+            else ()
+        ),
+    )
     return 0
 
 
-def cmd_reward(run: TuneRun, tune: TuneSettings, reward: RewardSettings, lora: LoraSettings,
-               optim: DpoOptim, device: DeviceSettings) -> int:
+def cmd_reward(
+    run: TuneRun,
+    tune: TuneSettings,
+    reward: RewardSettings,
+    lora: LoraSettings,
+    optim: DpoOptim,
+    device: DeviceSettings,
+) -> int:
     if reward.score:
         return score_rows(reward, run, tune, device)
     tuning = Tuning("reward", run, tune, lora, optim, device, scalar_head=True)
@@ -4636,23 +5435,41 @@ def read_prompts(settings: GenerateSettings) -> list[Prompt]:
         if not prompts:
             raise UserError(f"{path} holds no prompt", "write one a line")
     system = [("system", settings.system)] if settings.system else []
-    return [(turns if turns[0][0] == "system" else system + turns, expected)
-            for turns, expected in prompts]
+    return [
+        (turns if turns[0][0] == "system" else system + turns, expected)
+        for turns, expected in prompts
+    ]
 
 
-def cmd_grpo(run: GrpoRun, tune: GrpoTune, task: TaskSettings, rollout: RolloutSettings,
-             policy: PolicySettings, value: ValueSettings, lora: LoraSettings, optim: GrpoOptim,
-             device: DeviceSettings) -> int:
+def cmd_grpo(
+    run: GrpoRun,
+    tune: GrpoTune,
+    task: TaskSettings,
+    rollout: RolloutSettings,
+    policy: PolicySettings,
+    value: ValueSettings,
+    lora: LoraSettings,
+    optim: GrpoOptim,
+    device: DeviceSettings,
+) -> int:
     tuning = Tuning("grpo", run, tune, lora, optim, device, task, rollout, policy, value)
     machine, most = tuning.machine, rollout.max_new_tokens
     if rollout.prompts % machine.world:
-        raise UserError(f"--prompts {rollout.prompts} cannot be shared by {machine.world} ranks",
-                        f"use a multiple of {machine.world}")
+        raise UserError(
+            f"--prompts {rollout.prompts} cannot be shared by {machine.world} ranks",
+            f"use a multiple of {machine.world}",
+        )
     if most >= (room := tuning.config.seq_len):
-        raise UserError(f"--max_new_tokens {most} leaves a prompt no room in a context of {room}",
-                        "use fewer, or a longer --seq_len")
-    rewards = Rewards(rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
-                      rollout.reward_timeout, run.batch_size, machine)
+        raise UserError(
+            f"--max_new_tokens {most} leaves a prompt no room in a context of {room}",
+            "use fewer, or a longer --seq_len",
+        )
+    rewards = Rewards(
+        rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
+        rollout.reward_timeout,
+        run.batch_size,
+        machine,
+    )
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
 
     def parse(row: dict) -> Row:
@@ -4668,24 +5485,42 @@ def cmd_grpo(run: GrpoRun, tune: GrpoTune, task: TaskSettings, rollout: RolloutS
     train, val = tuning.parts(parse, lambda *args, limit: question(*args, limit - most), stream)
     network = tuning.network()
     critic = tuning.network(scalar_head=True) if policy.advantage == "gae" else None
-    sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, run.compile == "1"
-                      or (run.compile == "auto" and machine.device.type == "cuda"))
+    sampler = Sampler(
+        network,
+        tuning.tokenizer,
+        rewards,
+        rollout,
+        machine,
+        run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda"),
+    )
     held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
     if policy.kl:  # a run begun without has no reference to go on with
         tuning.told["reference"] = tuning.key
-    loss, make = functools.partial(policy_loss, settings=policy), functools.partial(
-        PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic)
+    loss, make = (
+        functools.partial(policy_loss, settings=policy),
+        functools.partial(
+            PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic
+        ),
+    )
     return tuning.start(
-        network, train, val, loss, make=make, samples=lambda _: sampler.shown(), best="val/error",
-        evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {})
+        network,
+        train,
+        val,
+        loss,
+        make=make,
+        samples=lambda _: sampler.shown(),
+        best="val/error",
+        evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {},
+    )
 
 
 def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
+    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
 
 
-def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
-                 tokenizer: Tokenizer) -> None:
+def print_stream(
+    stream: Iterator[tuple[int, int]], prompt: str, ids: list[int], tokenizer: Tokenizer
+) -> None:
     """Print a continuation as it comes; a character cut in the middle waits for its rest."""
     print(prompt, end="", flush=True)
     new, shown = [], ""
@@ -4693,9 +5528,9 @@ def print_stream(stream: Iterator[tuple[int, int]], prompt: str, ids: list[int],
         new.append(token)
         text = continuation(ids, new, tokenizer)
         if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
+            print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(continuation(ids, new, tokenizer)[len(shown):])
+    print(continuation(ids, new, tokenizer)[len(shown) :])
 
 
 def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
@@ -4705,27 +5540,47 @@ def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
         say(f"{len(rows)} completions in {settings.out}")
     else:
         between = "\n> " if settings.chat else ""
-        say(*(f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
-              for i, row in enumerate(rows, 1)))
-    same = [row["completion"].strip() == str(row["expected"]).strip()
-            for row in rows if "expected" in row]
-    say(f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
-        + (f"; {sum(same) / len(same):.1%} are the expected answer" if same else ""))
+        say(
+            *(
+                f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
+                for i, row in enumerate(rows, 1)
+            )
+        )
+    same = [
+        row["completion"].strip() == str(row["expected"]).strip()
+        for row in rows
+        if "expected" in row
+    ]
+    say(
+        f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
+        + (f"; {sum(same) / len(same):.1%} are the expected answer" if same else "")
+    )
 
 
-def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
-                 device: DeviceSettings) -> int:
+def cmd_generate(
+    settings: GenerateSettings, sampling: SamplingSettings, device: DeviceSettings
+) -> int:
     machine, saved = open_machine(device), load_checkpoint(settings.ckpt)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
     count = settings.num_samples * settings.best_of
     prompts = [prompt for prompt in read_prompts(settings) for _ in range(count)]
     asked = [turns[-1][1] for turns, _ in prompts]
-    ids = [encode_chat(tokenizer, turns, reply=True)[0] for turns, _ in prompts] \
-        if settings.chat else [[tokenizer.bos, *tokenizer.encode(text)] for text in asked]
+    ids = (
+        [encode_chat(tokenizer, turns, reply=True)[0] for turns, _ in prompts]
+        if settings.chat
+        else [[tokenizer.bos, *tokenizer.encode(text)] for text in asked]
+    )
     behind = [[]] * len(ids) if settings.chat else ids  # what a completion continues
     stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
-    stream = generate(build_model(saved, machine.device), ids, sampling, device.seed, stop,
-                      machine.dtype, at_once=settings.batch_size)
+    stream = generate(
+        build_model(saved, machine.device),
+        ids,
+        sampling,
+        device.seed,
+        stop,
+        machine.dtype,
+        at_once=settings.batch_size,
+    )
     with machine.autocast():
         if len(prompts) == 1 and not settings.out:
             print_stream(stream, "" if settings.chat else asked[0], behind[0], tokenizer)
@@ -4736,18 +5591,27 @@ def cmd_generate(settings: GenerateSettings, sampling: SamplingSettings,
             ended = token in stop or len(found[row]) == sampling.max_new_tokens
             progress.update(progress.done + ended)
         progress.close()
-    rows = [{"prompt": text, "completion": continuation(old, new, tokenizer),
-             "ended": new[-1:] == [tokenizer.eos]}
-            for text, old, new in zip(asked, behind, found, strict=True)]
+    rows = [
+        {
+            "prompt": text,
+            "completion": continuation(old, new, tokenizer),
+            "ended": new[-1:] == [tokenizer.eos],
+        }
+        for text, old, new in zip(asked, behind, found, strict=True)
+    ]
     for row, (_, expected) in zip(rows, prompts, strict=True):
         row |= {} if expected is None else {"expected": expected}
     if settings.best_of > 1:
         judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
-        chats = [[*turns, ("assistant", row["completion"])]
-                 for (turns, _), row in zip(prompts, rows, strict=True)]
+        chats = [
+            [*turns, ("assistant", row["completion"])]
+            for (turns, _), row in zip(prompts, rows, strict=True)
+        ]
         scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
-        rows = [rows[max(range(i, i + settings.best_of), key=scores.__getitem__)]
-                for i in range(0, len(rows), settings.best_of)]
+        rows = [
+            rows[max(range(i, i + settings.best_of), key=scores.__getitem__)]
+            for i in range(0, len(rows), settings.best_of)
+        ]
     write_samples(settings, rows)
     return 0
 
@@ -4757,8 +5621,10 @@ def describe_data(path: Path) -> Iterator[str]:
     tokenizer = folder.tokenizer
     yield f"{path}: prepared data, {folder.meta['dtype']} ids, vocabulary {tokenizer.vocab_size:,}"
     for split, counts in folder.meta["splits"].items():
-        yield (f"{split}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
-               f"{counts['bytes']:,} bytes, {folder.bytes_per_token(split):.2f} bytes a token")
+        yield (
+            f"{split}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
+            f"{counts['bytes']:,} bytes, {folder.bytes_per_token(split):.2f} bytes a token"
+        )
     yield f"begins: {tokenizer.decode(folder.train[:60])!r}"
 
 
@@ -4769,43 +5635,59 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     kind = "of the original program" if saved["original"] else saved.get("kind", "model")
     told = f", best validation loss {best:.4f}" if best < math.inf else ""
     yield f"{path}: {kind}, step {saved.get('step', '?')}{told}, {path.stat().st_size / 1e6:.1f} MB"
-    yield (f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
-           f"{counts['head'] or 'tied'}, layers {counts['blocks']:,}), "
-           f"{short(flops_per_token(config))} training FLOPs a token")
+    yield (
+        f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
+        f"{counts['head'] or 'tied'}, layers {counts['blocks']:,}), "
+        f"{short(flops_per_token(config))} training FLOPs a token"
+    )
     yield "config: " + " ".join(f"{k}={v}" for k, v in saved["config"].items())
-    yield "tokenizer: " + (f"{Tokenizer(bytes(inside)).vocab_size:,} pieces, inside" if inside
-                           else "none inside, use --spm")
+    yield "tokenizer: " + (
+        f"{Tokenizer(bytes(inside)).vocab_size:,} pieces, inside"
+        if inside
+        else "none inside, use --spm"
+    )
 
 
-def plan_memory(config: ModelSettings, settings: InfoSettings,
-                optim: OptimSettings) -> dict[str, float]:
+def plan_memory(
+    config: ModelSettings, settings: InfoSettings, optim: OptimSettings
+) -> dict[str, float]:
     """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
     counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
     total, active = counts["total"], config.n_expert_active if config.n_expert else 1
-    layer = 4 * (config.head_size * (config.n_head + config.kv_heads) + 3 * config.d_model
-                 + 2 * config.hidden * active)
+    layer = 4 * (
+        config.head_size * (config.n_head + config.kv_heads)
+        + 3 * config.d_model
+        + 2 * config.hidden * active
+    )
     inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
     kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
     moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
-    return {"weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
-            "gradients": 4 * total, "optimiser": moments + 4 * total * bool(optim.ema),
-            "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10}
+    return {
+        "weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
+        "gradients": 4 * total,
+        "optimiser": moments + 4 * total * bool(optim.ema),
+        "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10,
+    }
 
 
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
     """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
     counts, flops = parameter_counts(config), flops_per_token(config)
     tokens = settings.tokens or 20 * counts["active"]  # (Hoffmann et al. 2022)
-    yield (f"{settings.preset or 'model'}: {counts['total']:,} parameters (embedding "
-           f"{counts['embedding']:,}, head {counts['head'] or 'tied'}, layers "
-           f"{counts['blocks']:,}; {counts['active']:,} active), vocabulary "
-           f"{config.vocab_size:,}, context {config.seq_len:,}")
+    yield (
+        f"{settings.preset or 'model'}: {counts['total']:,} parameters (embedding "
+        f"{counts['embedding']:,}, head {counts['head'] or 'tied'}, layers "
+        f"{counts['blocks']:,}; {counts['active']:,} active), vocabulary "
+        f"{config.vocab_size:,}, context {config.seq_len:,}"
+    )
     memory = plan_memory(config, settings, optim)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     yield f"memory a device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
     step = settings.batch_size * settings.grad_accum_steps * settings.gpus * config.seq_len
-    yield (f"compute: {short(flops)} FLOPs a token, {flops * tokens:.3g} for {short(tokens)} "
-           f"tokens, {tokens / step:,.0f} steps of {step:,} tokens")
+    yield (
+        f"compute: {short(flops)} FLOPs a token, {flops * tokens:.3g} for {short(tokens)} "
+        f"tokens, {tokens / step:,.0f} steps of {step:,} tokens"
+    )
     peak = (flops_of(settings.gpu) or 0.0) * settings.gpus
     if speed := settings.tok_per_s or peak * settings.mfu / flops:
         hours = tokens / speed / 3600
@@ -4825,8 +5707,9 @@ def planned(settings: InfoSettings, model: ModelSettings) -> ModelSettings:
 def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
     path = Path(settings.path)
     if bool(settings.path) == bool(settings.preset):
-        raise UserError("name something to describe or a --preset to plan",
-                        "info PATH, or info --preset 138m")
+        raise UserError(
+            "name something to describe or a --preset to plan", "info PATH, or info --preset 138m"
+        )
     if settings.preset:
         say(*plan(settings, planned(settings, model), optim))
     elif not path.exists():
@@ -4838,24 +5721,33 @@ def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings)
     return 0
 
 
-def cmd_bench(settings: BenchSettings, model: ModelSettings, optim: OptimSettings,
-              device: DeviceSettings) -> int:
+def cmd_bench(
+    settings: BenchSettings, model: ModelSettings, optim: OptimSettings, device: DeviceSettings
+) -> int:
     if "RANK" in os.environ:
         raise UserError("bench times one device", "start it with python; --gpus plans for several")
     config, place = planned(settings, model), pick_device(device.device)
-    flags = {"batch_size": settings.batch_size, "dtype": device.dtype, "compile": "0",
-             "grad_checkpoint": 0}
+    flags = {
+        "batch_size": settings.batch_size,
+        "dtype": device.dtype,
+        "compile": "0",
+        "grad_checkpoint": 0,
+    }
     other = device.dtype == "auto" and pick_dtype("auto", place) != torch.float32
     changes = [{}, *[{"dtype": "fp32"}] * other, *[{"compile": "1"}] * can_compile(place)]
     say(f"training on {place.type}, a trial a line:")
     flags, speed = fastest(functools.partial(trial, config, optim, device), flags, changes)
     if not speed:
-        raise UserError("not even the smallest batch fits in memory",
-                        "use --batch_size 1, a shorter --seq_len or a smaller model")
+        raise UserError(
+            "not even the smallest batch fits in memory",
+            "use --batch_size 1, a shorter --seq_len or a smaller model",
+        )
     settings.batch_size, settings.grad_checkpoint = flags["batch_size"], flags["grad_checkpoint"]
     settings.tok_per_s = speed * settings.gpus
-    say("fastest: " + " ".join(f"--{name} {value}" for name, value in flags.items()),
-        *plan(settings, config, optim))
+    say(
+        "fastest: " + " ".join(f"--{name} {value}" for name, value in flags.items()),
+        *plan(settings, config, optim),
+    )
     return 0
 
 
@@ -4869,14 +5761,30 @@ def demo_rows(out: Path) -> None:
             texts |= dict.fromkeys(map(inspect.cleandoc, re.findall('"""(.+?)"""', code, re.S)))
     prose = [{"text": text} for text in texts if len(text) >= 200]
     if sum(len(row["text"]) for row in prose) < 200_000:
-        raise UserError("this Python was installed without its documentation",
-                        f"bring your own: python {PROGRAM} prep --text_path FILE --out_dir data")
-    pairs = [{"prompt": f"What is {a} + {b}?", "chosen": f"The sum is {a + b}.",
-              "rejected": str(a + b), "answer": str(a + b)} for a in range(10) for b in range(10)]
+        raise UserError(
+            "this Python was installed without its documentation",
+            f"bring your own: python {PROGRAM} prep --text_path FILE --out_dir data",
+        )
+    pairs = [
+        {
+            "prompt": f"What is {a} + {b}?",
+            "chosen": f"The sum is {a + b}.",
+            "rejected": str(a + b),
+            "answer": str(a + b),
+        }
+        for a in range(10)
+        for b in range(10)
+    ]
     write_jsonl(out / "corpus.jsonl", prose)
     write_jsonl(out / "pairs.jsonl", pairs)
-    write_jsonl(out / "chats.jsonl", ({"prompt": pair["prompt"], "response": pair[style]}
-                                      for pair in pairs for style in ("chosen", "rejected")))
+    write_jsonl(
+        out / "chats.jsonl",
+        (
+            {"prompt": pair["prompt"], "response": pair[style]}
+            for pair in pairs
+            for style in ("chosen", "rejected")
+        ),
+    )
 
 
 def demo_step(command: Callable[..., int], flags: str) -> None:
@@ -4896,61 +5804,101 @@ def cmd_demo(settings: DemoSettings) -> int:
         shutil.rmtree(folder / name, ignore_errors=True)
     say("This demo trains a small model on the documentation of your Python interpreter.")
     demo_rows(folder)
-    demo_step(cmd_prep, f"--text_path {out}/corpus.jsonl --out_dir {out}/data --vocab_size {vocab} "
-              "--val_split 0.05 --overwrite")
-    for about, name, count in (("After a single step it writes:", "begun", 1),
-                               ("After its training:", "run", steps)):
-        demo_step(cmd_train, f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {batch} "
-                  f"--lr 0.002 --warmup_steps {steps // 10} --eval_interval {max(1, steps // 4)} "
-                  f"{shape} --compile 0 --max_steps {count}")
+    demo_step(
+        cmd_prep,
+        f"--text_path {out}/corpus.jsonl --out_dir {out}/data --vocab_size {vocab} "
+        "--val_split 0.05 --overwrite",
+    )
+    for about, name, count in (
+        ("After a single step it writes:", "begun", 1),
+        ("After its training:", "run", steps),
+    ):
+        demo_step(
+            cmd_train,
+            f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {batch} "
+            f"--lr 0.002 --warmup_steps {steps // 10} --eval_interval {max(1, steps // 4)} "
+            f"{shape} --compile 0 --max_steps {count}",
+        )
         say("", about)
         demo_step(cmd_generate, f"--ckpt {out}/{name} --prompt 'Return a' --max_new_tokens 60")
     for about, command, start, flags in (
-        ("Now it is taught to answer questions, in two styles:", cmd_sft, "run",
-         f"--data {out}/chats.jsonl --epochs 30 --batch_size 4 --lr 0.002"),
-        ("And to prefer the kinder one:", cmd_dpo, "sft",
-         f"--data {out}/pairs.jsonl --epochs 3 --batch_size 8 --lr 0.0001 --beta 0.3"),
-        ("And, by trial and reward, to be right, for its sums have suffered:", cmd_grpo, "dpo",
-         f"--data {out}/pairs.jsonl --max_steps {30 if settings.quick else 80} --prompts 25 "
-         "--max_new_tokens 16 --batch_size 100 --lr 0.002 --optimizer muon --warmup_steps 2")):
+        (
+            "Now it is taught to answer questions, in two styles:",
+            cmd_sft,
+            "run",
+            f"--data {out}/chats.jsonl --epochs 30 --batch_size 4 --lr 0.002",
+        ),
+        (
+            "And to prefer the kinder one:",
+            cmd_dpo,
+            "sft",
+            f"--data {out}/pairs.jsonl --epochs 3 --batch_size 8 --lr 0.0001 --beta 0.3",
+        ),
+        (
+            "And, by trial and reward, to be right, for its sums have suffered:",
+            cmd_grpo,
+            "dpo",
+            f"--data {out}/pairs.jsonl --max_steps {30 if settings.quick else 80} --prompts 25 "
+            "--max_new_tokens 16 --batch_size 100 --lr 0.002 --optimizer muon --warmup_steps 2",
+        ),
+    ):
         name = command.__name__.removeprefix("cmd_")
         say("", about)
-        demo_step(command, f"--ckpt {out}/{start} --out_dir {out}/{name} {flags} --compile 0 "
-                  "--val_split 0")
+        demo_step(
+            command,
+            f"--ckpt {out}/{start} --out_dir {out}/{name} {flags} --compile 0 --val_split 0",
+        )
         demo_step(cmd_generate, f"--ckpt {out}/{name} {ask}")
     log = (folder / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    say("", "share of right sums, step by step of grpo:", curve([
-        row["train/reward"] for row in map(json.loads, log) if "train/reward" in row]))
-    say("", f"The model is {out}/run/ckpt_best.pt. What you may do next:",
+    say(
+        "",
+        "share of right sums, step by step of grpo:",
+        curve([row["train/reward"] for row in map(json.loads, log) if "train/reward" in row]),
+    )
+    say(
+        "",
+        f"The model is {out}/run/ckpt_best.pt. What you may do next:",
         f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {steps * 4}",
         f"  python {PROGRAM} info {out}/run",
         f"  python convert_to_llama.py --ckpt {out}/run/ckpt_best.pt --out {out}/hf",
-        f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data")
+        f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data",
+    )
     return 0
+
 
 # ==================================================================================================
 # Front door: the table of commands and main
 # ==================================================================================================
 
+
 class Command(typing.NamedTuple):
     """A subcommand: what runs, its one-line purpose and an example that works."""
+
     run: Callable[..., int]
     about: str
     example: str
 
 
-COMMANDS = {name: Command(run, about, f"python {PROGRAM} {name} {flags}".strip())
-            for name, run, about, flags in (
-    ("demo", cmd_demo, "text to trained model in minutes, on any machine", ""),
-    ("prep", cmd_prep, "text becomes token files", "--text_path docs.txt --out_dir data"),
-    ("train", cmd_train, "pretrain a model on prepared data", "--data_dir data --preset 138m"),
-    ("sft", cmd_sft, "teach a model to answer", "--ckpt runs/lm --data chats.jsonl"),
-    ("dpo", cmd_dpo, "prefer the better of two answers", "--ckpt runs/sft --data pairs.jsonl"),
-    ("reward", cmd_reward, "a model that scores answers", "--ckpt runs/sft --data pairs.jsonl"),
-    ("grpo", cmd_grpo, "learn from rewards: GRPO, DAPO, VAPO …", "--ckpt runs/sft --task add"),
-    ("generate", cmd_generate, "continue prompts", '--ckpt runs/lm --prompt "Once upon a time"'),
-    ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
-    ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"))}
+COMMANDS = {
+    name: Command(run, about, f"python {PROGRAM} {name} {flags}".strip())
+    for name, run, about, flags in (
+        ("demo", cmd_demo, "text to trained model in minutes, on any machine", ""),
+        ("prep", cmd_prep, "text becomes token files", "--text_path docs.txt --out_dir data"),
+        ("train", cmd_train, "pretrain a model on prepared data", "--data_dir data --preset 138m"),
+        ("sft", cmd_sft, "teach a model to answer", "--ckpt runs/lm --data chats.jsonl"),
+        ("dpo", cmd_dpo, "prefer the better of two answers", "--ckpt runs/sft --data pairs.jsonl"),
+        ("reward", cmd_reward, "a model that scores answers", "--ckpt runs/sft --data pairs.jsonl"),
+        ("grpo", cmd_grpo, "learn from rewards: GRPO, DAPO, VAPO …", "--ckpt runs/sft --task add"),
+        (
+            "generate",
+            cmd_generate,
+            "continue prompts",
+            '--ckpt runs/lm --prompt "Once upon a time"',
+        ),
+        ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
+        ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"),
+    )
+}
 
 
 def complain(fault: UserError) -> int:
@@ -4986,8 +5934,10 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
     if name in ("-h", "--help", "help"):
         rows = "\n".join(f"  {name:10}{command.about}" for name, command in COMMANDS.items())
-        print(f"usage: python {PROGRAM} COMMAND [--flag value …] [@FILE]\n\n{rows}\n\n"
-              f"python {PROGRAM} COMMAND --help explains the flags of a command.")
+        print(
+            f"usage: python {PROGRAM} COMMAND [--flag value …] [@FILE]\n\n{rows}\n\n"
+            f"python {PROGRAM} COMMAND --help explains the flags of a command."
+        )
         return 0
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)

@@ -53,7 +53,8 @@ def compare(hf, settings: TrialSettings) -> str:
     if not gap <= converter.LOGIT_TOLERANCE:
         raise lm.UserError(
             f"the logits of {settings.folder} and {settings.ckpt} differ by {gap:.2g}",
-            "convert this checkpoint again, or name the one the folder is made of")
+            "convert this checkpoint again, or name the one the folder is made of",
+        )
     return f"its logits agree with {settings.ckpt} to {gap:.1e}"
 
 
@@ -62,21 +63,26 @@ def generate(hf, tokenizer, settings: TrialSettings) -> None:
     inputs = tokenizer(settings.prompt, return_tensors="pt")
     room = hf.config.max_position_embeddings - inputs.input_ids.shape[1]
     if room < 1:
-        raise lm.UserError(f"the prompt fills the context of {hf.config.max_position_embeddings}",
-                           "give a shorter one")
+        raise lm.UserError(
+            f"the prompt fills the context of {hf.config.max_position_embeddings}",
+            "give a shorter one",
+        )
     torch.manual_seed(settings.seed)
     sampling = {"do_sample": False}
     if settings.temperature:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 0.95}
     streamer = lm.need("transformers").TextStreamer(tokenizer, skip_special_tokens=True)
-    hf.generate(**inputs, **sampling, max_new_tokens=min(settings.max_new_tokens, room),
-                streamer=streamer)
+    hf.generate(
+        **inputs, **sampling, max_new_tokens=min(settings.max_new_tokens, room), streamer=streamer
+    )
 
 
 def trial(settings: TrialSettings) -> int:
     hf, tokenizer = load(settings.folder)
-    lm.say(f"{settings.folder}: {type(hf).__name__}, {lm.short(hf.num_parameters())} parameters, "
-           f"{len(tokenizer)} tokens, context {hf.config.max_position_embeddings}")
+    lm.say(
+        f"{settings.folder}: {type(hf).__name__}, {lm.short(hf.num_parameters())} parameters, "
+        f"{len(tokenizer)} tokens, context {hf.config.max_position_embeddings}"
+    )
     if settings.ckpt:
         lm.say(compare(hf, settings))
     generate(hf, tokenizer, settings)

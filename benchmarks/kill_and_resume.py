@@ -26,8 +26,18 @@ TIMED = ("time", "perf/tok_per_s", "cost/usd")  # what two runs cannot share
 
 
 def start(out: Path, data: str, steps: int) -> subprocess.Popen:
-    command = [sys.executable, str(PROGRAM), "train", "--data_dir", data, "--out_dir", str(out),
-               "--max_steps", str(steps), *SHAPE]
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "train",
+        "--data_dir",
+        data,
+        "--out_dir",
+        str(out),
+        "--max_steps",
+        str(steps),
+        *SHAPE,
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -58,7 +68,8 @@ def same_bytes(a: Path, b: Path) -> bool:
     one, two = (torch.load(p / "ckpt_last.pt", weights_only=True) for p in (a, b))
     weights = [one["model"], two["model"]]
     return weights[0].keys() == weights[1].keys() and all(
-        w.numpy().tobytes() == weights[1][k].numpy().tobytes() for k, w in weights[0].items())
+        w.numpy().tobytes() == weights[1][k].numpy().tobytes() for k, w in weights[0].items()
+    )
 
 
 def main() -> int:
@@ -85,15 +96,20 @@ def main() -> int:
             assert run.returncode == 0, run.stderr.read().decode()
             break
         done += 1
-        last = (log(out / "killed") or [{"step": 0}])[-1]["step"] if (
-            out / "killed/metrics.jsonl").exists() else 0
+        last = (
+            (log(out / "killed") or [{"step": 0}])[-1]["step"]
+            if (out / "killed/metrics.jsonl").exists()
+            else 0
+        )
         print(f"kill {done}: {doing}, last line of the log at step {last}", flush=True)
     run = start(out / "killed", args.data_dir, args.steps)
     assert run.wait() == 0, run.stderr.read().decode()
     weights = same_bytes(out / "alone", out / "killed")
     logs = log(out / "alone") == log(out / "killed")
-    print(f"{done} kills; weights {'the same bytes' if weights else 'DIFFER'}, "
-          f"log {'the same' if logs else 'DIFFERS'}")
+    print(
+        f"{done} kills; weights {'the same bytes' if weights else 'DIFFER'}, "
+        f"log {'the same' if logs else 'DIFFERS'}"
+    )
     return 0 if weights and logs else 1
 
 

@@ -40,7 +40,7 @@ def main() -> int:
     tokenizer = lm.tokenizer_of(saved, "", args.ckpt)
     model = lm.build_model(saved, "cpu").requires_grad_(True).train()
     T = model.config.seq_len
-    rows = lm.read_rows([args.data], lm.conversation, "error")[:args.rows]
+    rows = lm.read_rows([args.data], lm.conversation, "error")[: args.rows]
     examples = [one for turns in rows if (one := lm.example(tokenizer, turns, T))]
     streams = {pack: lm.Chats(examples, T, 0, pack) for pack in (True, False)}
     times = {pack: [] for pack in streams}
@@ -48,8 +48,10 @@ def main() -> int:
         for pack, stream in streams.items():
             times[pack].append(epoch(model, stream, args.batch_size))
     packed, alone = (statistics.median(times[pack]) for pack in (True, False))
-    print(f"{len(examples)} rows: packed into {streams[True].count} sequences {packed:.1f} s, "
-          f"one a sequence {alone:.1f} s: {alone / packed:.2f} times as long")
+    print(
+        f"{len(examples)} rows: packed into {streams[True].count} sequences {packed:.1f} s, "
+        f"one a sequence {alone:.1f} s: {alone / packed:.2f} times as long"
+    )
     return 0
 
 

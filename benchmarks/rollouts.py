@@ -45,8 +45,9 @@ def main() -> int:
     theirs = AutoModelForCausalLM.from_pretrained(args.hf, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     distinct = args.batch // 8 if args.share else args.batch
-    ids = torch.randint(20, model.config.vocab_size, (distinct, args.prompt_tokens),
-                        generator=generator)
+    ids = torch.randint(
+        20, model.config.vocab_size, (distinct, args.prompt_tokens), generator=generator
+    )
     ids = ids.repeat_interleave(args.batch // distinct, 0)
     cuts = [i % (args.prompt_tokens // 2) if args.ragged else 0 for i in range(args.batch)]
     mask = torch.ones_like(ids)
@@ -57,23 +58,36 @@ def main() -> int:
 
     @torch.inference_mode()
     def hugging_face() -> None:
-        out = theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0,
-                              temperature=1.0, max_new_tokens=args.new_tokens,
-                              min_new_tokens=args.new_tokens, pad_token_id=3)
+        out = theirs.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=args.new_tokens,
+            min_new_tokens=args.new_tokens,
+            pad_token_id=3,
+        )
         assert out.shape[1] == args.prompt_tokens + args.new_tokens, "it ended early"
 
     def ours() -> None:
         with machine.autocast():
-            rows = lm.complete(model, prompts, settings, 0, dtype=machine.dtype,
-                               compiled=args.compile)
+            rows = lm.complete(
+                model, prompts, settings, 0, dtype=machine.dtype, compiled=args.compile
+            )
         assert all(len(row) == args.new_tokens for row in rows), "it ended early"
 
     ours(), hugging_face()  # warm
     times = [(timed(ours), timed(hugging_face)) for _ in range(args.rounds)]
-    speeds = [args.batch * args.new_tokens / statistics.median(column)
-              for column in zip(*times, strict=True)]
-    print(f"batch {args.batch}: this program {speeds[0]:,.0f} tokens a second, Hugging Face "
-          f"{speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} times")
+    speeds = [
+        args.batch * args.new_tokens / statistics.median(column)
+        for column in zip(*times, strict=True)
+    ]
+    print(
+        f"batch {args.batch}: this program {speeds[0]:,.0f} tokens a second, Hugging Face "
+        f"{speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} times"
+    )
     return 0
 
 

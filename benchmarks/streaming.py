@@ -32,14 +32,15 @@ def forget(model: lm.Transformer, cache: lm.KVCache, count: int, drop_sinks: boo
 
 
 @torch.inference_mode()
-def stream(model: lm.Transformer, rows: torch.Tensor, contexts: int, keep: int,
-           drop_sinks: bool) -> list[float]:
+def stream(
+    model: lm.Transformer, rows: torch.Tensor, contexts: int, keep: int, drop_sinks: bool
+) -> list[float]:
     """Perplexity over rows (B, contexts * T + 1) in each stretch of one context length T; of a full
     cache the newest `keep` tokens stay, or all where that is 0."""
     T, losses, result = rows.shape[1] // contexts, [], []
     cache = lm.KVCache(model.config, len(rows), model.device, torch.float32)
     for t in range(contexts * T):
-        logits = model(rows[:, t:t + 1], cache)[:, -1]
+        logits = model(rows[:, t : t + 1], cache)[:, -1]
         losses.append(torch.nn.functional.cross_entropy(logits, rows[:, t + 1]))
         if keep and max(cache.lengths) >= cache.size:
             forget(model, cache, T - keep, drop_sinks)
@@ -47,8 +48,11 @@ def stream(model: lm.Transformer, rows: torch.Tensor, contexts: int, keep: int,
             result.append(math.exp(torch.stack(losses).mean()))
             losses = []
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{(t + 1) // T:3d} x context: perplexity {result[-1]:8.2f}, "
-                  f"peak memory {memory:.0f} MB", flush=True)
+            print(
+                f"{(t + 1) // T:3d} x context: perplexity {result[-1]:8.2f}, "
+                f"peak memory {memory:.0f} MB",
+                flush=True,
+            )
     return result
 
 
@@ -71,7 +75,7 @@ def main() -> int:
     length = args.contexts * T + 1
     count = min(args.rows, len(ids) // length)
     assert count, "the validation split is too short for so many contexts"
-    rows = torch.stack([ids[i * length:(i + 1) * length] for i in range(count)])
+    rows = torch.stack([ids[i * length : (i + 1) * length] for i in range(count)])
     keep = 0 if args.keep_all else args.keep or T // 2
     found = stream(model, rows, args.contexts, keep, args.drop_sinks)
     print(f"last / first: {found[-1] / found[0]:.3f}")

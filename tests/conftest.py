@@ -105,8 +105,21 @@ def run():
 def data_dir(corpus, tmp_path_factory, run):
     """A data folder that prep made of the corpus; read only."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    code, _, err = run(["prep", "--text_path", corpus, "--out_dir", out, "--vocab_size", 400,
-                        "--val_split", 0.1, "--workers", 1])
+    code, _, err = run(
+        [
+            "prep",
+            "--text_path",
+            corpus,
+            "--out_dir",
+            out,
+            "--vocab_size",
+            400,
+            "--val_split",
+            0.1,
+            "--workers",
+            1,
+        ]
+    )
     assert code == 0, err
     return out
 
@@ -142,8 +155,12 @@ def read_pt(path):
 def weight_bytes(path):
     """The weights, their average and the optimisers' moments in a checkpoint, as bytes by name."""
     saved = read_pt(path)
-    state = {f"{n}/{i}/{k}": v for n, one in enumerate(saved["optim"])
-             for i, row in one["state"].items() for k, v in row.items()}
+    state = {
+        f"{n}/{i}/{k}": v
+        for n, one in enumerate(saved["optim"])
+        for i, row in one["state"].items()
+        for k, v in row.items()
+    }
     state |= {f"ema/{i}": w for i, w in enumerate(saved["ema"] or ())}
     return {name: t.numpy().tobytes() for name, t in {**saved["model"], **state}.items()}
 

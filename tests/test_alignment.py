@@ -35,10 +35,24 @@ def tokenizer(tiny_tokenizer):
 @pytest.fixture
 def tune(run, base, tmp_path):
     """`tune(kind, rows or files, *flags)` runs sft, dpo or reward in tmp_path / "run"."""
+
     def call(kind, rows, *flags):
         paths = [write_rows(tmp_path / "rows.jsonl", rows)] if isinstance(rows, list) else rows
-        return run([kind, *TUNE, "--ckpt", base, "--out_dir", tmp_path / "run", "--max_steps", 3,
-                    "--data", *paths, *flags])
+        return run(
+            [
+                kind,
+                *TUNE,
+                "--ckpt",
+                base,
+                "--out_dir",
+                tmp_path / "run",
+                "--max_steps",
+                3,
+                "--data",
+                *paths,
+                *flags,
+            ]
+        )
 
     return call
 
@@ -60,15 +74,19 @@ def wanted_loss(name, policy, reference, lengths, beta, smoothing, gamma):
     chosen, rejected = pc - rc, pr - rr
     logits = chosen - rejected
     if name == "sigmoid":  # conservative DPO: TRL's label_smoothing
-        return -math.log(sig(beta * logits)) * (1 - smoothing) \
+        return (
+            -math.log(sig(beta * logits)) * (1 - smoothing)
             - math.log(sig(-beta * logits)) * smoothing
+        )
     if name == "ipo":  # on log-probs averaged over tokens, (h - 1 / (2 beta))^2
         return ((pc / nc - pr / nr) - (rc / nc - rr / nr) - 1 / (2 * beta)) ** 2
     if name == "hinge":
         return max(0.0, 1 - beta * logits)
     if name == "robust":
-        return (-math.log(sig(beta * logits)) * (1 - smoothing)
-                + math.log(sig(-beta * logits)) * smoothing) / (1 - 2 * smoothing)
+        return (
+            -math.log(sig(beta * logits)) * (1 - smoothing)
+            + math.log(sig(-beta * logits)) * smoothing
+        ) / (1 - 2 * smoothing)
     if name == "apo_zero":
         return (1 - sig(beta * chosen)) + sig(beta * rejected)
     if name == "apo_down":
@@ -86,7 +104,7 @@ def some_pairs(pairs=5, length=12):
     ids, targets = torch.randint(3, 61, (2 * pairs, length)), torch.full((2 * pairs, length), -100)
     for row in range(2 * pairs):
         end = 4 + (5 * row + 1) % 7
-        targets[row, 3:end] = ids[row, 4:end + 1]
+        targets[row, 3:end] = ids[row, 4 : end + 1]
     return ids, targets, -20 * torch.rand(pairs, 2) - 5
 
 
@@ -114,13 +132,20 @@ def test_preference_losses_against_float64(name, smoothing):
     for p, r, n in zip(policy, reference.double().tolist(), sizes, strict=True):
         total += wanted_loss(name, p, r, n, 0.3, smoothing, 0.7)
         free = name in ("simpo", "orpo")
-        rewards = [0.3 * (p[i] - (0 if free else r[i])) / (n[i] if name in lm.BY_LENGTH else 1)
-                   for i in range(2)]
+        rewards = [
+            0.3 * (p[i] - (0 if free else r[i])) / (n[i] if name in lm.BY_LENGTH else 1)
+            for i in range(2)
+        ]
         margins.append(rewards[0] - rewards[1])
         longer += math.copysign(n[0] - n[1], (n[0] - n[1]) * margins[-1])
-    want = {"loss": total, "margin": sum(margins), "accuracy": sum(m > 0 for m in margins),
-            "chosen_logp": sum(p[0] for p in policy), "rejected_logp": sum(p[1] for p in policy),
-            "length_bias": longer}
+    want = {
+        "loss": total,
+        "margin": sum(margins),
+        "accuracy": sum(m > 0 for m in margins),
+        "chosen_logp": sum(p[0] for p in policy),
+        "rejected_logp": sum(p[1] for p in policy),
+        "length_bias": longer,
+    }
     assert list(want) == list(lm.PAIR_METRICS)
     assert 0 < want["accuracy"] < 5 or free
     assert found == pytest.approx(list(want.values()), rel=1e-4)
@@ -133,8 +158,10 @@ def test_preference_losses_where_answers_are_likely(name):
     means = -2 * torch.rand(20, 2) - 0.02
     ratios = means * lengths - (0 if name in lm.REFERENCE_FREE else reference)
     rewards = 0.8 * (ratios / lengths if name in lm.BY_LENGTH else ratios)
-    want = [wanted_loss(name, *map(torch.Tensor.tolist, pair), 0.8, 0.1, 0.4)
-            for pair in zip(means * lengths, reference, lengths, strict=True)]
+    want = [
+        wanted_loss(name, *map(torch.Tensor.tolist, pair), 0.8, 0.1, 0.4)
+        for pair in zip(means * lengths, reference, lengths, strict=True)
+    ]
     found = lm.PREFERENCE_LOSSES[name](rewards, means, settings).tolist()
     assert found == pytest.approx(want, rel=1e-4, abs=1e-5)
 
@@ -187,8 +214,10 @@ def test_side_losses_are_in_the_training_of_pairs_alone():
     ids, targets, reference = some_pairs()
     with torch.no_grad():
         side = 5 * model.hidden_and_side(ids)[1].item()
-        for loss, *more in ((lm.preference_loss, reference, lm.DpoSettings()),
-                            (lm.judge_loss, reference)):
+        for loss, *more in (
+            (lm.preference_loss, reference, lm.DpoSettings()),
+            (lm.judge_loss, reference),
+        ):
             still = loss(model.eval(), ids, targets, *more)[0].item()
             moving = loss(model.train(), ids, targets, *more)[0].item()
             assert moving - still == pytest.approx(side, rel=1e-3) and side > 0.01
@@ -218,7 +247,7 @@ def slow_scores(model, ids, targets):
     found = []
     for row, aims in zip(ids, targets, strict=True):
         end = int((aims != lm.IGNORE).nonzero().max()) + 1  # where the last target stands as input
-        hidden = model.hidden(row[None, :end + 1])[0, end].double()
+        hidden = model.hidden(row[None, : end + 1])[0, end].double()
         found.append(float(hidden @ model.score.weight[0].double()))
     return found
 
@@ -261,8 +290,14 @@ def test_calibration_error_is_that_of_guo_2017():
 
 @pytest.mark.parametrize("labels", [False, True])
 def test_a_reward_model_starts_undecided_and_learns(tune, tmp_path, labels):
-    rows = [{"prompt": question(i), "response": answer(i) if i % 2 else "No, no.", "label": i % 2}
-            for i in range(24)] if labels else pair_rows(24)
+    rows = (
+        [
+            {"prompt": question(i), "response": answer(i) if i % 2 else "No, no.", "label": i % 2}
+            for i in range(24)
+        ]
+        if labels
+        else pair_rows(24)
+    )
     code, _, err = tune("reward", rows, "--max_steps", 30, "--val_split", 0.2)
     assert code == 0, err
     told = log_rows(tmp_path / "run")
@@ -274,13 +309,18 @@ def test_a_reward_model_starts_undecided_and_learns(tune, tmp_path, labels):
 # ---- Rows ----
 
 
-def encoded(tokenizer, row, limit=10 ** 6):
+def encoded(tokenizer, row, limit=10**6):
     return lm.example(tokenizer, lm.conversation(row), limit)
 
 
 def test_labels_are_the_assistants_text_and_its_end(tokenizer):
-    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "The river."),
-             ("user", "And the café 🙂?"), ("assistant", "It cost 2.50.\n\nNo.")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Why?"),
+        ("assistant", "The river."),
+        ("user", "And the café 🙂?"),
+        ("assistant", "It cost 2.50.\n\nNo."),
+    ]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     one = encoded(tokenizer, row)
     targets = one.targets()
@@ -290,7 +330,7 @@ def test_labels_are_the_assistants_text_and_its_end(tokenizer):
     assert (targets[at] == one.ids[at + 1]).all() and (one.ids == tokenizer.bos).sum() == 1
     markers = [tokenizer.marker("assistant")[-1]] * 2
     assert [one.ids[at[0]], one.ids[at[len(want[0])]]] == markers  # each answer follows its marker
-    last = lm.last_answer(tokenizer, turns, 10 ** 6)
+    last = lm.last_answer(tokenizer, turns, 10**6)
     assert [t for t in last.targets() if t != lm.IGNORE] == want[1]
     assert (last.ids == one.ids).all()
 
@@ -308,35 +348,51 @@ def test_rows_are_cut_behind_a_turn_or_left_out(tokenizer):
 
 def test_cut_and_left_out_rows_are_counted(tune, tmp_path):
     no = {"role": "assistant", "content": "No."}
-    cut = {"messages": [{"role": "user", "content": "Why?"}, no,
-                        {"role": "user", "content": LONG}, no]}
-    rows = [*chat_rows(6), cut, {"prompt": LONG, "response": "No."},
-            {"prompt": "Why?", "response": LONG}]
+    cut = {
+        "messages": [{"role": "user", "content": "Why?"}, no, {"role": "user", "content": LONG}, no]
+    }
+    rows = [
+        *chat_rows(6),
+        cut,
+        {"prompt": LONG, "response": "No."},
+        {"prompt": "Why?", "response": LONG},
+    ]
     code, told, err = tune("sft", rows, "--val_split", 0)
-    assert code == 0 and "7 rows, 1 cut behind the last answer that fits, 2 longer than the " \
-        "context left out" in told, err
-    complaint(tune("sft", rows[-2:], "--val_split", 0, "--out_dir", tmp_path / "other"),
-              "every row is longer than the context", "--seq_len")
+    assert (
+        code == 0
+        and "7 rows, 1 cut behind the last answer that fits, 2 longer than the context left out"
+        in told
+    ), err
+    complaint(
+        tune("sft", rows[-2:], "--val_split", 0, "--out_dir", tmp_path / "other"),
+        "every row is longer than the context",
+        "--seq_len",
+    )
     long = [{"prompt": LONG, "chosen": "A.", "rejected": "B."}]
     for kind in ("dpo", "reward"):
-        complaint(tune(kind, long, "--val_split", 0, "--out_dir", tmp_path / "other"),
-                  "every row is longer")
+        complaint(
+            tune(kind, long, "--val_split", 0, "--out_dir", tmp_path / "other"),
+            "every row is longer",
+        )
 
 
+TURN = "do not speak in turn"
 BAD_CHATS = {
-    "{": "not JSON", "[1]": "no JSON object", "{}": "neither messages nor prompt nor instruction",
-    '{"messages": []}': "do not speak in turn", '{"messages": 3}': "messages is missing",
+    "{": "not JSON",
+    "[1]": "no JSON object",
+    "{}": "neither messages nor prompt nor instruction",
+    '{"messages": []}': TURN,
+    '{"messages": 3}': "messages is missing",
     '{"messages": ["a"]}': "something else than messages",
     '{"messages": [{"role": "bot", "content": "a"}]}': "unknown role 'bot'",
     '{"messages": [{"role": ["user"], "content": "a"}]}': "unknown role",
     '{"messages": [{"role": "user", "content": 3}]}': "a user message is missing, empty or no text",
     '{"messages": [{"role": "user", "content": "a"}]}': "not the assistant's",
-    '{"messages": [{"role": "assistant", "content": "a"}]}': "do not speak in turn",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}':
-        "do not speak in turn",
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}':
-        "do not speak in turn",
-    '{"prompt": "a"}': "response is missing", '{"prompt": " ", "response": "a"}': "prompt is miss",
+    '{"messages": [{"role": "assistant", "content": "a"}]}': TURN,
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}': TURN,
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}': TURN,
+    '{"prompt": "a"}': "response is missing",
+    '{"prompt": " ", "response": "a"}': "prompt is miss",
     '{"prompt": "a", "response": ""}': "response is missing, empty or no text",
     '{"prompt": null, "response": "a"}': "prompt is missing",
     '{"instruction": "a", "output": null}': "output is missing",
@@ -344,19 +400,27 @@ BAD_CHATS = {
 BAD_PAIRS = {
     '{"prompt": "a", "chosen": "b"}': "rejected is missing",
     '{"prompt": "a", "chosen": "b", "rejected": "b"}': "identical",
-    '{"chosen": "b", "rejected": "c"}': "do not speak in turn",
-    '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], '
-    '"rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "y"}]}':
-        "different prompts",
+    '{"chosen": "b", "rejected": "c"}': TURN,
+    (
+        '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], '
+        '"rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "y"}]}'
+    ): "different prompts",
 }
-BAD_JUDGED = {'{"prompt": "a", "response": "b", "label": "yes"}': "label 'yes' is not 0 or 1",
-              '{"prompt": "a", "response": "b", "label": [1]}': "is not 0 or 1",
-              '{"prompt": "a", "response": "b", "label": null}': "label None is not 0 or 1"}
+BAD_JUDGED = {
+    '{"prompt": "a", "response": "b", "label": "yes"}': "label 'yes' is not 0 or 1",
+    '{"prompt": "a", "response": "b", "label": [1]}': "is not 0 or 1",
+    '{"prompt": "a", "response": "b", "label": null}': "label None is not 0 or 1",
+}
 
 
-@pytest.mark.parametrize("kind, line, what", [
-    *(("sft", *bad) for bad in BAD_CHATS.items()), *(("dpo", *bad) for bad in BAD_PAIRS.items()),
-    *(("reward", *bad) for bad in (BAD_PAIRS | BAD_JUDGED).items())])
+@pytest.mark.parametrize(
+    "kind, line, what",
+    [
+        *(("sft", *bad) for bad in BAD_CHATS.items()),
+        *(("dpo", *bad) for bad in BAD_PAIRS.items()),
+        *(("reward", *bad) for bad in (BAD_PAIRS | BAD_JUDGED).items()),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tune, tmp_path, kind, line, what):
     good = [json.dumps(row) for row in rows_of(kind, 2)]
     path = tmp_path / "some rows.jsonl"
@@ -381,32 +445,46 @@ def test_bad_rows_are_all_counted_and_may_be_passed_over(tune, tmp_path):
 def test_every_shape_of_a_row_is_the_same_conversation():
     want = [("user", "a\n\nb"), ("assistant", "c")]
     shapes = [
-        {"prompt": "a\n\nb", "response": "c"}, {"prompt": "a\n\nb", "completion": "c"},
+        {"prompt": "a\n\nb", "response": "c"},
+        {"prompt": "a\n\nb", "completion": "c"},
         {"instruction": "a", "input": "b", "output": "c"},
         {"instruction": "a\n\nb", "input": "", "output": "c"},
-        {"messages": [{"role": "user", "content": "a\n\nb"},
-                      {"role": "assistant", "content": "c"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a\n\nb"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "a\n\nb"}, {"from": "gpt", "value": "c"}]},
-        {"prompt": [{"role": "user", "content": "a\n\nb"}], "completion": [
-            {"role": "assistant", "content": "c"}]}]
+        {
+            "prompt": [{"role": "user", "content": "a\n\nb"}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        },
+    ]
     assert all(lm.conversation(row) == want for row in shapes)
     asked, other = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "n"}]
     said = [{"role": "assistant", "content": "y"}]
-    pairs = [{"prompt": "q", "chosen": "y", "rejected": "n"},
-             {"prompt": asked, "chosen": said, "rejected": other},
-             {"prompt": "q", "chosen": asked + said, "rejected": asked + other},
-             {"chosen": asked + said, "rejected": asked + other}]
+    pairs = [
+        {"prompt": "q", "chosen": "y", "rejected": "n"},
+        {"prompt": asked, "chosen": said, "rejected": other},
+        {"prompt": "q", "chosen": asked + said, "rejected": asked + other},
+        {"chosen": asked + said, "rejected": asked + other},
+    ]
     wanted = ([("user", "q"), ("assistant", "y")], [("user", "q"), ("assistant", "n")])
     assert all(lm.preference(row) == wanted for row in pairs)
 
 
 def test_a_json_array_is_rows_too(tune, tmp_path):
-    for text in (json.dumps(chat_rows(6)), json.dumps(chat_rows(6), indent=1),
-                 "\n" + "\n".join(map(json.dumps, chat_rows(6)))):
+    for text in (
+        json.dumps(chat_rows(6)),
+        json.dumps(chat_rows(6), indent=1),
+        "\n" + "\n".join(map(json.dumps, chat_rows(6))),
+    ):
         path = tmp_path / "rows.json"
         path.write_text(text)
         assert lm.read_rows([str(path)], lm.conversation, "error") == list(
-            map(lm.conversation, chat_rows(6)))
+            map(lm.conversation, chat_rows(6))
+        )
     path.write_text(json.dumps([*chat_rows(1), 3]))
     complaint(tune("sft", (path,)), f"{path}, line 2: no JSON object")
     path.write_text(json.dumps(chat_rows(6))[:-9])
@@ -416,8 +494,9 @@ def test_a_json_array_is_rows_too(tune, tmp_path):
 
 
 def test_one_first_question_is_on_one_side(tokenizer):
-    turns = [lm.conversation({"prompt": question(i % 40), "response": answer(i)})
-             for i in range(400)]
+    turns = [
+        lm.conversation({"prompt": question(i % 40), "response": answer(i)}) for i in range(400)
+    ]
     sides = {}
     for one in turns:
         sides.setdefault(one[0][1], set()).add(lm.held_out(one, 0.2))
@@ -430,8 +509,14 @@ def test_one_first_question_is_on_one_side(tokenizer):
 
 def test_rows_held_out_are_not_trained_on(tune, tmp_path, monkeypatch):
     seen, original = [], lm.fit_rows
-    monkeypatch.setattr(lm, "fit_rows", lambda rows, *more: (
-        seen.append([turns[0][1] for turns, in rows]), original(rows, *more))[1])
+    monkeypatch.setattr(
+        lm,
+        "fit_rows",
+        lambda rows, *more: (
+            seen.append([turns[0][1] for (turns,) in rows]),
+            original(rows, *more),
+        )[1],
+    )
     assert tune("sft", chat_rows(30) * 2, "--val_split", 0.3)[0] == 0
     train, val = seen
     assert len(train) + len(val) == 60 and val and not set(train) & set(val)
@@ -442,8 +527,11 @@ def test_rows_held_out_are_not_trained_on(tune, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_held_out_is_a_sentence(tune, kind):
-    row = next(r for r in rows_of(kind, 50)
-               if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.05))
+    row = next(
+        r
+        for r in rows_of(kind, 50)
+        if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.05)
+    )
     complaint(tune(kind, [row]), "--val_split")
 
 
@@ -492,21 +580,23 @@ def test_every_target_of_every_row_is_in_the_sequences_once(tokenizer):
         step = stream.step(0, stream.count, 1, 0, 1)
         ids, targets = step.micros[0]
         assert step.targets == want == (targets != lm.IGNORE).sum() and ids.shape[1] <= 64
-        read = sum(targets for _, targets in stream.in_order(3, 10 ** 9, 0, 1))
+        read = sum(targets for _, targets in stream.in_order(3, 10**9, 0, 1))
         assert read == want
 
 
 def test_pairs_stand_side_by_side_with_their_numbers(tokenizer):
-    groups = [[lm.last_answer(tokenizer, turns, 64) for turns in lm.preference(row)]
-              for row in pair_rows(5)]
+    groups = [
+        [lm.last_answer(tokenizer, turns, 64) for turns in lm.preference(row)]
+        for row in pair_rows(5)
+    ]
     stream = lm.Groups(groups, np.arange(10.0).reshape(5, 2), 64, 0)
     ids, targets, numbers = stream.collate(stream.samples(np.arange(5)))
     assert ids.shape == targets.shape and len(ids) == 10
     assert stream.targets((ids, targets, numbers)) == 5
     for i, (chosen, rejected) in enumerate(numbers.tolist()):
         assert rejected == chosen + 1
-        for row, one in zip(ids[2 * i:2 * i + 2], groups[int(chosen) // 2], strict=True):
-            assert row[:len(one.ids)].tolist() == one.ids.tolist()
+        for row, one in zip(ids[2 * i : 2 * i + 2], groups[int(chosen) // 2], strict=True):
+            assert row[: len(one.ids)].tolist() == one.ids.tolist()
 
 
 def test_pad_reaches_no_log_prob():
@@ -534,8 +624,9 @@ def test_weighted_parts(tune, tmp_path, kind):
 
 
 def test_a_part_whose_rows_are_all_held_out_is_a_sentence(tune, tmp_path):
-    lone = next(r for r in chat_rows(50)
-                if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.1))
+    lone = next(
+        r for r in chat_rows(50) if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.1)
+    )
     a = write_rows(tmp_path / "a.jsonl", chat_rows(24))
     b = write_rows(tmp_path / "b.jsonl", [lone])
     complaint(tune("sft", (f"x={a}:0.5", f"y={b}:0.5"), "--val_split", 0.1), "--val_split")
@@ -547,8 +638,21 @@ def whole(request, base, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     kind, *flags = request.param.split()
     rows = write_rows(folder / "rows.jsonl", rows_of(kind))
-    argv = [kind, *TUNE, "--ckpt", base, "--data", rows, "--dropout", 0.1, "--val_split", 0.2,
-            "--max_steps", 6, *flags]
+    argv = [
+        kind,
+        *TUNE,
+        "--ckpt",
+        base,
+        "--data",
+        rows,
+        "--dropout",
+        0.1,
+        "--val_split",
+        0.2,
+        "--max_steps",
+        6,
+        *flags,
+    ]
     code, _, err = run([*argv, "--out_dir", folder / "run"])
     assert code == 0, err
     return argv, folder / "run"
@@ -576,8 +680,21 @@ def test_resumed_from_the_middle_it_is_the_run_that_never_stopped(run, whole, tm
 
 def test_killed_it_goes_on_as_if_it_had_not_been(child, base, run, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", pair_rows(24))
-    argv = ["dpo", *TUNE, "--ckpt", base, "--data", rows, "--max_steps", 6, "--val_split", 0.2,
-            "--ckpt_interval", 2, "--out_dir"]
+    argv = [
+        "dpo",
+        *TUNE,
+        "--ckpt",
+        base,
+        "--data",
+        rows,
+        "--max_steps",
+        6,
+        "--val_split",
+        0.2,
+        "--ckpt_interval",
+        2,
+        "--out_dir",
+    ]
     code, _ = child([*argv, tmp_path / "run"], (signal_at, "seed_step", 6)).end()
     assert code == -signal.SIGKILL
     assert read_pt(tmp_path / "run" / "ckpt_last.pt")["step"] == 4
@@ -601,8 +718,9 @@ def test_a_dpo_run_does_not_go_on_upon_another_reference(tune, tmp_path, tiny_to
     complaint(tune("dpo", pair_rows(12), "--ckpt", other, "--max_steps", 6), "run holds another")
 
 
-def test_reference_log_probs_are_kept_reused_and_made_again(tune, tmp_path, tiny_tokenizer,
-                                                            monkeypatch):
+def test_reference_log_probs_are_kept_reused_and_made_again(
+    tune, tmp_path, tiny_tokenizer, monkeypatch
+):
     made, original = [], lm.row_logps
     monkeypatch.setattr(lm, "row_logps", lambda *args: made.append(1) or original(*args))
 
@@ -610,7 +728,7 @@ def test_reference_log_probs_are_kept_reused_and_made_again(tune, tmp_path, tiny
         return sorted(tmp_path.glob(".rows.jsonl.*.reference.npy"))
 
     assert tune("dpo", pair_rows(24), "--val_split", 0.2)[0] == 0
-    first, = kept()
+    (first,) = kept()
     assert len(made) == 1 and np.load(first).shape == (24, 2)
     again = ["--val_split", 0.2, "--out_dir", tmp_path / "again"]
     assert tune("dpo", pair_rows(24), *again)[0] == 0 and len(made) == 1
@@ -624,20 +742,25 @@ def test_reference_log_probs_are_kept_reused_and_made_again(tune, tmp_path, tiny
 
 def test_reference_log_probs_are_those_of_the_rows(tokenizer, base):
     model = lm.build_model(lm.load_checkpoint(base), torch.device("cpu"))
-    groups = [[lm.last_answer(tokenizer, turns, 64) for turns in lm.preference(row)]
-              for row in pair_rows(5)]
+    groups = [
+        [lm.last_answer(tokenizer, turns, 64) for turns in lm.preference(row)]
+        for row in pair_rows(5)
+    ]
     stream = lm.Groups(groups, np.zeros((5, 2)), 64, 0)
     device = lm.DeviceSettings(device="cpu", dtype="fp32", threads=1)
     found = lm.row_logps(model, stream, 2, lm.open_machine(device))
     flat = [one for group in groups for one in group]
-    want = [slow_logps(model, *(torch.from_numpy(t)[None] for t in (one.ids, one.targets())))[0]
-            for one in flat]
+    want = [
+        slow_logps(model, *(torch.from_numpy(t)[None] for t in (one.ids, one.targets())))[0]
+        for one in flat
+    ]
     assert found.flatten().tolist() == pytest.approx(want, rel=1e-5)
 
 
 def test_read_only_data_keeps_its_reference_in_the_run(tune, tmp_path, monkeypatch):
     original, refused = lm.atomic_write, (13, 30)
     for number in refused:  # no permission, read-only file system
+
         def guarded(path, mode="wb", number=number):
             if path.parent == tmp_path and "reference" in path.name:
                 raise OSError(number, "no", str(path))
@@ -654,8 +777,24 @@ def test_two_ranks_are_one(child, base, run, tmp_path, kind):
     outs = []
     for name, batch in (("both", 2), ("lone", 4)):
         rows = write_rows(tmp_path / f"{name}.jsonl", rows_of(kind))
-        argv = [kind, *TUNE, "--ckpt", base, "--data", rows, "--out_dir", tmp_path / name,
-                "--max_steps", 3, "--batch_size", batch, "--val_split", 0.2, "--lr", 1e-3]
+        argv = [
+            kind,
+            *TUNE,
+            "--ckpt",
+            base,
+            "--data",
+            rows,
+            "--out_dir",
+            tmp_path / name,
+            "--max_steps",
+            3,
+            "--batch_size",
+            batch,
+            "--val_split",
+            0.2,
+            "--lr",
+            1e-3,
+        ]
         if name == "both":
             ended = two(child, argv)
             assert [code for code, _ in ended] == [0, 0], ended
@@ -671,18 +810,49 @@ def test_two_ranks_are_one(child, base, run, tmp_path, kind):
 
 
 def test_sft_learns_its_rows_and_shows_answers(tune, tmp_path, run):
-    rows = [{"prompt": "Why?", "response": "The river."},
-            {"prompt": "Who?", "response": "A sailor."}]
+    rows = [
+        {"prompt": "Why?", "response": "The river."},
+        {"prompt": "Who?", "response": "A sailor."},
+    ]
     held = write_rows(tmp_path / "held.jsonl", rows)
-    code, told, err = tune("sft", rows, "--val_data", held, "--pack", 0, "--max_steps", 60,
-                           "--eval_interval", 60, "--ckpt_interval", 60, "--batch_size", 2)
+    code, told, err = tune(
+        "sft",
+        rows,
+        "--val_data",
+        held,
+        "--pack",
+        0,
+        "--max_steps",
+        60,
+        "--eval_interval",
+        60,
+        "--ckpt_interval",
+        60,
+        "--batch_size",
+        2,
+    )
     assert code == 0 and "'Why?' -> 'The river.'" in told and "--chat" in told, err
-    shown = [json.loads(line) for line in
-             (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert shown[-2:] == [{"step": 60, "prompt": row["prompt"], "answer": row["response"],
-                           "ended": True} for row in rows]
-    flags = ["--ckpt", tmp_path / "run", "--chat", 1, "--temperature", 0, "--device", "cpu",
-             "--dtype", "fp32", "--threads", 1]
+    shown = [
+        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert shown[-2:] == [
+        {"step": 60, "prompt": row["prompt"], "answer": row["response"], "ended": True}
+        for row in rows
+    ]
+    flags = [
+        "--ckpt",
+        tmp_path / "run",
+        "--chat",
+        1,
+        "--temperature",
+        0,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--threads",
+        1,
+    ]
     assert run(["generate", *flags, "--prompt", "Who?"])[1] == "A sailor.\n"
     out = tmp_path / "o.jsonl"
     code, told, err = run(["generate", *flags, "--prompt_file", held, "--out", out])
@@ -703,8 +873,20 @@ def test_epochs_set_the_steps(tune, tmp_path):
 def reward_model(base, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     rows = write_rows(folder / "rows.jsonl", pair_rows(24))
-    code, _, err = run(["reward", *TUNE, "--ckpt", base, "--data", rows, "--out_dir",
-                        folder / "run", "--max_steps", 10])
+    code, _, err = run(
+        [
+            "reward",
+            *TUNE,
+            "--ckpt",
+            base,
+            "--data",
+            rows,
+            "--out_dir",
+            folder / "run",
+            "--max_steps",
+            10,
+        ]
+    )
     assert code == 0, err
     return folder / "run"
 
@@ -715,22 +897,46 @@ SCORE = ["--device", "cpu", "--dtype", "fp32", "--threads", 1]
 def test_score_writes_the_rows_again_with_their_scores(reward_model, run, tmp_path, tokenizer):
     rows = [*pair_rows(5), {"prompt": question(3), "response": answer(3), "id": 7}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    code, told, err = run(["reward", "--ckpt", reward_model, "--score", path, "--out",
-                           tmp_path / "out.jsonl", "--batch_size", 3, *SCORE])
+    code, told, err = run(
+        [
+            "reward",
+            "--ckpt",
+            reward_model,
+            "--score",
+            path,
+            "--out",
+            tmp_path / "out.jsonl",
+            "--batch_size",
+            3,
+            *SCORE,
+        ]
+    )
     assert code == 0 and "6 rows scored" in told and "100.0% of 5 pairs" in told, err
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     keys = {"reward", "chosen_reward", "rejected_reward"}
     assert [{k: v for k, v in row.items() if k not in keys} for row in found] == rows
     model = lm.build_model(lm.load_checkpoint(reward_model), torch.device("cpu"))
     one = lm.last_answer(tokenizer, lm.conversation(rows[5]), 64)
-    want, = slow_scores(model, *(torch.from_numpy(t)[None] for t in (one.ids, one.targets())))
+    (want,) = slow_scores(model, *(torch.from_numpy(t)[None] for t in (one.ids, one.targets())))
     assert found[5]["reward"] == pytest.approx(want, rel=1e-4, abs=1e-5)
     assert found[3]["chosen_reward"] == pytest.approx(want, rel=1e-4, abs=1e-5)
 
 
 def test_best_of_shows_what_the_judge_likes_best(base, reward_model, run, tmp_path, tokenizer):
-    flags = ["generate", "--ckpt", base, "--chat", 1, "--prompt_file", tmp_path / "q.txt",
-             "--max_new_tokens", 8, "--num_samples", 2, *SCORE]
+    flags = [
+        "generate",
+        "--ckpt",
+        base,
+        "--chat",
+        1,
+        "--prompt_file",
+        tmp_path / "q.txt",
+        "--max_new_tokens",
+        8,
+        "--num_samples",
+        2,
+        *SCORE,
+    ]
     (tmp_path / "q.txt").write_text("Why?\nWho was it?\n")
 
     def drawn(name, *more):
@@ -744,8 +950,8 @@ def test_best_of_shows_what_the_judge_likes_best(base, reward_model, run, tmp_pa
     chats = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in every]
     model = lm.build_model(lm.load_checkpoint(reward_model), torch.device("cpu"))
     for i, row in enumerate(best):
-        group, scores = every[3 * i:3 * i + 3], []
-        for turns in chats[3 * i:3 * i + 3]:
+        group, scores = every[3 * i : 3 * i + 3], []
+        for turns in chats[3 * i : 3 * i + 3]:
             ids = torch.tensor([lm.encode_chat(tokenizer, turns)[0]])
             scores.append(model.score(model.hidden(ids))[0, -1, 0].item())
         assert row["completion"] == group[scores.index(max(scores))]["completion"]
@@ -753,14 +959,33 @@ def test_best_of_shows_what_the_judge_likes_best(base, reward_model, run, tmp_pa
 
 def test_a_system_turn_reaches_the_model(base, run, monkeypatch, tmp_path):
     asked, original = [], lm.encode_chat
-    monkeypatch.setattr(lm, "encode_chat", lambda tokenizer, turns, reply=False: (
-        asked.append(list(turns)), original(tokenizer, turns, reply))[1])
-    flags = ["generate", "--ckpt", base, "--chat", 1, "--system", "Be brief.",
-             "--max_new_tokens", 2, *SCORE]
+    monkeypatch.setattr(
+        lm,
+        "encode_chat",
+        lambda tokenizer, turns, reply=False: (
+            asked.append(list(turns)),
+            original(tokenizer, turns, reply),
+        )[1],
+    )
+    flags = [
+        "generate",
+        "--ckpt",
+        base,
+        "--chat",
+        1,
+        "--system",
+        "Be brief.",
+        "--max_new_tokens",
+        2,
+        *SCORE,
+    ]
     rows = write_rows(tmp_path / "q.jsonl", [{"prompt": "Why?"}])
     (tmp_path / "q.txt").write_text("Why?\n")
-    for where in (["--prompt", "Why?"], ["--prompt_file", tmp_path / "q.txt"],
-                  ["--prompt_file", rows]):
+    for where in (
+        ["--prompt", "Why?"],
+        ["--prompt_file", tmp_path / "q.txt"],
+        ["--prompt_file", rows],
+    ):
         asked.clear()
         assert run([*flags, *where])[0] == 0
         assert asked == [[("system", "Be brief."), ("user", "Why?")]], where
@@ -774,10 +999,14 @@ def test_what_is_missing_is_said(run, base, tmp_path, kind):
     out = tmp_path / "run"
     complaint(run([kind, "--ckpt", base, "--out_dir", out]), "--data is missing")
     complaint(run([kind, "--data", "x.jsonl", "--out_dir", out]), "--ckpt is missing")
-    complaint(run([kind, "--ckpt", base, "--data", tmp_path / "x.jsonl", "--out_dir", out]),
-              "x.jsonl does not exist")
-    complaint(run([kind, "--ckpt", tmp_path / "no.pt", "--data", "x", "--out_dir", out]),
-              "no.pt does not exist")
+    complaint(
+        run([kind, "--ckpt", base, "--data", tmp_path / "x.jsonl", "--out_dir", out]),
+        "x.jsonl does not exist",
+    )
+    complaint(
+        run([kind, "--ckpt", tmp_path / "no.pt", "--data", "x", "--out_dir", out]),
+        "no.pt does not exist",
+    )
     empty = write_rows(tmp_path / "empty.jsonl", [])
     complaint(run([kind, "--ckpt", base, "--data", empty, "--out_dir", out]), "there is no row")
     assert not out.exists()
@@ -786,15 +1015,31 @@ def test_what_is_missing_is_said(run, base, tmp_path, kind):
 def test_a_model_that_is_no_judge_is_refused(base, run, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", pair_rows(2))
     complaint(run(["reward", "--ckpt", base, "--score", rows, *SCORE]), "is no reward model")
-    complaint(run(["generate", "--ckpt", base, "--prompt", "x", "--best_of", 2, "--reward_ckpt",
-                   base, *SCORE]), "is no reward model")
+    complaint(
+        run(
+            [
+                "generate",
+                "--ckpt",
+                base,
+                "--prompt",
+                "x",
+                "--best_of",
+                2,
+                "--reward_ckpt",
+                base,
+                *SCORE,
+            ]
+        ),
+        "is no reward model",
+    )
 
 
 def test_a_missing_file_is_named_with_its_own_flag(reward_model, base, run, tmp_path):
     gone = tmp_path / "gone.jsonl"
     complaint(run(["reward", "--ckpt", reward_model, "--score", gone, *SCORE]), f"--score {gone}")
-    complaint(run(["generate", "--ckpt", base, "--prompt_file", gone, *SCORE]),
-              f"--prompt_file {gone}")
+    complaint(
+        run(["generate", "--ckpt", base, "--prompt_file", gone, *SCORE]), f"--prompt_file {gone}"
+    )
 
 
 def test_pairs_and_labels_together_are_refused(tune):

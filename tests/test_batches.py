@@ -19,8 +19,11 @@ PLACES = np.arange(10_000, dtype=np.uint16)  # each id is its own place, so a ro
 
 def rows_of(micros):
     """The (input, target) rows of micro-batches, as hashable tuples."""
-    return [(tuple(x.tolist()), tuple(y.tolist()))
-            for xs, ys in micros for x, y in zip(xs, ys, strict=True)]
+    return [
+        (tuple(x.tolist()), tuple(y.tolist()))
+        for xs, ys in micros
+        for x, y in zip(xs, ys, strict=True)
+    ]
 
 
 def batch_of(stream, numbers):
@@ -28,8 +31,11 @@ def batch_of(stream, numbers):
 
 
 def whole_step(windows, first, batch, accum, world):
-    return [row for rank in range(world)
-            for row in rows_of(windows.step(first, batch, accum, rank, world).micros)]
+    return [
+        row
+        for rank in range(world)
+        for row in rows_of(windows.step(first, batch, accum, rank, world).micros)
+    ]
 
 
 # --- the permutation ------------------------------------------------------------------------------
@@ -42,15 +48,15 @@ def test_permute_is_a_bijection(size, key):
 
 @pytest.mark.parametrize("power", range(1, 17))
 def test_permute_is_a_bijection_around_powers_of_two(power):
-    for size in (2 ** power - 1, 2 ** power, 2 ** power + 1):
+    for size in (2**power - 1, 2**power, 2**power + 1):
         assert np.array_equal(np.sort(lm.permute(np.arange(size), size, "k")), np.arange(size))
 
 
 def test_permute_needs_no_table():
-    size, places = 2 ** 40 + 12345, np.arange(5000) * 219_902_325
+    size, places = 2**40 + 12345, np.arange(5000) * 219_902_325
     out = lm.permute(places, size, "k")
     assert len(set(out.tolist())) == 5000 and out.min() >= 0 and out.max() < size
-    assert np.std(out / size) == pytest.approx(12 ** -0.5, rel=0.05)  # spread over all of it
+    assert np.std(out / size) == pytest.approx(12**-0.5, rel=0.05)  # spread over all of it
 
 
 def test_permute_does_not_depend_on_what_is_asked_beside_it_and_leaves_its_input_alone():
@@ -108,7 +114,7 @@ def test_the_last_window_is_whole(length, count):
     assert y.max() == count * 16 <= length - 1 < (count + 1) * 16
 
 
-@given(st.integers(0, 2 ** 31), st.integers(0, 10 ** 12))
+@given(st.integers(0, 2**31), st.integers(0, 10**12))
 def test_a_sample_depends_on_seed_and_number_alone(seed, i):
     windows = lm.Windows(PLACES[:4001], 16, seed)
     alone, _ = batch_of(windows, np.array([i]))
@@ -144,9 +150,11 @@ def test_large_ids_survive():
     ids = np.array([65534, 65535, 0, 65535, 1], np.uint16)
     x, y = batch_of(lm.Windows(ids, 2, 0), np.arange(2))
     assert sorted(map(tuple, torch.cat((x, y[:, -1:]), 1).tolist())) == [
-        (0, 65535, 1), (65534, 65535, 0)]
-    wide = np.array([2 ** 31, 2 ** 32 - 1, 7], np.uint32)
-    assert batch_of(lm.Windows(wide, 2, 0), np.array([0]))[1].tolist() == [[2 ** 32 - 1, 7]]
+        (0, 65535, 1),
+        (65534, 65535, 0),
+    ]
+    wide = np.array([2**31, 2**32 - 1, 7], np.uint32)
+    assert batch_of(lm.Windows(wide, 2, 0), np.array([0]))[1].tolist() == [[2**32 - 1, 7]]
 
 
 @pytest.mark.parametrize("length", [3, 4, 100, 512])
@@ -174,7 +182,7 @@ SHARES = [717, 205, 102]  # of 1024, the ends of the parts rounded: 716.8, 921.6
 
 def mixture(weights=WEIGHTS, length=401, seed=5):
     """Streams of which each id tells its domain by its thousands and its place by the rest."""
-    parts = [lm.Windows(PLACES[1000 * d:1000 * d + length], 8, seed) for d in range(len(weights))]
+    parts = [lm.Windows(PLACES[1000 * d : 1000 * d + length], 8, seed) for d in range(len(weights))]
     return lm.Mixture(parts, weights)
 
 
@@ -183,7 +191,7 @@ def domains_of(mixed, first, count):
     return (x[:, 0] // 1000).tolist()
 
 
-@pytest.mark.parametrize("block", [0, 1, 7, 10 ** 6])
+@pytest.mark.parametrize("block", [0, 1, 7, 10**6])
 def test_each_block_of_a_mixture_holds_each_share_exactly(block):
     found = domains_of(mixture(), block * 1024, 1024)
     assert lm.MIXTURE_BLOCK == 1024 and [found.count(d) for d in range(3)] == SHARES
@@ -200,18 +208,23 @@ def test_shares_are_the_weights_within_one_sample(weights, block):
 
 
 def test_blocks_and_seeds_of_a_mixture_differ_in_order():
-    orders = {tuple(domains_of(mixture(seed=seed), 1024 * block, 1024))
-              for seed in range(4) for block in range(4)}
+    orders = {
+        tuple(domains_of(mixture(seed=seed), 1024 * block, 1024))
+        for seed in range(4)
+        for block in range(4)
+    }
     assert len(orders) == 16
 
 
-@given(st.integers(0, 10 ** 12))
+@given(st.integers(0, 10**12))
 def test_a_mixtures_sample_depends_on_its_number_alone(i):
     alone, _ = batch_of(mixture(), np.array([i]))
     among, targets = batch_of(mixture(), np.array([i + 700, 3, i, i + 1]))
     assert torch.equal(alone[0], among[2]) and torch.equal(targets, among + 1)
-    assert not torch.equal(batch_of(mixture(seed=6), np.arange(i, i + 8))[0],
-                           batch_of(mixture(), np.arange(i, i + 8))[0])
+    assert not torch.equal(
+        batch_of(mixture(seed=6), np.arange(i, i + 8))[0],
+        batch_of(mixture(), np.arange(i, i + 8))[0],
+    )
 
 
 def test_whole_blocks_use_each_domains_samples_in_turn():
@@ -226,7 +239,7 @@ def test_a_domain_repeats_nothing_before_its_epoch_ends():
         seen[int(x[0]) // 1000].append(int(x[0]) % 1000)
     for domain, places in seen.items():
         assert len(places) == 3 * SHARES[domain]
-        epochs = [places[i:i + 50] for i in range(0, len(places), 50)]
+        epochs = [places[i : i + 50] for i in range(0, len(places), 50)]
         assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
         assert all(set(epoch) == set(range(0, 400, 8)) for epoch in epochs[:-1])
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
@@ -252,29 +265,47 @@ def test_a_part_of_less_than_one_sample_is_refused():
         mixture([0.9999, 0.0001])
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("data", [("", "data", 1.0)]),
-    ("some where/data:2", [("", "some where/data:2", 1.0)]),
-    ("web=data/web:0.9,code=data/code:0.1", [("web", "data/web", 0.9), ("code", "data/code", 0.1)]),
-    ("a=x:3,b-2=y:1", [("a", "x", 0.75), ("b-2", "y", 0.25)]),
-    ("a=C:/x:.5,b=y:1.5", [("a", "C:/x", 0.25), ("b", "y", 0.75)]),
-    ("only=x:7", [("only", "x", 1.0)]),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("data", [("", "data", 1.0)]),
+        ("some where/data:2", [("", "some where/data:2", 1.0)]),
+        (
+            "web=data/web:0.9,code=data/code:0.1",
+            [("web", "data/web", 0.9), ("code", "data/code", 0.1)],
+        ),
+        ("a=x:3,b-2=y:1", [("a", "x", 0.75), ("b-2", "y", 0.25)]),
+        ("a=C:/x:.5,b=y:1.5", [("a", "C:/x", 0.25), ("b", "y", 0.75)]),
+        ("only=x:7", [("only", "x", 1.0)]),
+    ],
+)
 def test_data_dir_is_a_folder_or_a_mixture(text, parts):
     settings = lm.DataSettings(text)
     assert lm.check(settings) == []
     assert [(n, f, pytest.approx(w)) for n, f, w in parts] == settings.domains()
 
 
-@pytest.mark.parametrize(("text", "wrong"), [
-    ("a=x", ["a=x"]), ("a=x:", ["a=x:"]), ("a=x:0", ["a=x:0"]), ("a=x:-1", ["a=x:-1"]),
-    ("a=x:two", ["a=x:two"]), ("=x:1", ["=x:1"]), ("a=:1", ["a=:1"]), ("a=x:1,b", ["b"]),
-    ("a=x:1,", [""]), ("a b=x:1,c=y:nan", ["a b=x:1", "c=y:nan"]), ("a=x:1:inf", ["a=x:1:inf"]),
-])
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("a=x", ["a=x"]),
+        ("a=x:", ["a=x:"]),
+        ("a=x:0", ["a=x:0"]),
+        ("a=x:-1", ["a=x:-1"]),
+        ("a=x:two", ["a=x:two"]),
+        ("=x:1", ["=x:1"]),
+        ("a=:1", ["a=:1"]),
+        ("a=x:1,b", ["b"]),
+        ("a=x:1,", [""]),
+        ("a b=x:1,c=y:nan", ["a b=x:1", "c=y:nan"]),
+        ("a=x:1:inf", ["a=x:1:inf"]),
+    ],
+)
 def test_every_mistake_in_a_mixture_is_named(text, wrong):
     faults = lm.check(lm.DataSettings(text))
     assert [what for what, _ in faults] == [
-        f"--data_dir: {part} is not NAME=FOLDER:WEIGHT with a weight above 0" for part in wrong]
+        f"--data_dir: {part} is not NAME=FOLDER:WEIGHT with a weight above 0" for part in wrong
+    ]
     assert all("web=data/web:0.9" in fix for _, fix in faults)
 
 
@@ -285,8 +316,12 @@ def test_a_name_given_twice_is_refused():
 
 def test_parts_with_other_tokenizers_are_refused(run, corpus, data_dir, tmp_path):
     other = tmp_path / "other"
-    assert run(["prep", "--text_path", corpus, "--out_dir", other, "--vocab_size", 410,
-                "--workers", 1])[0] == 0
+    assert (
+        run(
+            ["prep", "--text_path", corpus, "--out_dir", other, "--vocab_size", 410, "--workers", 1]
+        )[0]
+        == 0
+    )
     with pytest.raises(lm.UserError, match="one tokenizer"):
         lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={other}:1"))
     domains = lm.open_domains(lm.DataSettings(f"a={data_dir}:1,b={data_dir}:3"))
@@ -300,10 +335,15 @@ def test_parts_with_other_tokenizers_are_refused(run, corpus, data_dir, tmp_path
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 300), st.integers(2, 33), st.integers(1, 5), st.integers(1, 4),
-       st.integers(1, 400))
+@given(
+    st.integers(0, 300),
+    st.integers(2, 33),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 400),
+)
 def test_evaluation_sees_every_target_once(length, seq_len, batch, world, most):
-    ids = PLACES[100:100 + length]  # clear of PAD
+    ids = PLACES[100 : 100 + length]  # clear of PAD
     targets = []
     for rank in range(world):
         for (x, y), count in lm.evaluation_batches(ids, seq_len, batch, most, rank, world):
@@ -361,7 +401,8 @@ def countdown_is_right(row, difficulty):
     assert wrong is None or lm.REWARDS["countdown"](row["prompt"], wrong, row) == 0.1
     assert sorted(numbers_in(row["response"])) == sorted(numbers)
     assert lm.REWARDS["countdown"]("", row["response"], row) == (
-        1.0 if eval(row["response"]) == target else 0.1)
+        1.0 if eval(row["response"]) == target else 0.1
+    )
 
 
 def sort_is_right(row, difficulty):
@@ -411,8 +452,9 @@ def test_made_rows_depend_on_seed_and_difficulty_alone(task):
 def test_there_are_as_many_rows_as_there_are_different_ones():
     rows = made("add", 1, 200)
     assert {row["prompt"] for row in rows} == {
-        f"What is {a} + {b}?" for a in range(10) for b in range(10)}
-    assert len(made("copy", 1, 1000)) == 26 ** 2
+        f"What is {a} + {b}?" for a in range(10) for b in range(10)
+    }
+    assert len(made("copy", 1, 1000)) == 26**2
 
 
 def test_sums_are_of_every_size_equally_often():
@@ -446,8 +488,10 @@ EXPRESSIONS = st.recursive(
     st.integers(0, 99).map(lambda n: (str(n), Fraction(n))),
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from("+-*/"), inner).map(joined),
-        inner.map(lambda part: (f"-{part[0]}", None if part[1] is None else -part[1]))),
-    max_leaves=8)
+        inner.map(lambda part: (f"-{part[0]}", None if part[1] is None else -part[1])),
+    ),
+    max_leaves=8,
+)
 
 
 @given(EXPRESSIONS)
@@ -460,26 +504,50 @@ def test_arithmetic_is_exact(expression):
         assert lm.arithmetic(f" {text}\n") == value
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("1 + 2 * 3", 7), ("(1 + 2) * 3", 9), ("2 - 3 - 4", -5), ("8 / 4 / 2", 1), ("1/3 + 1/6", 0.5),
-    ("- 2 * -3", 6), ("+5", 5), ("0 * 7", 0), ("10 - (2 - 3)", 11)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1 + 2 * 3", 7),
+        ("(1 + 2) * 3", 9),
+        ("2 - 3 - 4", -5),
+        ("8 / 4 / 2", 1),
+        ("1/3 + 1/6", 0.5),
+        ("- 2 * -3", 6),
+        ("+5", 5),
+        ("0 * 7", 0),
+        ("10 - (2 - 3)", 11),
+    ],
+)
 def test_arithmetic_knows_precedence(text, value):
     assert lm.arithmetic(text) == value
 
 
-@pytest.mark.parametrize("text", """
+@pytest.mark.parametrize(
+    "text",
+    """
 x|a + 1|abs(3)|__import__("os")|exit()|(1).real|[1][0]|[1]|(1, 2)|1, 2|{1}|1 if 1 else 2|lambda: 1
 1 == 1|1 < 2|1 and 2|not 1|~1|1 // 2|7 % 4|2 ** 3|2 ** 9 ** 9 ** 9|1 << 9|1 << 99999999999
 1 & 2|1 ^ 2|2 @ 3|1.5|.5|1e3|2j|True|None|...|"1"|"a" * 9|f"{1}"|(x := 1)|await 1|1; 2|1 +|+|* 2
 (1|1)|)(||1 2|2(3)|1 / 0|1 / (2 - 2)|1 % 0|\x00|1\x00|٣|²|½|1 − 2|3 × 4|1 = 1|1 + 2 = 3|1!|3,4|$5
-0x1f|0b11|0o7|1_000|1 # 2|# 1""".replace("\n", "|").split("|") + ["1 | 2"])
+0x1f|0b11|0o7|1_000|1 # 2|# 1""".replace("\n", "|").split("|")
+    + ["1 | 2"],
+)
 def test_nothing_but_arithmetic_is_computed(text):
     with pytest.raises(ValueError, match="arithmetic"):
         lm.arithmetic(text)
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "(" * 5000 + "1" + ")" * 5000, "-" * 20000 + "1",
-                                  "1" + "+1" * 20000, "9" * 4000 + "*9" * 20000, "(" * 99999])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000,
+        "(" * 5000 + "1" + ")" * 5000,
+        "-" * 20000 + "1",
+        "1" + "+1" * 20000,
+        "9" * 4000 + "*9" * 20000,
+        "(" * 99999,
+    ],
+)
 def test_arithmetic_without_end_is_refused_at_once(text):
     began = time.monotonic()
     with pytest.raises(ValueError, match="arithmetic"):

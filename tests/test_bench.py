@@ -17,16 +17,25 @@ def search(table, batch_size=4):
         tried.append((flags["batch_size"], flags["compile"], flags["grad_checkpoint"]))
         return table(*tried[-1])
 
-    found, most = lm.fastest(speed, {"batch_size": batch_size, "compile": "0",
-                                     "grad_checkpoint": 0}, [{}, {"compile": "1"}])
+    found, most = lm.fastest(
+        speed,
+        {"batch_size": batch_size, "compile": "0", "grad_checkpoint": 0},
+        [{}, {"compile": "1"}],
+    )
     return (found["batch_size"], found["compile"], found["grad_checkpoint"]), most, tried
 
 
 def test_bench_doubles_the_batch_while_it_pays_and_follows_what_is_faster():
     found, most, tried = search(lambda batch, how, again: min(batch, 16) * (1 + int(how)))
     assert found == (16, "1", 0) and most == 32
-    assert tried == [(4, "0", 0), (8, "0", 0), (16, "0", 0), (32, "0", 0),
-                     (16, "1", 0), (32, "1", 0)]
+    assert tried == [
+        (4, "0", 0),
+        (8, "0", 0),
+        (16, "0", 0),
+        (32, "0", 0),
+        (16, "1", 0),
+        (32, "1", 0),
+    ]
 
 
 def test_bench_leaves_what_is_slower():
@@ -37,8 +46,11 @@ def test_bench_leaves_what_is_slower():
 
 def test_bench_recomputes_layers_where_memory_ended_the_climb():
     """Batches of 16 fit with recomputing alone, and are worth it."""
-    found, most, tried = search(lambda batch, how, again: (
-        batch * (0.8 if again else 1) if batch <= (16 if again else 8) else 0.0))
+    found, most, tried = search(
+        lambda batch, how, again: (
+            batch * (0.8 if again else 1) if batch <= (16 if again else 8) else 0.0
+        )
+    )
     assert found == (16, "0", 1) and most == pytest.approx(12.8)
     assert tried[-2:] == [(16, "0", 1), (32, "0", 1)]
     assert (8, "1", 0) in tried
@@ -54,15 +66,39 @@ def test_bench_where_nothing_fits(monkeypatch, run):
 def test_bench_as_typed(run, monkeypatch):
     """Real trials, each in a process of its own, and what they mean in hours and money."""
     monkeypatch.setattr(lm, "can_compile", lambda device: False)
-    code, told, err = run(["bench", "--n_layer", 1, "--d_model", 16, "--n_head", 2, "--seq_len", 16,
-                           "--vocab", 300, "--batch_size", 64, "--threads", 1, "--device", "cpu",
-                           "--tokens", 1e12, "--usd_per_hour", 2])
+    code, told, err = run(
+        [
+            "bench",
+            "--n_layer",
+            1,
+            "--d_model",
+            16,
+            "--n_head",
+            2,
+            "--seq_len",
+            16,
+            "--vocab",
+            300,
+            "--batch_size",
+            64,
+            "--threads",
+            1,
+            "--device",
+            "cpu",
+            "--tokens",
+            1e12,
+            "--usd_per_hour",
+            2,
+        ]
+    )
     assert code == 0, err
-    trials = re.findall(r"--batch_size (\d+) .*: ([\d.]+)([KM]?) tokens a second, mfu unknown\n",
-                        told)
+    trials = re.findall(
+        r"--batch_size (\d+) .*: ([\d.]+)([KM]?) tokens a second, mfu unknown\n", told
+    )
     assert [int(size) for size, *_ in trials[:2]] == [64, 128]
-    speeds = {size: float(speed) * {"": 1, "K": 1e3, "M": 1e6}[unit]
-              for size, speed, unit in trials}
+    speeds = {
+        size: float(speed) * {"": 1, "K": 1e3, "M": 1e6}[unit] for size, speed, unit in trials
+    }
     fastest = re.search(r"fastest: --batch_size (\d+) ", told)[1]
     assert speeds[fastest] == max(speeds.values())  # as rounded: two may look alike
     hours, cost = re.search(r"time: ([\d,.]+) hours .*, \$([\d,.]+)", told).groups()

@@ -174,7 +174,8 @@ def noise(path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [truncated, headless, empty, text, foreign_zip, a_tensor, plain_weights, noise])
+    "spoil", [truncated, headless, empty, text, foreign_zip, a_tensor, plain_weights, noise]
+)
 def test_unusable_file_is_one_sentence(spoil, copied, run):
     path = copied / "ckpt_last.pt"
     spoil(path)
@@ -183,24 +184,37 @@ def test_unusable_file_is_one_sentence(spoil, copied, run):
         assert code == 2 and err.count("error:") == 1 and str(path) in err
 
 
-@pytest.mark.parametrize("content", [
-    {"model": [1, 2], "config": {}},
-    {"model": {}, "config": {}},
-    {"model": {}, "config": None},
-    {"model": None, "config": {}},
-    {"model": {1: torch.ones(2)}, "config": {}},
-    {"model": {"tok_emb.weight": 3}, "config": {}},
-    {"model": {}, "config": "a text"},
-    {"model": {}, "config": {}, "format": "new"},
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": [1, 2], "config": {}},
+        {"model": {}, "config": {}},
+        {"model": {}, "config": None},
+        {"model": None, "config": {}},
+        {"model": {1: torch.ones(2)}, "config": {}},
+        {"model": {"tok_emb.weight": 3}, "config": {}},
+        {"model": {}, "config": "a text"},
+        {"model": {}, "config": {}, "format": "new"},
+    ],
+)
 def test_a_dict_of_something_else_is_one_sentence(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     assert "x.pt" in refusal(lm.load_checkpoint, tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("change", [
-    {"n_head": 0}, {"n_head": 3}, {"n_head": "4"}, {"d_model": 64}, {"n_layer": 3},
-    {"n_layer": -1}, {"seq_len": None}, {"shiny_new": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_head": 0},
+        {"n_head": 3},
+        {"n_head": "4"},
+        {"d_model": 64},
+        {"n_layer": 3},
+        {"n_layer": -1},
+        {"seq_len": None},
+        {"shiny_new": 1},
+    ],
+)
 def test_a_config_that_does_not_fit_is_one_sentence(change, trained, tmp_path):
     saved = read_pt(trained / "ckpt_last.pt")
     config = {**saved["config"], **change}
@@ -301,12 +315,15 @@ def test_resume_0_refuses_a_run_and_leaves_it(copied, run, data_dir):
     assert left == {path.name: path.read_bytes() for path in copied.iterdir()}
 
 
-@pytest.mark.parametrize(("flags", "named"), [
-    (["--d_model", 64, "--n_layer", 3], ["--d_model 32", "64", "--n_layer 2", "3"]),
-    (["--seq_len", 16], ["--seq_len 32", "16"]),
-    (["--seed", 5], ["--seed 1337", "5"]),
-    (["--tie", 0], ["--tie"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--d_model", 64, "--n_layer", 3], ["--d_model 32", "64", "--n_layer 2", "3"]),
+        (["--seq_len", 16], ["--seq_len 32", "16"]),
+        (["--seed", 5], ["--seed 1337", "5"]),
+        (["--tie", 0], ["--tie"]),
+    ],
+)
 def test_another_model_is_told_by_what_differs(copied, run, data_dir, flags, named):
     args = (copied / "args.txt").read_bytes()
     code, _, err = again(run, data_dir, copied, *flags)
@@ -317,8 +334,12 @@ def test_another_model_is_told_by_what_differs(copied, run, data_dir, flags, nam
 
 def test_another_tokenizer_is_told(copied, run, corpus, tmp_path):
     other = tmp_path / "other"
-    assert run(["prep", "--text_path", corpus, "--out_dir", other, "--vocab_size", 410,
-                "--workers", 1])[0] == 0
+    assert (
+        run(
+            ["prep", "--text_path", corpus, "--out_dir", other, "--vocab_size", 410, "--workers", 1]
+        )[0]
+        == 0
+    )
     code, _, err = again(run, other, copied)
     assert code == 2 and "tokenizer" in err and str(copied) in err
 
@@ -335,7 +356,10 @@ def test_rotation_keeps_the_newest(tmp_path):
         lm.save_step(tmp_path, step_file(step), keep_last=2)
         assert read_pt(tmp_path / "ckpt_last.pt")["step"] == step
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "ckpt_00000100.pt", "ckpt_01000000.pt", "ckpt_last.pt"]
+        "ckpt_00000100.pt",
+        "ckpt_01000000.pt",
+        "ckpt_last.pt",
+    ]
 
 
 def test_rotation_spares_best_and_other_files(tmp_path):
@@ -431,8 +455,11 @@ def original_logits(w, ids, layers, heads, theta=10000.0):
 
     for i in range(layers):
         b = f"blocks.{i}."
-        q, k, v = (norm(x, b + "norm1.weight") @ w[b + "attn.qkv.weight"].T).view(
-            B, T, 3, heads, -1).unbind(2)
+        q, k, v = (
+            (norm(x, b + "norm1.weight") @ w[b + "attn.qkv.weight"].T)
+            .view(B, T, 3, heads, -1)
+            .unbind(2)
+        )
         q, k = interleaved(q, theta), interleaved(k, theta)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5 + causal
         y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(B, T, -1)
@@ -449,15 +476,38 @@ def original_checkpoint(path, tie, length="seq_len"):
     d, hidden, vocab = 24, 96, 400
     shapes = {"tok_emb.weight": (vocab, d), "norm.weight": (d,)}
     for i in range(2):
-        shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in {
-            "norm1": (d,), "norm2": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d),
-            "mlp.w1": (hidden, d), "mlp.w2": (hidden, d), "mlp.w3": (d, hidden)}.items()}
+        shapes |= {
+            f"blocks.{i}.{name}.weight": shape
+            for name, shape in {
+                "norm1": (d,),
+                "norm2": (d,),
+                "attn.qkv": (3 * d, d),
+                "attn.proj": (d, d),
+                "mlp.w1": (hidden, d),
+                "mlp.w2": (hidden, d),
+                "mlp.w3": (d, hidden),
+            }.items()
+        }
     weights = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
     weights["lm_head.weight"] = weights["tok_emb.weight"] if tie else torch.randn(vocab, d)
-    config = {"vocab_size": vocab, length: 16, "n_layer": 2, "n_head": 3, "d_model": d,
-              "ffn_mult": 4, "dropout": 0.1}
-    torch.save({"model": {"_orig_mod." + n: w for n, w in weights.items()}, "config": config,
-                "optim": {}, "scaler": {}}, path)
+    config = {
+        "vocab_size": vocab,
+        length: 16,
+        "n_layer": 2,
+        "n_head": 3,
+        "d_model": d,
+        "ffn_mult": 4,
+        "dropout": 0.1,
+    }
+    torch.save(
+        {
+            "model": {"_orig_mod." + n: w for n, w in weights.items()},
+            "config": config,
+            "optim": {},
+            "scaler": {},
+        },
+        path,
+    )
     return weights
 
 
@@ -476,8 +526,19 @@ def test_original_checkpoint_generates_with_spm_and_asks_for_it(tmp_path, run, t
     code, _, err = run(["generate", "--ckpt", tmp_path / "o.pt", "--prompt", "The"])
     assert code == 2 and "--spm" in err
     (tmp_path / "t.model").write_bytes(tiny_tokenizer)
-    code, out, _ = run(["generate", "--ckpt", tmp_path / "o.pt", "--spm", tmp_path / "t.model",
-                        "--prompt", "The", "--max_new_tokens", 20])
+    code, out, _ = run(
+        [
+            "generate",
+            "--ckpt",
+            tmp_path / "o.pt",
+            "--spm",
+            tmp_path / "t.model",
+            "--prompt",
+            "The",
+            "--max_new_tokens",
+            20,
+        ]
+    )
     assert code == 0 and out.startswith("The")
     code, out, _ = run(["info", tmp_path / "o.pt"])
     assert code == 0 and "original" in out and "--spm" in out

@@ -23,9 +23,24 @@ NO_FLAGS = ("vocab_size", "bos_id", "rope_layout")  # read off the tokenizer, or
 @pytest.fixture
 def generate(run, trained):
     """`generate(*flags)` samples from the tiny trained run."""
+
     def call(*flags):
-        return run(["generate", "--ckpt", trained, "--device", "cpu", "--dtype", "fp32",
-                    "--threads", 1, "--max_new_tokens", 30, *flags])
+        return run(
+            [
+                "generate",
+                "--ckpt",
+                trained,
+                "--device",
+                "cpu",
+                "--dtype",
+                "fp32",
+                "--threads",
+                1,
+                "--max_new_tokens",
+                30,
+                *flags,
+            ]
+        )
 
     return call
 
@@ -43,11 +58,36 @@ def complaint(result, *words):
 
 def test_prep_train_generate_info(run, corpus, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
-    code, told, err = run(["prep", "--text_path", corpus, "--out_dir", data, "--vocab_size", 400,
-                           "--val_split", 0.1, "--workers", 1])
+    code, told, err = run(
+        [
+            "prep",
+            "--text_path",
+            corpus,
+            "--out_dir",
+            data,
+            "--vocab_size",
+            400,
+            "--val_split",
+            0.1,
+            "--workers",
+            1,
+        ]
+    )
     assert code == 0 and "documents" in told and f"train --data_dir {data}" in told, err
-    code, told, err = run(["train", *TINY, "--data_dir", data, "--out_dir", out,
-                           "--max_steps", 60, "--eval_tokens", 500])
+    code, told, err = run(
+        [
+            "train",
+            *TINY,
+            "--data_dir",
+            data,
+            "--out_dir",
+            out,
+            "--max_steps",
+            60,
+            "--eval_tokens",
+            500,
+        ]
+    )
     assert code == 0 and "done after 60 steps" in told, err
     example = next(line for line in told.splitlines() if " generate " in line)
     code, told, err = run([*shlex.split(example)[2:], "--max_new_tokens", 5])
@@ -65,17 +105,43 @@ def test_the_lone_file_works_in_an_empty_folder(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def start(*argv):
-        return subprocess.Popen([sys.executable, lm.PROGRAM, *argv], cwd=tmp_path, env=env,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, lm.PROGRAM, *argv],
+            cwd=tmp_path,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
-    for argv in (["prep", "--text_path", "docs.txt", "--out_dir", "data", "--vocab_size", "400",
-                  "--workers", "1"],
-                 ["train", *TINY, "--max_steps", "3", "--out_dir", "run"]):
+    for argv in (
+        [
+            "prep",
+            "--text_path",
+            "docs.txt",
+            "--out_dir",
+            "data",
+            "--vocab_size",
+            "400",
+            "--workers",
+            "1",
+        ],
+        ["train", *TINY, "--max_steps", "3", "--out_dir", "run"],
+    ):
         process = start(*argv)
         told, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
-    process = start("generate", "--ckpt", "run", "--prompt", "The", "--max_new_tokens", "3000",
-                    "--stop_at_eos", "0")
+    process = start(
+        "generate",
+        "--ckpt",
+        "run",
+        "--prompt",
+        "The",
+        "--max_new_tokens",
+        "3000",
+        "--stop_at_eos",
+        "0",
+    )
     assert process.stdout.read(1) == "T"
     process.stdout.close()  # as `| head -c 1` does
     err = process.stderr.read()
@@ -107,8 +173,9 @@ def test_samples_differ_and_the_first_is_the_one_alone(generate, tmp_path):
 def test_prompts_come_from_a_file(generate, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The 東京 tower\n\nIn 1950 a\n", encoding="utf-8")
-    code, _, err = generate("--prompt_file", prompts, "--out", tmp_path / "o.jsonl",
-                            "--num_samples", 2)
+    code, _, err = generate(
+        "--prompt_file", prompts, "--out", tmp_path / "o.jsonl", "--num_samples", 2
+    )
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["The 東京 tower"] * 2 + ["In 1950 a"] * 2
@@ -131,7 +198,7 @@ class Spy:
 def test_streamed_characters_come_whole_and_give_the_text(tiny_tokenizer, monkeypatch, text):
     tokenizer = lm.Tokenizer(tiny_tokenizer)
     ids = [tokenizer.bos, *tokenizer.encode("So")]
-    new = tokenizer.encode("So" + text)[len(ids) - 1:]
+    new = tokenizer.encode("So" + text)[len(ids) - 1 :]
     by_bytes = [tokenizer.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
     for tokens in (new, by_bytes):
         spy = Spy()
@@ -146,14 +213,25 @@ def test_streamed_characters_come_whole_and_give_the_text(tiny_tokenizer, monkey
 def test_a_character_never_finished_is_shown_at_the_end(tiny_tokenizer, capsys):
     tokenizer = lm.Tokenizer(tiny_tokenizer)
     broken = [tokenizer.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "東".encode()[:2]]
-    lm.print_stream(iter([(0, t) for t in broken]), "So", [tokenizer.bos,
-                    *tokenizer.encode("So")], tokenizer)
+    lm.print_stream(
+        iter([(0, t) for t in broken]), "So", [tokenizer.bos, *tokenizer.encode("So")], tokenizer
+    )
     assert capsys.readouterr().out.startswith("So\ufffd")
 
 
 def test_streamed_text_equals_the_text_in_one_piece(generate, tmp_path):
-    flags = ["--prompt", "Zürich 🙂", "--temperature", 5, "--top_p", 1, "--stop_at_eos", 0,
-             "--max_new_tokens", 60]
+    flags = [
+        "--prompt",
+        "Zürich 🙂",
+        "--temperature",
+        5,
+        "--top_p",
+        1,
+        "--stop_at_eos",
+        0,
+        "--max_new_tokens",
+        60,
+    ]
     for seed in range(3):
         told = generate(*flags, "--seed", seed)[1]
         assert generate(*flags, "--seed", seed, "--out", tmp_path / "o.jsonl")[0] == 0
@@ -222,8 +300,22 @@ def test_mistakes_of_train(run, data_dir, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         complaint(run(["train", *TINY, "--data_dir", data_dir, "--out_dir", out]), "file")
     assert (tmp_path / "file").read_text() == "in the way"
-    complaint(run(["train", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "r",
-                   "--seq_len", 10**6]), "too few", "--seq_len")
+    complaint(
+        run(
+            [
+                "train",
+                *TINY,
+                "--data_dir",
+                data_dir,
+                "--out_dir",
+                tmp_path / "r",
+                "--seq_len",
+                10**6,
+            ]
+        ),
+        "too few",
+        "--seq_len",
+    )
     assert not (tmp_path / "r").exists()
 
 
@@ -260,15 +352,24 @@ def figure(line, pattern):
     return float(re.search(pattern, line)[1])
 
 
-@pytest.mark.parametrize(("flags", "tokens", "peak", "gpus", "mfu", "price"), [
-    (["--gpu", "H100"], 0, 989e12, 1, 0.4, 0),
-    (["--gpu", "A100", "--gpus", 8, "--mfu", 0.5, "--usd_per_hour", 12], 0, 312e12, 8, 0.5, 12),
-    (["--gpu", "H200", "--tokens", 1e12, "--gpus", 64, "--usd_per_hour", 200], 1e12, 989e12, 64,
-     0.4, 200),
-])
+@pytest.mark.parametrize(
+    ("flags", "tokens", "peak", "gpus", "mfu", "price"),
+    [
+        (["--gpu", "H100"], 0, 989e12, 1, 0.4, 0),
+        (["--gpu", "A100", "--gpus", 8, "--mfu", 0.5, "--usd_per_hour", 12], 0, 312e12, 8, 0.5, 12),
+        (
+            ["--gpu", "H200", "--tokens", 1e12, "--gpus", 64, "--usd_per_hour", 200],
+            1e12,
+            989e12,
+            64,
+            0.4,
+            200,
+        ),
+    ],
+)
 def test_a_plan_is_tokens_times_flops_over_speed(run, flags, tokens, peak, gpus, mfu, price):
     plan = planned(run(["info", "--preset", "138m", "--seq_len", 1024, *flags]))
-    layer = 4 * 768 ** 2 + 3 * 768 * 4 * 768 + 2 * 768
+    layer = 4 * 768**2 + 3 * 768 * 4 * 768 + 2 * 768
     blocks, embedding = 12 * layer + 768, 32000 * 768
     assert figure(plan["138m"], r"(\d+) parameters") == blocks + embedding
     cost = 6 * (blocks + embedding) + 12 * 12 * 768 * 1024  # flops a token: tied, so once
@@ -284,18 +385,37 @@ def test_a_plan_is_tokens_times_flops_over_speed(run, flags, tokens, peak, gpus,
 
 
 def test_a_plan_with_a_known_speed_needs_no_device(run):
-    plan = planned(run(["info", "--preset", "350m", "--tokens", 36e9, "--tok_per_s", 1e5,
-                        "--gpus", 4, "--usd_per_hour", 3]))
+    plan = planned(
+        run(
+            [
+                "info",
+                "--preset",
+                "350m",
+                "--tokens",
+                36e9,
+                "--tok_per_s",
+                1e5,
+                "--gpus",
+                4,
+                "--usd_per_hour",
+                3,
+            ]
+        )
+    )
     assert "100.0 hours at 100K" in plan["time"] and "$300.00" in plan["time"]
     assert planned(run(["info", "--preset", "350m"]))["time"] == (
-        "time: unknown; give --gpu NAME or --tok_per_s N")
+        "time: unknown; give --gpu NAME or --tok_per_s N"
+    )
 
 
 def test_a_plans_memory_is_its_sum_and_follows_what_it_should(run):
     def memory(*flags):
         line = planned(run(["info", "--preset", "138m", *flags]))["memory"]
-        parts = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+)[ )]", line + " ")
-                 if name in ("weights", "gradients", "optimiser", "activations")}
+        parts = {
+            name: float(size)
+            for name, size in re.findall(r"(\w+) ([\d.]+)[ )]", line + " ")
+            if name in ("weights", "gradients", "optimiser", "activations")
+        }
         assert figure(line, r"about: ([\d.]+) GB") == pytest.approx(sum(parts.values()), abs=0.021)
         return parts
 
@@ -308,7 +428,8 @@ def test_a_plans_memory_is_its_sum_and_follows_what_it_should(run):
     wide = memory("--batch_size", 80, "--optimizer", "adamw")
     assert 5 < wide["activations"] / plain["activations"] <= 10.1
     assert {k: v for k, v in wide.items() if k != "activations"} == {
-        k: v for k, v in plain.items() if k != "activations"}
+        k: v for k, v in plain.items() if k != "activations"
+    }
 
 
 @pytest.mark.parametrize(("moments", "flags"), [(8, ["--optimizer", "adamw"]), (4, [])])
@@ -325,9 +446,10 @@ def test_a_plans_optimiser_is_what_is_really_kept(run, moments, flags):
 
 
 def test_a_plan_of_experts_counts_the_active_ones(run):
-    plan = planned(run(["info", "--preset", "138m", "--n_expert", 8, "--n_expert_active", 2,
-                        "--gpu", "H100"]))
-    expert, attention = 3 * 768 * 3072, 4 * 768 ** 2 + 2 * 768
+    plan = planned(
+        run(["info", "--preset", "138m", "--n_expert", 8, "--n_expert_active", 2, "--gpu", "H100"])
+    )
+    expert, attention = 3 * 768 * 3072, 4 * 768**2 + 2 * 768
     rest = 768 + 32000 * 768 + 12 * (attention + 8 * 768)
     total, active = rest + 12 * 8 * expert, rest + 12 * 2 * expert
     assert figure(plan["138m"], r"(\d+) parameters") == total
@@ -356,8 +478,10 @@ def test_mistakes_of_plans(run, trained):
 # ---- Front door ----
 
 
-@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("generat", "generate"),
-                                             ("preps", "prep"), ("TRAIN", ""), ("xyzzy", "")])
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("trian", "train"), ("generat", "generate"), ("preps", "prep"), ("TRAIN", ""), ("xyzzy", "")],
+)
 def test_an_unknown_command_gets_a_hint(run, word, meant):
     complaint(run([word]), f"did you mean {meant}?" if meant else "train", word)
 

@@ -44,9 +44,18 @@ CHAT = [
     {"role": "assistant", "content": "5"},
 ]
 LLAMA = {
-    "vocab_size": 410, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+    "vocab_size": 410,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 # ---- Models ----
@@ -66,10 +75,20 @@ def model_of(vocab_size, **shape):
 
 def save(path, model, tokenizer=None, **changes):
     """A checkpoint as a trainer writes it."""
-    lm.save_checkpoint(path, {
-        "format": lm.CHECKPOINT_FORMAT, "kind": "train", "step": 3, "samples": 24,
-        "best_val": math.inf, "model": model.state_dict(),
-        "config": dataclasses.asdict(model.config), "tokenizer": tokenizer, **changes})
+    lm.save_checkpoint(
+        path,
+        {
+            "format": lm.CHECKPOINT_FORMAT,
+            "kind": "train",
+            "step": 3,
+            "samples": 24,
+            "best_val": math.inf,
+            "model": model.state_dict(),
+            "config": dataclasses.asdict(model.config),
+            "tokenizer": tokenizer,
+            **changes,
+        },
+    )
     return path
 
 
@@ -139,8 +158,9 @@ def test_logits_and_greedy_tokens_agree(shape, tokenizer, tmp_path):
     hf = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert set(os.listdir(out)) == converter.FOLDER_FILES - {"pytorch_model.bin"}
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode("The quiet harbour")]])
-    theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=20)[0, ids.shape[1]:].tolist()
+    theirs = hf.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+    )[0, ids.shape[1] :].tolist()
     greedy = lm.SamplingSettings(max_new_tokens=20, temperature=0)
     assert lm.complete(model, ids.tolist(), greedy, 0, frozenset({2}))[0] == theirs
 
@@ -151,16 +171,21 @@ FAMILIES = {  # name: (the architecture that holds it, settings)
     "embed_scale": ("LlamaForCausalLM", {"embed_scale": True, "n_kv_head": 2}),
     "doc_mask": ("LlamaForCausalLM", {"doc_mask": True, "trunc_init": True}),
     "qk_norm": ("Qwen3ForCausalLM", {"qk_norm": True, "n_kv_head": 2}),
-    "qk_norm window": ("Qwen3ForCausalLM", {
-        "qk_norm": True, "window": 7, "full_every": 2, "n_layer": 4}),
+    "qk_norm window": (
+        "Qwen3ForCausalLM",
+        {"qk_norm": True, "window": 7, "full_every": 2, "n_layer": 4},
+    ),
     "nope_every": ("SmolLM3ForCausalLM", {"nope_every": 2, "n_layer": 4, "embed_scale": True}),
     "window": ("MistralForCausalLM", {"window": 7, "n_kv_head": 2, "tie": False}),
     "n_expert": ("MixtralForCausalLM", {"n_expert": 3, "n_kv_head": 2, "tie": False}),
-    "n_expert qk_norm": ("Qwen3MoeForCausalLM", {
-        "n_expert": 4, "n_expert_active": 3, "qk_norm": True, "n_kv_head": 2}),
+    "n_expert qk_norm": (
+        "Qwen3MoeForCausalLM",
+        {"n_expert": 4, "n_expert_active": 3, "qk_norm": True, "n_kv_head": 2},
+    ),
 }
 REFUSED = {
-    "n_sink": {"n_sink": 2}, "softcap": {"softcap": 5.0},
+    "n_sink": {"n_sink": 2},
+    "softcap": {"softcap": 5.0},
     "nope_every, --qk_norm": {"nope_every": 2, "qk_norm": True},
     "full_every, --window": {"window": 8, "full_every": 2},
     "n_expert, --nope_every": {"n_expert": 4, "nope_every": 2},
@@ -180,8 +205,9 @@ def test_every_family_agrees_and_comes_back(name, tokenizer, tmp_path):
     assert type(hf).__name__ == architecture
     assert difference(tmp_path / "hf", model) <= TOLERANCE
     prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode("The quiet harbour")]])
-    theirs = hf.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                         max_new_tokens=50)[0, prompt.shape[1]:].tolist()
+    theirs = hf.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=50
+    )[0, prompt.shape[1] :].tolist()
     greedy = lm.SamplingSettings(max_new_tokens=50, temperature=0)
     assert lm.complete(model, prompt.tolist(), greedy, 0, frozenset({2}))[0] == theirs
     convert("--reverse", tmp_path / "hf", "--out", tmp_path / "back.pt")
@@ -202,10 +228,16 @@ def test_config_says_what_the_model_is(folder, model, tokenizer):
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.architectures == ["LlamaForCausalLM"]
     assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (
-        model.config.kv_heads, model.config.head_size, model.config.seq_len)
+        model.config.kv_heads,
+        model.config.head_size,
+        model.config.seq_len,
+    )
     generation = transformers.GenerationConfig.from_pretrained(folder)
-    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (
-        tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1, 2, 3)
+    assert (
+        (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
+        == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
+        == (1, 2, 3)
+    )
 
 
 def interleaved(qkv, config):
@@ -220,12 +252,20 @@ def interleaved(qkv, config):
 @pytest.mark.parametrize("tie", [True, False])
 def test_checkpoint_of_the_original_program_converts(tie, tokenizer, tmp_path):
     model = model_of(tokenizer.vocab_size, tie=tie)
-    weights = {"_orig_mod." + name: interleaved(w, model.config) if "qkv" in name else w
-               for name, w in model.state_dict().items()}
+    weights = {
+        "_orig_mod." + name: interleaved(w, model.config) if "qkv" in name else w
+        for name, w in model.state_dict().items()
+    }
     c = model.config
-    config = {"vocab_size": c.vocab_size, "n_layer": c.n_layer, "n_head": c.n_head,
-              "d_model": c.d_model, "ffn_mult": c.ffn_mult, "max_seq_len": c.seq_len,
-              "dropout": 0.1}
+    config = {
+        "vocab_size": c.vocab_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "d_model": c.d_model,
+        "ffn_mult": c.ffn_mult,
+        "max_seq_len": c.seq_len,
+        "dropout": 0.1,
+    }
     torch.save({"model": weights, "config": config, "optim": {}, "scaler": {}}, tmp_path / "old.pt")
     (tmp_path / "t.model").write_bytes(tokenizer.data)
     convert("--ckpt", tmp_path / "old.pt", "--spm", tmp_path / "t.model", "--out", tmp_path / "hf")
@@ -247,9 +287,43 @@ def test_rope_theta_overrides_the_checkpoint(model, ckpt, tmp_path):
 def hostile_text():
     """Text of what tokenizers stumble over: runs, mixed scripts, control characters, symbols."""
     words = st.sampled_from(
-        ["a", "aa", "ab", "the", "The", " ", "  ", "\n", "\t", "\r\n", "\0", "-", "=", "....", "1",
-         "\u2581", "\u2581\u2581", "é", "e\u0301", "東京", "Zürich", "🙂", "👩\u200d👧", "\u00a0",
-         "\u3000", "\u2028", "\x85", "\ufeff", "<s>", "</s>", "<|user|>", "<unk>", "<0x41>", "<"])
+        [
+            "a",
+            "aa",
+            "ab",
+            "the",
+            "The",
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\r\n",
+            "\0",
+            "-",
+            "=",
+            "....",
+            "1",
+            "\u2581",
+            "\u2581\u2581",
+            "é",
+            "e\u0301",
+            "東京",
+            "Zürich",
+            "🙂",
+            "👩\u200d👧",
+            "\u00a0",
+            "\u3000",
+            "\u2028",
+            "\x85",
+            "\ufeff",
+            "<s>",
+            "</s>",
+            "<|user|>",
+            "<unk>",
+            "<0x41>",
+            "<",
+        ]
+    )
     runs = st.builds(str.__mul__, words, st.integers(1, 30))
     mixed = st.lists(words | runs | st.text(max_size=4), max_size=12).map("".join)
     return mixed | st.text(max_size=40)
@@ -269,7 +343,8 @@ def same_ids(auto, tokenizer, text):
 def test_token_ids_of_hostile_text_are_the_same(auto, tokenizer, text):
     same_ids(auto, tokenizer, text)
     assert auto.decode(auto(text, split_special_tokens=True).input_ids[1:]) == tokenizer.decode(
-        tokenizer.encode(text))
+        tokenizer.encode(text)
+    )
 
 
 def test_token_ids_of_a_corpus_are_the_same(auto, tokenizer):
@@ -312,8 +387,10 @@ def spelled(words, letters, dummy_prefix):
     pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
     pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
     pieces += [(text, -float(rank), 1) for rank, text in enumerate(scored)]
-    data = b"".join(field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
-                    for text, score, kind in pieces)
+    data = b"".join(
+        field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
+        for text, score, kind in pieces
+    )
     normalizer = field(1, b"identity") + field(3, int(dummy_prefix)) + field(4, 0)
     return data + field(2, field(3, 2) + field(35, 1)) + field(3, normalizer)
 
@@ -328,8 +405,11 @@ def fast_tokenizer(data):
     return fast
 
 
-@given(words=st.lists(st.text("ab\u2581", min_size=2, max_size=7), max_size=20, unique=True),
-       dummy_prefix=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    words=st.lists(st.text("ab\u2581", min_size=2, max_size=7), max_size=20, unique=True),
+    dummy_prefix=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 @settings(max_examples=250)
 @example(words=["aa", "aaa", "aaaa"], dummy_prefix=False, seed=0)
 @example(words=["ab", "ba", "aba", "bab"], dummy_prefix=False, seed=0)
@@ -348,7 +428,8 @@ def trained(**options):
     model = io.BytesIO()
     plain = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=documents(300, seed=2), model_writer=model, **{**plain, **options})
+        sentence_iterator=documents(300, seed=2), model_writer=model, **{**plain, **options}
+    )
     return model.getvalue()
 
 
@@ -366,8 +447,18 @@ IMPORTED = {
 def test_token_ids_of_imported_tokenizers_are_the_same(kind):
     data = trained(**IMPORTED[kind])
     sp, fast = sentencepiece.SentencePieceProcessor(model_proto=data), fast_tokenizer(data)
-    hostile = ["", " ", "a  b   c", "  x ", "aaaa----    ", "<sep><sep>  <|user|>a<sep>", "東 🙂",
-               "tab\tnew\nline", "ﬁ ① é", "  <sep> \u2581\u2581 b"]
+    hostile = [
+        "",
+        " ",
+        "a  b   c",
+        "  x ",
+        "aaaa----    ",
+        "<sep><sep>  <|user|>a<sep>",
+        "東 🙂",
+        "tab\tnew\nline",
+        "ﬁ ① é",
+        "  <sep> \u2581\u2581 b",
+    ]
     for text in itertools.chain(hostile, documents(100, seed=4)):
         assert fast.encode(text, add_special_tokens=False).ids == sp.encode(text), repr(text)
 
@@ -403,8 +494,12 @@ def conversation(tokenizer, turns, prompt):
 @pytest.mark.parametrize("turns", [1, 2, 3, 5])
 def test_chat_template_gives_the_conversations_ids(auto, tokenizer, turns, prompt):
     got = auto.apply_chat_template(
-        CHAT[:turns], tokenize=True, add_generation_prompt=prompt, return_dict=True,
-        return_assistant_tokens_mask=True)
+        CHAT[:turns],
+        tokenize=True,
+        add_generation_prompt=prompt,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     wanted = conversation(tokenizer, CHAT[:turns], prompt)
     assert (got["input_ids"], got["assistant_masks"]) == wanted
 
@@ -440,8 +535,9 @@ def test_reverse_gives_the_checkpoint_back(model, tokenizer, folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"head_dim": 16, "num_key_value_heads": 4}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_dim": 16, "num_key_value_heads": 4}, {"tie_word_embeddings": True}]
+)
 @pytest.mark.parametrize("form", ["whole", "sharded", "bin"])
 def test_llama_of_transformers_is_imported(changes, form, tokenizer, tmp_path):
     hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})).eval()
@@ -461,6 +557,7 @@ def test_llama_of_transformers_is_imported(changes, form, tokenizer, tmp_path):
 @pytest.fixture
 def foreign(folder, tmp_path):
     """A copy of the converted folder with changes to its config.json."""
+
     def copy(remove=(), **config):
         (tmp_path / "hf").mkdir()
         for path in folder.iterdir():
@@ -469,13 +566,23 @@ def foreign(folder, tmp_path):
         config = {**json.loads((folder / "config.json").read_text()), **config}
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
         return tmp_path / "hf"
+
     return copy
 
 
-@pytest.mark.parametrize("config", [
-    {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"pretraining_tp": 2},
-    {"model_type": "qwen2"}, {"hidden_size": None}, {"quantization_config": {"bits": 4}},
-    {"sliding_window": 128}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"pretraining_tp": 2},
+        {"model_type": "qwen2"},
+        {"hidden_size": None},
+        {"quantization_config": {"bits": 4}},
+        {"sliding_window": 128},
+    ],
+)
 def test_reverse_names_what_our_model_cannot_hold(config, foreign, tmp_path):
     code, _, err = call(converter.main, "--reverse", foreign(**config), "--out", tmp_path / "a.pt")
     assert code == 2 and next(iter(config)) in err and "fix: " in err
@@ -488,11 +595,14 @@ def test_reverse_names_every_fault_at_once(foreign, tmp_path):
     assert code == 2 and "attention_bias" in err and "rope_scaling is of type 'dynamic'" in err
 
 
-@pytest.mark.parametrize(("remove", "sentence"), [
-    ("tokenizer.model", "has no tokenizer.model"), ("model.safetensors", "has no weights")])
+@pytest.mark.parametrize(
+    ("remove", "sentence"),
+    [("tokenizer.model", "has no tokenizer.model"), ("model.safetensors", "has no weights")],
+)
 def test_reverse_names_what_a_folder_lacks(remove, sentence, foreign, tmp_path):
     code, _, err = call(
-        converter.main, "--reverse", foreign(remove=[remove]), "--out", tmp_path / "a.pt")
+        converter.main, "--reverse", foreign(remove=[remove]), "--out", tmp_path / "a.pt"
+    )
     assert code == 2 and sentence in err
 
 
@@ -521,8 +631,10 @@ def test_conversion_that_does_not_end_leaves_nothing(fault, ckpt, tmp_path, monk
 
 
 def test_kill_during_a_conversion_leaves_no_folder_of_its_name(ckpt, tmp_path):
-    code = ("import os, sys; import convert_to_llama as c; c.verify = lambda *a, **k: os._exit(9);"
-            "c.main(sys.argv[1:])")
+    code = (
+        "import os, sys; import convert_to_llama as c; c.verify = lambda *a, **k: os._exit(9);"
+        "c.main(sys.argv[1:])"
+    )
     argv = [sys.executable, "-c", code, "--ckpt", str(ckpt), "--out", str(tmp_path / "hf")]
     done = subprocess.run(argv, cwd=Path(converter.__file__).parent, capture_output=True)
     assert done.returncode == 9
@@ -631,7 +743,8 @@ def test_options_beyond_llama_are_refused_by_name():
 
 def test_script_compares_and_generates(folder, ckpt):
     code, out, err = call(
-        script.main, folder, "--ckpt", ckpt, "--prompt", "The quiet", "--max_new_tokens", "5")
+        script.main, folder, "--ckpt", ckpt, "--prompt", "The quiet", "--max_new_tokens", "5"
+    )
     assert code == 0, err
     assert "its logits agree with" in out and out.splitlines()[-1].startswith("The quiet")
     assert call(script.main, folder, "--temperature", "0", "--max_new_tokens", "5")[0] == 0

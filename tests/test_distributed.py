@@ -21,8 +21,18 @@ STEADY = ["--dropout", "0", "--log_interval", "2"]  # dropout is drawn by each r
 
 
 def flags(data_dir, out, batch):
-    return ["train", *TINY, *SHORT, *STEADY, "--data_dir", data_dir, "--out_dir", out,
-            "--batch_size", batch]
+    return [
+        "train",
+        *TINY,
+        *SHORT,
+        *STEADY,
+        "--data_dir",
+        data_dir,
+        "--out_dir",
+        out,
+        "--batch_size",
+        batch,
+    ]
 
 
 def free_port():
@@ -35,18 +45,32 @@ def torchrun(argv):
     """The program under torch.distributed.run on two processes, started."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
     command = [sys.executable, *launcher, free_port(), ROOT / lm.PROGRAM, *argv]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
 
 
 def two(child, argv, *hooks, each=()):
     """The program as two ranks without a launcher, to its end; hooks are for rank 1 alone, and
     those of `each` for both, which get the rank."""
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(free_port())}
-    ranks = [child(argv, (keep_weights, rank), *((hook, rank) for hook in each),
-                   *(hooks if rank else ()), RANK=str(rank), LOCAL_RANK=str(rank), **env)
-             for rank in range(2)]
+    env = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        child(
+            argv,
+            (keep_weights, rank),
+            *((hook, rank) for hook in each),
+            *(hooks if rank else ()),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **env,
+        )
+        for rank in range(2)
+    ]
     return [rank.end() for rank in ranks]
 
 
@@ -91,8 +115,9 @@ def test_torchrun_on_two_ranks_of_four_is_one_rank_of_eight(data_dir, tmp_path, 
 
 def stopped_on_two(child, argv, out, step):
     """Two ranks that stop after `step`, of which rank 1 alone got the signal."""
-    codes, told = zip(*two(child, argv, (signal_at, "seed_step", step - 1, signal.SIGUSR1)),
-                      strict=True)
+    codes, told = zip(
+        *two(child, argv, (signal_at, "seed_step", step - 1, signal.SIGUSR1)), strict=True
+    )
     assert codes[1] == 128 + signal.SIGUSR1 and codes[0] > 128
     assert "torchrun --nproc_per_node=2" in told[0]
     assert read_pt(out / "ckpt_last.pt")["step"] == step
@@ -112,7 +137,8 @@ def test_stopped_on_two_ranks_it_goes_on_with_two(child, data_dir, tmp_path, alo
 @pytest.mark.parametrize("step", [4, 5])
 @pytest.mark.parametrize("stop_again", [False, True])
 def test_stopped_on_two_ranks_it_goes_on_with_one(
-        child, run, data_dir, tmp_path, alone, monkeypatch, step, stop_again):
+    child, run, data_dir, tmp_path, alone, monkeypatch, step, stop_again
+):
     out, argv = tmp_path / "run", flags(data_dir, tmp_path / "run", 4)
     stopped_on_two(child, argv, out, step)
     if stop_again:
@@ -128,8 +154,20 @@ def test_stopped_on_two_ranks_it_goes_on_with_one(
 
 
 def test_two_ranks_of_experts_and_muon_agree_and_are_one_rank(child, run, data_dir, tmp_path):
-    more = ["--n_expert", 4, "--optimizer", "muon", "--ema", 0.5, "--router_z_loss", 0,
-            "--balance_loss", 0, "--data_dir", f"a={data_dir}:0.6,b={data_dir}:0.4"]
+    more = [
+        "--n_expert",
+        4,
+        "--optimizer",
+        "muon",
+        "--ema",
+        0.5,
+        "--router_z_loss",
+        0,
+        "--balance_loss",
+        0,
+        "--data_dir",
+        f"a={data_dir}:0.6,b={data_dir}:0.4",
+    ]
     both, lone = tmp_path / "both", tmp_path / "lone"  # side losses are a rank's own, hence 0
     ended = two(child, [*flags(data_dir, both, 4), *more])
     assert [code for code, _ in ended] == [0, 0], ended
@@ -141,8 +179,20 @@ def test_two_ranks_of_experts_and_muon_agree_and_are_one_rank(child, run, data_d
 
 
 def test_two_ranks_of_experts_agree_with_side_losses(child, data_dir, tmp_path):
-    ended = two(child, [*flags(data_dir, tmp_path / "run", 4), "--n_expert", 4, "--optimizer",
-                        "muon", "--grad_accum_steps", 2, "--max_steps", 4])
+    ended = two(
+        child,
+        [
+            *flags(data_dir, tmp_path / "run", 4),
+            "--n_expert",
+            4,
+            "--optimizer",
+            "muon",
+            "--grad_accum_steps",
+            2,
+            "--max_steps",
+            4,
+        ],
+    )
     assert [code for code, _ in ended] == [0, 0], ended
     ranks = [read_pt(tmp_path / "run" / f"rank{rank}.weights") for rank in range(2)]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
@@ -182,7 +232,7 @@ def test_a_mistake_is_told_once_however_many_ranks_make_it(data_dir, tmp_path):
         assert process.returncode != 0
         ours = err.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
         assert ours.count("error: ") == ours.count("fix: ") == 1, err
-        assert "standalone_transformer_lm.py\", line" not in err, err
+        assert 'standalone_transformer_lm.py", line' not in err, err
 
 
 # ---- Reinforcement learning ----
@@ -197,13 +247,23 @@ def grpo(tiny_tokenizer, tmp_path_factory):
     for name in {"tok_emb.weight", "lm_head.weight"} & set(saved["model"]):
         saved["model"][name][lm.Tokenizer(tiny_tokenizer).eos] *= 6  # answers of many lengths
     lm.save_checkpoint(base, saved)
-    rows = write_rows(folder / "rows.jsonl", [{"prompt": question(i), "answer": str(i)}
-                                              for i in range(40)])
+    rows = write_rows(
+        folder / "rows.jsonl", [{"prompt": question(i), "answer": str(i)} for i in range(40)]
+    )
     fixed = """--prompts 4 --group_size 3 --max_new_tokens 16 --batch_size 4 --eval_prompts 5
     --eval_samples 2 --lr 1e-3 --warmup_steps 0 --max_steps 2 --eval_interval 2 --dtype fp32
     --val_split 0.2 --device cpu --threads 1 --compile 0 --reward regex --pattern ^.*e""".split()
-    return lambda out, *flags: ["grpo", *fixed, "--ckpt", base, "--data", rows, "--out_dir", out,
-                                *flags]
+    return lambda out, *flags: [
+        "grpo",
+        *fixed,
+        "--ckpt",
+        base,
+        "--data",
+        rows,
+        "--out_dir",
+        out,
+        *flags,
+    ]
 
 
 def keep_gradients(program, rank):
@@ -213,8 +273,9 @@ def keep_gradients(program, rank):
 
     def clipped(parameters, *more):
         parameters = list(parameters)
-        seen["gradients"].append(torch.cat([w.grad.flatten() for w in parameters
-                                            if w.requires_grad]))
+        seen["gradients"].append(
+            torch.cat([w.grad.flatten() for w in parameters if w.requires_grad])
+        )
         return clip(parameters, *more)
 
     def reduced(*args, **kwargs):
@@ -270,10 +331,15 @@ def two_in_turn(child, runs, *hooks):
 @pytest.fixture
 def lone(run, monkeypatch):
     """`lone(argv)` is the run on one rank, with its gradients."""
+
     def call(argv):
         with monkeypatch.context() as patch:
-            for owner, name in ((torch.nn.utils, "clip_grad_norm_"), (lm.Sampler, "draw"),
-                                (torch.distributed, "all_reduce"), (lm.Trainer, "fit")):
+            for owner, name in (
+                (torch.nn.utils, "clip_grad_norm_"),
+                (lm.Sampler, "draw"),
+                (torch.distributed, "all_reduce"),
+                (lm.Trainer, "fit"),
+            ):
                 patch.setattr(owner, name, getattr(owner, name))  # so that leaving puts it back
             keep_gradients(lm, "lone")
             code, _, err = run(argv)
@@ -284,8 +350,10 @@ def lone(run, monkeypatch):
 
 def apart(a, b, start):
     """How far two models are from each other, of how far they came."""
-    far, way = (sum((one[name] - other[name]).square().sum() for name in one)
-                for one, other in ((a, b), (a, start)))
+    far, way = (
+        sum((one[name] - other[name]).square().sum() for name in one)
+        for one, other in ((a, b), (a, start))
+    )
     return float((far / way).sqrt())
 
 
@@ -300,8 +368,10 @@ def assert_near(out, wanted, tolerance):
 def test_two_ranks_of_every_algorithm_are_one(child, grpo, lone, tmp_path):
     runs = [algo.split() for algo in [*lm.ALGORITHMS, "grpo --lora_rank 2"]]
     more = ["--kl", 0.1, "--updates", 2, "--value_warmup", 1, "--dynamic_sampling", 0]
-    both, one = ([grpo(tmp_path / name / "-".join(run), *more, "--algo", *run) for run in runs]
-                 for name in ("both", "one"))
+    both, one = (
+        [grpo(tmp_path / name / "-".join(run), *more, "--algo", *run) for run in runs]
+        for name in ("both", "one")
+    )
     two_in_turn(child, both)
     for run, argv in zip(runs, one, strict=True):
         lone(argv)
@@ -321,9 +391,25 @@ def test_two_ranks_of_every_algorithm_are_one(child, grpo, lone, tmp_path):
 
 def test_ranks_that_draw_again_wait_for_each_other(child, grpo, tmp_path):
     patterns = {"some": "^.*e", "few": "^.*the", "none": "(?!)"}
-    two_in_turn(child, [
-        grpo(tmp_path / name, "--algo", "dapo", "--overlong", 0, "--max_draws", 3, "--pattern",
-             pattern, "--eval_prompts", 1) for name, pattern in patterns.items()])
+    two_in_turn(
+        child,
+        [
+            grpo(
+                tmp_path / name,
+                "--algo",
+                "dapo",
+                "--overlong",
+                0,
+                "--max_draws",
+                3,
+                "--pattern",
+                pattern,
+                "--eval_prompts",
+                1,
+            )
+            for name, pattern in patterns.items()
+        ],
+    )
     for name in patterns:
         assert_ranks_agree(tmp_path / name)  # where rank 1 has nothing to evaluate
         draws = [row["train/draws"] for row in log_rows(tmp_path / name)[1:]]
@@ -337,8 +423,25 @@ def never_right(program):
 
 def test_a_rank_with_groups_to_spare_waits_for_the_other(child, grpo, tmp_path):
     out = tmp_path / "run"
-    two_in_turn(child, [grpo(out, "--dynamic_sampling", 1, "--max_draws", 4, "--prompts", 12,
-                             "--pattern", "e", "--max_steps", 4)], (never_right,))
+    two_in_turn(
+        child,
+        [
+            grpo(
+                out,
+                "--dynamic_sampling",
+                1,
+                "--max_draws",
+                4,
+                "--prompts",
+                12,
+                "--pattern",
+                "e",
+                "--max_steps",
+                4,
+            )
+        ],
+        (never_right,),
+    )
     assert_ranks_agree(out)
     assert [row["train/draws"] for row in log_rows(out)[1:]] == [4, 4, 4, 4]
 

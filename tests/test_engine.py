@@ -73,7 +73,7 @@ def write_by_hand(model, prompt, s, seed=0, row=0, stop=(), context=CONTEXT):
     A text longer than the context is read from its newest half, and grows again from there.
     """
     history, out = list(prompt), []
-    window = history if len(history) <= context else history[-(context // 2):]
+    window = history if len(history) <= context else history[-(context // 2) :]
     chances = lm.uniforms(seed, row, s.max_new_tokens)
     for u in chances.tolist():
         with torch.no_grad():
@@ -84,7 +84,7 @@ def write_by_hand(model, prompt, s, seed=0, row=0, stop=(), context=CONTEXT):
         if out[-1] in stop:
             return out
         if len(window) > context:
-            window = history[-(context // 2):]
+            window = history[-(context // 2) :]
     return out
 
 
@@ -100,7 +100,7 @@ def test_cached_logits_equal_uncached(model):
     cache = lm.KVCache(model.config, 2, torch.device("cpu"), torch.float32)
     whole, pieces, at = model(ids), [], 0
     for size in (3, 1, 1, 5, 1, 5):  # first pass, single steps, and several ids at once
-        pieces.append(model(ids[:, at:at + size], cache))
+        pieces.append(model(ids[:, at : at + size], cache))
         at += size
         assert cache.lengths == [at, at]
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-4)
@@ -224,16 +224,30 @@ def test_generation_under_autocast(model, dtype):
 # --- rows in turn ---------------------------------------------------------------------------------
 
 KINDS = {
-    "plain": {}, "gqa": {"n_kv_head": 2}, "window": {"window": 5}, "sinks": {"n_sink": 3},
+    "plain": {},
+    "gqa": {"n_kv_head": 2},
+    "window": {"window": 5},
+    "sinks": {"n_sink": 3},
     "gqa+sinks+window": {"n_kv_head": 2, "n_sink": 2, "window": 6},
 }
-QUEUE = [RAGGED[1], [33], [5, 6] * 20, RAGGED[3], RAGGED[1], [1, 2, 3] * 5, [7] * 16, [44, 2],
-         [44, 2], list(range(40, 57))]
+QUEUE = [
+    RAGGED[1],
+    [33],
+    [5, 6] * 20,
+    RAGGED[3],
+    RAGGED[1],
+    [1, 2, 3] * 5,
+    [7] * 16,
+    [44, 2],
+    [44, 2],
+    list(range(40, 57)),
+]
 
 
 def alone(model, prompts, s, seed, stop=frozenset(), first=0):
-    return [lm.complete(model, [p], s, seed, stop, first=first + r)[0]
-            for r, p in enumerate(prompts)]
+    return [
+        lm.complete(model, [p], s, seed, stop, first=first + r)[0] for r, p in enumerate(prompts)
+    ]
 
 
 def ended(rows, stop):
@@ -243,7 +257,8 @@ def ended(rows, stop):
 
 
 TURNS = {"greedy": ({}, GREEDY), "fussy": ({}, FUSSY)} | {
-    kind: (shape, SAMPLED) for kind, shape in KINDS.items()}
+    kind: (shape, SAMPLED) for kind, shape in KINDS.items()
+}
 
 
 @pytest.fixture(params=TURNS, scope="module")
@@ -294,8 +309,11 @@ def under_way(model, prompts, s, at_once, stop=frozenset(range(0, 61, 9))):
     try:
         for row, token in lm.generate(model, prompts, s, 4, stop, at_once=at_once):
             rows[row].append(token)
-            live = {r for r, out in enumerate(rows)
-                    if out and out[-1] not in stop and len(out) < s.max_new_tokens}
+            live = {
+                r
+                for r, out in enumerate(rows)
+                if out and out[-1] not in stop and len(out) < s.max_new_tokens
+            }
             moments.append(live | {row})
     finally:
         del model.hidden
@@ -337,8 +355,13 @@ def test_rows_that_end_at_their_first_token_make_room_without_a_step(model):
 
 def test_equal_prompts_that_enter_together_are_read_once(model, monkeypatch):
     read, prefill = [], lm.prefill
-    monkeypatch.setattr(lm, "prefill", lambda m, texts, *rest: read.append(
-        [tuple(text) for text in texts]) or prefill(m, texts, *rest))
+    monkeypatch.setattr(
+        lm,
+        "prefill",
+        lambda m, texts, *rest: (
+            read.append([tuple(text) for text in texts]) or prefill(m, texts, *rest)
+        ),
+    )
     prompts = [p for p in ([5, 6, 7], [9], [1, 2, 3, 4]) for _ in range(4)]
     rows = lm.complete(model, prompts, sampling(max_new_tokens=5), 0, at_once=8)
     assert read == [[(5, 6, 7), (9,)], [(1, 2, 3, 4)]] and len(set(map(tuple, rows))) == 12
@@ -370,7 +393,8 @@ def test_put_begins_rows_anew_and_leaves_the_others(model):
     cache.put([0, 1, 2, 3], other, [1, 1, 0, 0])  # one row may begin several
     assert cache.lengths == [6, 6, 3, 3]
     assert torch.equal(cache.k[:, 0, :, :6], other.k[:, 1]) and torch.equal(
-        cache.v[:, 1, :, :6], other.v[:, 1])
+        cache.v[:, 1, :, :6], other.v[:, 1]
+    )
 
 
 def test_a_compiled_step_writes_the_same():
@@ -387,9 +411,20 @@ def test_a_compiled_step_writes_the_same():
 
 # --- the distribution -----------------------------------------------------------------------------
 
-CUTS = [{}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 7}, {"top_k": 29},
-        {"top_k": 30}, {"top_k": 1000}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.999},
-        {"top_k": 9, "top_p": 0.6, "temperature": 0.8}]
+CUTS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 29},
+    {"top_k": 30},
+    {"top_k": 1000},
+    {"top_p": 0.9},
+    {"top_p": 0.3},
+    {"top_p": 0.999},
+    {"top_k": 9, "top_p": 0.6, "temperature": 0.8},
+]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
@@ -416,7 +451,7 @@ def test_draw_never_takes_an_impossible_id(cut, width):
     logits = torch.randn(4, width) * 3
     logits[0, :5] = logits[1, -5:] = logits[2, ::2] = -torch.inf
     logits[3, 1:] = -torch.inf
-    for edge in (0.0, 2 ** -24, 0.5, 1 - 2 ** -24, 1.0):
+    for edge in (0.0, 2**-24, 0.5, 1 - 2**-24, 1.0):
         ids = lm.draw(logits, torch.full((4, 1), edge), sampling(**cut))
         assert ids.shape == (4,) and ids.dtype == torch.int64
         assert logits[torch.arange(4), ids].isfinite().all(), edge
@@ -426,7 +461,7 @@ def test_draw_never_takes_an_impossible_id(cut, width):
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_a_tiny_top_p_keeps_the_likeliest(top_p, top_k):
     logits = torch.randn(50, 30)
-    for edge in (0.0, 0.7, 1 - 2 ** -24):
+    for edge in (0.0, 0.7, 1 - 2**-24):
         ids = lm.draw(logits, torch.full((50, 1), edge), sampling(top_p=top_p, top_k=top_k))
         assert torch.equal(ids, logits.argmax(-1))
 
@@ -453,12 +488,18 @@ def test_equal_logits_are_drawn_equally():
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4])
 def test_penalise_equals_transformers(penalty, n):
     s = sampling(repetition_penalty=penalty, no_repeat_ngram_size=n)
-    histories = [[3], [1, 2], [1, 2, 1], [7, 7, 7, 7], [0, 1, 2, 3, 0, 1, 2, 3, 0, 1],
-                 [9] * 12, torch.randint(0, 4, (40,)).tolist()]
+    histories = [
+        [3],
+        [1, 2],
+        [1, 2, 1],
+        [7, 7, 7, 7],
+        [0, 1, 2, 3, 0, 1, 2, 3, 0, 1],
+        [9] * 12,
+        torch.randint(0, 4, (40,)).tolist(),
+    ]
     logits = torch.randn(len(histories), 10) * 3
     logits[:, 0] = 0.0
-    want = torch.cat([processed(row[None], h, s)
-                      for row, h in zip(logits, histories, strict=True)])
+    want = torch.cat([processed(row[None], h, s) for row, h in zip(logits, histories, strict=True)])
     assert torch.allclose(lm.penalise(logits.clone(), histories, s), want)
 
 
@@ -467,5 +508,5 @@ def test_no_ngram_comes_twice(model, n):
     s = sampling(no_repeat_ngram_size=n, max_new_tokens=40, temperature=0.3)
     for prompt, row in zip(RAGGED, lm.complete(model, RAGGED, s, 0), strict=True):
         text = prompt + row
-        grams = [tuple(text[i:i + n]) for i in range(len(text) - n + 1)]
+        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
         assert len(grams) == len(set(grams))

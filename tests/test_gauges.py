@@ -12,16 +12,25 @@ from conftest import SHORT, TINY, log_rows, read_pt
 
 import standalone_transformer_lm as lm
 
-KEYS = {"step", "tokens", "time", "train/loss", "train/grad_norm", "train/lr",
-        "perf/tok_per_s", "perf/mfu"}
+KEYS = {
+    "step",
+    "tokens",
+    "time",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "perf/tok_per_s",
+    "perf/mfu",
+}
 VAL = {"val/loss", "val/ppl", "val/bpb"}
 
 
 @pytest.fixture
 def train(run, data_dir, tmp_path):
     """`train(*flags)` runs SHORT into tmp_path / "out": (exit code, stdout, stderr)."""
-    return lambda *flags: run(["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir",
-                               tmp_path / "out", *flags])
+    return lambda *flags: run(
+        ["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", tmp_path / "out", *flags]
+    )
 
 
 # ---- The log ----
@@ -48,19 +57,22 @@ def test_a_line_is_the_mean_since_the_line_before(train, trained, tmp_path):
     start = 0
     for row in (row for row in rows if "train/loss" in row):
         for key in ("train/loss", "train/grad_norm"):
-            mean = sum(r[key] for r in single[start:row["step"]]) / (row["step"] - start)
+            mean = sum(r[key] for r in single[start : row["step"]]) / (row["step"] - start)
             assert row[key] == pytest.approx(mean, rel=1e-5)
         start = row["step"]
 
 
-@pytest.mark.parametrize(("text", "kept"), [
-    ('{"step": 1}\n{"step": 2}\n{"step": 3}\n', [1, 2]),
-    ('{"step": 1}\n{"step": 2}\n{"step": 3, "train/lo', [1, 2]),
-    ('{"step": 1}\n{"step": 2', [1]),
-    ('{"step": 1}\n{"step": 2}', [1, 2]),
-    ('{"step": 1}\n\n\x00\x00\x00\n[3]\n{"time": 4}\n{"step": null}\n{"step": 2}\n', [1, 2]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('{"step": 1}\n{"step": 2}\n{"step": 3}\n', [1, 2]),
+        ('{"step": 1}\n{"step": 2}\n{"step": 3, "train/lo', [1, 2]),
+        ('{"step": 1}\n{"step": 2', [1]),
+        ('{"step": 1}\n{"step": 2}', [1, 2]),
+        ('{"step": 1}\n\n\x00\x00\x00\n[3]\n{"time": 4}\n{"step": null}\n{"step": 2}\n', [1, 2]),
+        ("", []),
+    ],
+)
 def test_cut_log_keeps_whole_lines_up_to_the_step(tmp_path, text, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
@@ -113,8 +125,16 @@ def test_mfu_is_flops_over_peak(tmp_path, monkeypatch):
     assert f"mfu {row['perf/mfu']:.1%}" in gauge.note
 
 
-@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA T400",
-                                  "NVIDIA RTX A3000 Laptop GPU", "NVIDIA GeForce GTX 1080"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A4000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA T400",
+        "NVIDIA RTX A3000 Laptop GPU",
+        "NVIDIA GeForce GTX 1080",
+    ],
+)
 def test_a_device_we_do_not_know_gets_no_made_up_peak(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert lm.peak_flops(torch.device("cuda", 0)) is None
@@ -175,8 +195,11 @@ class Broken(torch.autograd.Function):
         return grad * math.nan
 
 
-@pytest.mark.parametrize("spoil", [lambda v: v * math.nan, lambda v: v * math.inf, nan_gradient],
-                         ids=["nan", "inf", "nan gradient"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda v: v * math.nan, lambda v: v * math.inf, nan_gradient],
+    ids=["nan", "inf", "nan gradient"],
+)
 @pytest.mark.parametrize("at", [6, 8])
 def test_a_lost_loss_stops_and_saves_nothing_bad(train, tmp_path, monkeypatch, spoil, at):
     monkeypatch.setattr(lm, "pretrain_loss", spoiled_at(at, spoil))
@@ -198,10 +221,13 @@ def test_the_log_stays_json_when_the_loss_is_lost(train, tmp_path, monkeypatch):
 # ---- Services ----
 
 
-@pytest.mark.parametrize(("flags", "module", "package"), [
-    (["--wandb", "p"], "wandb", "wandb"),
-    (["--tensorboard"], "torch.utils.tensorboard", "tensorboard"),
-])
+@pytest.mark.parametrize(
+    ("flags", "module", "package"),
+    [
+        (["--wandb", "p"], "wandb", "wandb"),
+        (["--tensorboard"], "torch.utils.tensorboard", "tensorboard"),
+    ],
+)
 def test_a_missing_service_is_one_sentence(train, monkeypatch, flags, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     code, _, err = train(*flags)

@@ -161,24 +161,35 @@ def test_an_error_of_no_disk_stays_a_bug():
     assert lm.disk_error(OSError("no number")) is None
 
 
-@pytest.mark.parametrize("argv", [
-    ["prep", "--text_path", __file__, "--out_dir", "d" * 300],
-    ["prep", "--text_path", __file__, "--out_dir", "/dev/null/data"],
-    ["prep", "--text_path", __file__, "--out_dir", "/proc/data"],
-    ["info", "d" * 300],
-    ["info", "/dev/null/x"],
-    ["train", "--data_dir", "d" * 300],
-    ["generate", "--ckpt", "d" * 300],
-], ids=lambda argv: f"{argv[0]}-{argv[-1][:10]}")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["prep", "--text_path", __file__, "--out_dir", "d" * 300],
+        ["prep", "--text_path", __file__, "--out_dir", "/dev/null/data"],
+        ["prep", "--text_path", __file__, "--out_dir", "/proc/data"],
+        ["info", "d" * 300],
+        ["info", "/dev/null/x"],
+        ["train", "--data_dir", "d" * 300],
+        ["generate", "--ckpt", "d" * 300],
+    ],
+    ids=lambda argv: f"{argv[0]}-{argv[-1][:10]}",
+)
 def test_an_impossible_path_is_the_users_mistake_in_every_command(run, argv):
     code, _, err = run(argv)
     assert code == 2 and "error: " in err and "fix: " in err
 
 
-@pytest.mark.parametrize("text, what", [
-    ("{", "not valid JSON"), ("", "not valid JSON"), ("[1]", "no JSON object"),
-    (b"\xff\xfe", "not valid JSON"), ("null", "no JSON object"),
-], ids=["cut", "empty", "list", "bytes", "null"])
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1]", "no JSON object"),
+        (b"\xff\xfe", "not valid JSON"),
+        ("null", "no JSON object"),
+    ],
+    ids=["cut", "empty", "list", "bytes", "null"],
+)
 def test_read_json_says_which_file_is_broken(tmp_path, text, what):
     path = tmp_path / "meta.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -190,10 +201,20 @@ def test_read_json_says_which_file_is_broken(tmp_path, text, what):
 # ---- Numbers for people ----
 
 
-@pytest.mark.parametrize("number, text", [
-    (0, "0"), (7, "7"), (999, "999"), (1000, "1K"), (12_345_678, "12.3M"), (1e9, "1B"),
-    (2.5e12, "2.5T"), (-1234, "-1.23K"), (0.25, "0.25"),
-])
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1K"),
+        (12_345_678, "12.3M"),
+        (1e9, "1B"),
+        (2.5e12, "2.5T"),
+        (-1234, "-1.23K"),
+        (0.25, "0.25"),
+    ],
+)
 def test_short_numbers(number, text):
     assert lm.short(number) == text
 
@@ -209,10 +230,19 @@ def test_short_numbers_are_never_in_powers_of_ten_and_within_one_percent(number)
     assert math.isclose(value, number, rel_tol=0.01) and "e" not in text and len(text) <= 6
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0s"), (59.9, "59s"), (60, "1m00s"), (3599, "59m59s"), (3725.0, "1h02m"),
-    (100 * 3600, "100h00m"), (math.inf, "?"), (math.nan, "?"),
-])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m00s"),
+        (3599, "59m59s"),
+        (3725.0, "1h02m"),
+        (100 * 3600, "100h00m"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
 def test_durations(seconds, text):
     assert lm.duration(seconds) == text
 
@@ -317,10 +347,15 @@ def test_an_unknown_command_is_corrected(run, name, hint):
     assert code == 2 and name in err and hint in err and out == ""
 
 
-@pytest.mark.parametrize("raised, code", [
-    (lm.UserError("what", "how"), 2), (KeyboardInterrupt(), 130),
-    (OSError(errno.ENOSPC, "full", "/data"), 2), (PermissionError(errno.EACCES, "no", "/d"), 2),
-])
+@pytest.mark.parametrize(
+    "raised, code",
+    [
+        (lm.UserError("what", "how"), 2),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "full", "/data"), 2),
+        (PermissionError(errno.EACCES, "no", "/d"), 2),
+    ],
+)
 def test_exit_codes(run, monkeypatch, raised, code):
     def broken(settings: lm.InfoSettings) -> int:
         raise raised

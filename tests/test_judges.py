@@ -33,10 +33,10 @@ def folder(data_dir):
 
 def by_hand(model, ids, seq_len, most):
     """Mean nats a target over stride-seq_len windows, one at a time."""
-    ids = torch.from_numpy(ids.astype("int64"))[:most + 1]
+    ids = torch.from_numpy(ids.astype("int64"))[: most + 1]
     total = 0.0
     for start in range(0, len(ids) - 1, seq_len):
-        piece = ids[start:start + seq_len + 1]
+        piece = ids[start : start + seq_len + 1]
         logits = model(piece[None, :-1])[0]
         total += float(F.cross_entropy(logits.double(), piece[1:], reduction="sum"))
     return total / (len(ids) - 1)
@@ -71,8 +71,9 @@ def test_ranks_share_every_target_once(objective, folder):
 
 @torch.no_grad()
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(folder):
-    model = lm.Transformer(lm.ModelSettings(vocab_size=400, n_layer=1, d_model=8, n_head=1,
-                                            seq_len=32))
+    model = lm.Transformer(
+        lm.ModelSettings(vocab_size=400, n_layer=1, d_model=8, n_head=1, seq_len=32)
+    )
     for weight in model.parameters():
         weight.zero_()
     objective = lm.Objective(model, lm.pretrain_loss)
@@ -111,8 +112,21 @@ def second(corpus, data_dir, tmp_path_factory, run):
     out = tmp_path_factory.mktemp("second") / "data"
     text = out.parent / "text.txt"
     text.write_text(corpus.read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    code, _, err = run(["prep", "--text_path", text, "--out_dir", out, "--spm",
-                        data_dir / "tokenizer.model", "--val_split", 0.1, "--workers", 1])
+    code, _, err = run(
+        [
+            "prep",
+            "--text_path",
+            text,
+            "--out_dir",
+            out,
+            "--spm",
+            data_dir / "tokenizer.model",
+            "--val_split",
+            0.1,
+            "--workers",
+            1,
+        ]
+    )
     assert code == 0, err
     return lm.TokenFolder(out)
 
@@ -128,8 +142,10 @@ def test_a_mixture_has_each_domains_loss_and_their_weighted_mean(objective, fold
     mean = 0.7 * web + 0.3 * code
     assert row["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert row["val/ppl"] == pytest.approx(math.exp(mean), rel=1e-4)
-    web_bytes, code_bytes = (f.meta["splits"]["val"]["bytes"] / f.meta["splits"]["val"]["tokens"]
-                             for f in (folder, second))
+    web_bytes, code_bytes = (
+        f.meta["splits"]["val"]["bytes"] / f.meta["splits"]["val"]["tokens"]
+        for f in (folder, second)
+    )
     bits = mean / math.log(2) / (0.7 * web_bytes + 0.3 * code_bytes)
     assert row["val/bpb"] == pytest.approx(bits, rel=1e-2)  # marks between documents are no bytes
     assert set(row) == {"val/loss", "val/ppl", "val/bpb", "val/loss/web", "val/loss/code"}
@@ -145,14 +161,24 @@ def test_a_domain_without_validation_text_is_left_out_of_the_mean(objective, fol
 
 @torch.no_grad()
 def test_use_of_experts_counts_the_evaluation_alone(folder):
-    model = lm.Transformer(lm.ModelSettings(vocab_size=400, n_layer=2, d_model=8, n_head=1,
-                                            seq_len=32, n_expert=4, n_expert_active=2))
+    model = lm.Transformer(
+        lm.ModelSettings(
+            vocab_size=400,
+            n_layer=2,
+            d_model=8,
+            n_head=1,
+            seq_len=32,
+            n_expert=4,
+            n_expert_active=2,
+        )
+    )
     model.init_weights(0)
     for block in model.blocks:  # all scores alike: two experts get every token
         block.mlp.router.weight.zero_()
         block.mlp.usage += 1000
-    row = lm.perplexity(lm.Objective(model, lm.pretrain_loss).eval(), [("", folder, 1.0)], 4, CPU,
-                        32, 300)
+    row = lm.perplexity(
+        lm.Objective(model, lm.pretrain_loss).eval(), [("", folder, 1.0)], 4, CPU, 32, 300
+    )
     assert (row["moe/least"], row["moe/most"]) == (0.0, 2.0)
     assert not any(block.mlp.usage.any() for block in model.blocks)
 
@@ -160,32 +186,71 @@ def test_use_of_experts_counts_the_evaluation_alone(folder):
 # ---- Rewards ----
 
 ANSWERS = {  # a text and the number it answers with
-    "": None, "none at all": None, "12/0": None, "seventy-two": None,
-    "$1,234.50": 1234.5, "72.0": 72, "72.": 72, ".5": 0.5, "£3": 3, "0": 0, "007": 7,
-    "3/4": Fraction(3, 4), "a sixth, or 1 / 6": Fraction(1, 6), "6/3 of them": 2,
-    r"\frac{3}{4}": Fraction(3, 4), r"\dfrac{-3}{4}": Fraction(-3, 4),
+    "": None,
+    "none at all": None,
+    "12/0": None,
+    "seventy-two": None,
+    "$1,234.50": 1234.5,
+    "72.0": 72,
+    "72.": 72,
+    ".5": 0.5,
+    "£3": 3,
+    "0": 0,
+    "007": 7,
+    "3/4": Fraction(3, 4),
+    "a sixth, or 1 / 6": Fraction(1, 6),
+    "6/3 of them": 2,
+    r"\frac{3}{4}": Fraction(3, 4),
+    r"\dfrac{-3}{4}": Fraction(-3, 4),
     r"It is $\frac{10}{4}$ metres": Fraction(5, 2),
-    "-5": -5, "x=-5": -5, "-$5": -5, "$-5": -5, "it fell to - 3 degrees": -3, "-3/4": -0.75,
-    "12,345,678 people": 12345678, "1, 2 and 3": 3, "(4) apples": 4,
-    "First 3, then 4, so 7.": 7, "5 + 6 = 11": 11, "7 apples and 2 pears make 9 fruits": 9,
-    "so 5\n#### 72": 72, "#### -1,234 dollars, not 9": -1234, "####72.50": 72.5,
+    "-5": -5,
+    "x=-5": -5,
+    "-$5": -5,
+    "$-5": -5,
+    "it fell to - 3 degrees": -3,
+    "-3/4": -0.75,
+    "12,345,678 people": 12345678,
+    "1, 2 and 3": 3,
+    "(4) apples": 4,
+    "First 3, then 4, so 7.": 7,
+    "5 + 6 = 11": 11,
+    "7 apples and 2 pears make 9 fruits": 9,
+    "so 5\n#### 72": 72,
+    "#### -1,234 dollars, not 9": -1234,
+    "####72.50": 72.5,
     "#### 1\nno:\n#### 2\nor 3": 2,
-    r"\boxed{5} is more than 4": 5, r"\boxed{\frac{1}{2}} or 3": Fraction(1, 2),
-    r"\boxed{72\text{ cm}^2}": 72, r"\boxed{x = -7}, 8": -7, r"\boxed{1} but then \boxed{2}": 2,
-    "<answer>42</answer> 43": 42, "<answer>\n 42 of 50\n</answer>": 42,
-    "The answer is $18. I am 90% sure": 18, "Answer: 6 of 7": 6, "the ANSWER IS 8 (not 9)": 8,
+    r"\boxed{5} is more than 4": 5,
+    r"\boxed{\frac{1}{2}} or 3": Fraction(1, 2),
+    r"\boxed{72\text{ cm}^2}": 72,
+    r"\boxed{x = -7}, 8": -7,
+    r"\boxed{1} but then \boxed{2}": 2,
+    "<answer>42</answer> 43": 42,
+    "<answer>\n 42 of 50\n</answer>": 42,
+    "The answer is $18. I am 90% sure": 18,
+    "Answer: 6 of 7": 6,
+    "the ANSWER IS 8 (not 9)": 8,
 }
 TRAPS = {  # numbers whose neighbours are easily misread
-    "10-15": 15, "between 3-5 kg": 5, "3\u20135 kg": 5, "on 2024-05-17": 17, "10-5 = 5": 5,
-    "5/6/2024": 2024, r"-\frac{7}{9}": Fraction(-7, 9), r"$-\dfrac{1}{2}$": Fraction(-1, 2),
-    r"\tfrac{1}{2}": Fraction(1, 2), "1,2,3": 3, "(3,4)": 4, "\u22125": -5,
+    "10-15": 15,
+    "between 3-5 kg": 5,
+    "3\u20135 kg": 5,
+    "on 2024-05-17": 17,
+    "10-5 = 5": 5,
+    "5/6/2024": 2024,
+    r"-\frac{7}{9}": Fraction(-7, 9),
+    r"$-\dfrac{1}{2}$": Fraction(-1, 2),
+    r"\tfrac{1}{2}": Fraction(1, 2),
+    "1,2,3": 3,
+    "(3,4)": 4,
+    "\u22125": -5,
     "My first answer is 5, but the right answer is 7": 7,
     "To answer this we need 3 steps: 4 + 4 = 8": 8,
 }
 
 
-@pytest.mark.parametrize(("text", "number"), [*ANSWERS.items(), *TRAPS.items()],
-                         ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("text", "number"), [*ANSWERS.items(), *TRAPS.items()], ids=lambda value: str(value)[:30]
+)
 def test_the_number_that_a_text_answers_with(text, number):
     found = lm.final_number(text)
     assert (found if found is None else found[0]) == number
@@ -196,15 +261,37 @@ def test_a_percentage_is_told(text):
     assert lm.final_number(text) == (12, True) and lm.final_number("12 or so") == (12, False)
 
 
-@pytest.mark.parametrize(("completion", "answer", "points"), [
-    ("It costs $1,234.50 in all.", "1234.5", 1), ("72.0", "72", 1), ("72", 72, 1),
-    ("0.75", "3/4", 1), (r"\boxed{\frac{3}{4}}", "0.75", 1), ("12%", "0.12", 1), ("12", "12%", 1),
-    ("0.12", "12%", 1), ("12%", "12", 1), ("12%", "12%", 1), ("0.12%", "12%", 0),
-    ("1200%", "12%", 0), ("0.3333333", "1/3", 1), ("0.333", "1/3", 0), ("-5", "5", 0),
-    ("5", "-5", 0), ("0", "0", 1), ("0.0000001", "0", 0), ("72 or 73", "72", 0), ("", "72", 0),
-    ("no idea", "72", 0), ("72", "none", 0), ("none", "none", 0), ("1,000,001", "1000000", 1),
-    ("100,001", "100000", 0), ("#### 72", "so 8 * 9\n#### 72", 1),
-])
+@pytest.mark.parametrize(
+    ("completion", "answer", "points"),
+    [
+        ("It costs $1,234.50 in all.", "1234.5", 1),
+        ("72.0", "72", 1),
+        ("72", 72, 1),
+        ("0.75", "3/4", 1),
+        (r"\boxed{\frac{3}{4}}", "0.75", 1),
+        ("12%", "0.12", 1),
+        ("12", "12%", 1),
+        ("0.12", "12%", 1),
+        ("12%", "12", 1),
+        ("12%", "12%", 1),
+        ("0.12%", "12%", 0),
+        ("1200%", "12%", 0),
+        ("0.3333333", "1/3", 1),
+        ("0.333", "1/3", 0),
+        ("-5", "5", 0),
+        ("5", "-5", 0),
+        ("0", "0", 1),
+        ("0.0000001", "0", 0),
+        ("72 or 73", "72", 0),
+        ("", "72", 0),
+        ("no idea", "72", 0),
+        ("72", "none", 0),
+        ("none", "none", 0),
+        ("1,000,001", "1000000", 1),
+        ("100,001", "100000", 0),
+        ("#### 72", "so 8 * 9\n#### 72", 1),
+    ],
+)
 def test_number_reward(completion, answer, points):
     assert lm.number_reward("", completion, {"answer": answer}) == points
 
@@ -219,8 +306,11 @@ def test_a_model_that_writes_digits_without_end_is_wrong_and_no_crash(form):
 
 
 @settings(max_examples=50)
-@given(st.fractions(max_denominator=999), st.sampled_from(["", "So ", "The answer is ", "#### "]),
-       st.sampled_from(["", ".", " apples", " %", "\n", "!"]))
+@given(
+    st.fractions(max_denominator=999),
+    st.sampled_from(["", "So ", "The answer is ", "#### "]),
+    st.sampled_from(["", ".", " apples", " %", "\n", "!"]),
+)
 def test_every_way_to_write_a_number_is_read_back(number, before, after):
     ways = [str(number), f"{number.numerator:,}" + f"/{number.denominator}"]
     if number >= 0 or "answer" in before:
@@ -239,18 +329,38 @@ def test_no_text_breaks_a_reward(text):
 
 
 LETTERS = {  # answers to a question of four choices, as models and rows write them
-    "B": "B", " (B)": "B", "B.": "B", "B) Cholesterol embolization": "B",
-    "B: Cholesterol embolization": "B", "B Cholesterol embolization": "B", "**B**": "B",
-    "**C. Aspirin**": "C", "The answer is D": "D", "The correct answer is (A).": "A",
-    "Answer: A": "A", "<answer>C</answer>": "C", r"\boxed{B}": "B", r"\boxed{\text{D}}": "D",
-    "#### C": "C", "It is option D": "D", "D, since A) is wrong and so is B)": "D",
-    "Not (A), as he has fever; so (C).": "C", "vitamin C, hence B": "B",
-    "He has hepatitis.\nThe answer is C. Not D.": "C", "": None, "cholesterol": None, "b": None,
-    "Aspirin": None, "It's": None,
+    "B": "B",
+    " (B)": "B",
+    "B.": "B",
+    "B) Cholesterol embolization": "B",
+    "B: Cholesterol embolization": "B",
+    "B Cholesterol embolization": "B",
+    "**B**": "B",
+    "**C. Aspirin**": "C",
+    "The answer is D": "D",
+    "The correct answer is (A).": "A",
+    "Answer: A": "A",
+    "<answer>C</answer>": "C",
+    r"\boxed{B}": "B",
+    r"\boxed{\text{D}}": "D",
+    "#### C": "C",
+    "It is option D": "D",
+    "D, since A) is wrong and so is B)": "D",
+    "Not (A), as he has fever; so (C).": "C",
+    "vitamin C, hence B": "B",
+    "He has hepatitis.\nThe answer is C. Not D.": "C",
+    "": None,
+    "cholesterol": None,
+    "b": None,
+    "Aspirin": None,
+    "It's": None,
 }
 SENTENCES = {  # A and I are also words
-    "I think it is (C).": "C", "I would choose B.": "B", "The answer is: I believe D.": "D",
-    "A 40-year-old patient with fever: D.": "D", "A man with gout, so the choice is (B)": "B",
+    "I think it is (C).": "C",
+    "I would choose B.": "B",
+    "The answer is: I believe D.": "D",
+    "A 40-year-old patient with fever: D.": "D",
+    "A man with gout, so the choice is (B)": "B",
     "The answer is B, not C": "B",
 }
 
@@ -260,34 +370,48 @@ def test_the_letter_that_a_text_chooses(text, letter):
     assert lm.choice_letter(text) == letter
 
 
-@pytest.mark.parametrize(("name", "completion", "row", "points"), [
-    ("number", "so 7", {"answer": "7"}, 1), ("number", "so 8", {"answer": "7"}, 0),
-    ("choice", "The answer is B.", {"answer": "B"}, 1), ("choice", "C", {"answer": "B"}, 0),
-    ("choice", "B", {"answer": "B. Cholesterol embolization"}, 1),
-    ("choice", "", {"answer": ""}, 0), ("choice", "", {"answer": "B"}, 0),
-    ("choice", "none", {"answer": "none"}, 0),
-    ("exact", " 1 2 3\n", {"answer": "1 2 3"}, 1), ("exact", "1 2", {"answer": "1 2 3"}, 0),
-    ("exact", "7", {"answer": 7}, 1), ("exact", "abc", {"answer": "ABC"}, 0),
-    ("regex", "say hello", {"pattern": r"\bhel+o$"}, 1), ("regex", "help", {"pattern": "hel+o"}, 0),
-    ("format", "#### 7", {}, 1), ("format", "<answer>x</answer>", {}, 1), ("format", "7", {}, 0),
-    ("format", "", {}, 0), ("format", r"\boxed{7}", {}, 1), ("format", "####", {}, 0),
-    ("length", "", {}, 0), ("length", "x" * 500, {}, -0.5),
-    ("countdown", "3 * 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 1),
-    ("countdown", "3 * 4 - 2 = 10", {"numbers": [2, 3, 4], "answer": 10}, 1),
-    ("countdown", "<answer>(4 + 1) / 5</answer>", {"numbers": [5, 1, 4], "answer": "1"}, 1),
-    ("countdown", "1 / 3 * 3", {"numbers": [3, 1, 3], "answer": "1"}, 1),  # exactly, no float
-    ("countdown", "3 + 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 0.1),
-    ("countdown", "10", {"numbers": [2, 3, 4], "answer": "10"}, 0),
-    ("countdown", "3 * 4 - 2 - 2", {"numbers": [2, 3, 4], "answer": "8"}, 0),
-    ("countdown", "3 * 4", {"numbers": [2, 3, 4], "answer": "12"}, 0),
-    ("countdown", "34 - 2", {"numbers": [2, 3, 4], "answer": "32"}, 0),
-    ("countdown", "3 ** 4 - 2", {"numbers": [2, 3, 4], "answer": "79"}, 0),
-    ("countdown", "4 / (3 - 3)", {"numbers": [3, 3, 4], "answer": "1"}, 0),
-    ("countdown", "", {"numbers": [3], "answer": "3"}, 0),
-    ("countdown", "x = 3", {"numbers": [3], "answer": "3"}, 0),
-    ("countdown", "3_4", {"numbers": [3, 4], "answer": "34"}, 0),  # two numbers, read as one
-    ("countdown", "34 # 2 5", {"numbers": [2, 5, 34], "answer": "34"}, 0),  # a comment
-])
+@pytest.mark.parametrize(
+    ("name", "completion", "row", "points"),
+    [
+        ("number", "so 7", {"answer": "7"}, 1),
+        ("number", "so 8", {"answer": "7"}, 0),
+        ("choice", "The answer is B.", {"answer": "B"}, 1),
+        ("choice", "C", {"answer": "B"}, 0),
+        ("choice", "B", {"answer": "B. Cholesterol embolization"}, 1),
+        ("choice", "", {"answer": ""}, 0),
+        ("choice", "", {"answer": "B"}, 0),
+        ("choice", "none", {"answer": "none"}, 0),
+        ("exact", " 1 2 3\n", {"answer": "1 2 3"}, 1),
+        ("exact", "1 2", {"answer": "1 2 3"}, 0),
+        ("exact", "7", {"answer": 7}, 1),
+        ("exact", "abc", {"answer": "ABC"}, 0),
+        ("regex", "say hello", {"pattern": r"\bhel+o$"}, 1),
+        ("regex", "help", {"pattern": "hel+o"}, 0),
+        ("format", "#### 7", {}, 1),
+        ("format", "<answer>x</answer>", {}, 1),
+        ("format", "7", {}, 0),
+        ("format", "", {}, 0),
+        ("format", r"\boxed{7}", {}, 1),
+        ("format", "####", {}, 0),
+        ("length", "", {}, 0),
+        ("length", "x" * 500, {}, -0.5),
+        ("countdown", "3 * 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", "3 * 4 - 2 = 10", {"numbers": [2, 3, 4], "answer": 10}, 1),
+        ("countdown", "<answer>(4 + 1) / 5</answer>", {"numbers": [5, 1, 4], "answer": "1"}, 1),
+        ("countdown", "1 / 3 * 3", {"numbers": [3, 1, 3], "answer": "1"}, 1),  # exactly, no float
+        ("countdown", "3 + 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 0.1),
+        ("countdown", "10", {"numbers": [2, 3, 4], "answer": "10"}, 0),
+        ("countdown", "3 * 4 - 2 - 2", {"numbers": [2, 3, 4], "answer": "8"}, 0),
+        ("countdown", "3 * 4", {"numbers": [2, 3, 4], "answer": "12"}, 0),
+        ("countdown", "34 - 2", {"numbers": [2, 3, 4], "answer": "32"}, 0),
+        ("countdown", "3 ** 4 - 2", {"numbers": [2, 3, 4], "answer": "79"}, 0),
+        ("countdown", "4 / (3 - 3)", {"numbers": [3, 3, 4], "answer": "1"}, 0),
+        ("countdown", "", {"numbers": [3], "answer": "3"}, 0),
+        ("countdown", "x = 3", {"numbers": [3], "answer": "3"}, 0),
+        ("countdown", "3_4", {"numbers": [3, 4], "answer": "34"}, 0),  # two numbers, read as one
+        ("countdown", "34 # 2 5", {"numbers": [2, 5, 34], "answer": "34"}, 0),  # a comment
+    ],
+)
 def test_each_reward_gives_its_points(name, completion, row, points):
     assert lm.REWARDS[name]("prompt", completion, row) == pytest.approx(points)
 
@@ -316,8 +440,20 @@ def test_parts_are_scored_one_by_one_and_weighed():
     assert (scores @ rewards.weights).tolist() == pytest.approx([3.003, 2.0005, 0.05])
 
 
-@pytest.mark.parametrize("spec", ["numbr", "number:", "number:x", "nothing", "", ":2", "gone.pt",
-                                  "gone.py:score", "gone/run:0.5"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "numbr",
+        "number:",
+        "number:x",
+        "nothing",
+        "",
+        ":2",
+        "gone.pt",
+        "gone.py:score",
+        "gone/run:0.5",
+    ],
+)
 def test_what_names_no_reward_is_refused(spec):
     with pytest.raises(lm.UserError) as error:
         opened(spec)
@@ -326,10 +462,15 @@ def test_what_names_no_reward_is_refused(spec):
     assert all(name in fix for name in lm.REWARDS), "what may be chosen"
 
 
-@pytest.mark.parametrize(("source", "told"), [
-    ("def other(p, c, r): return 1\n", "no function score"), ("score = 1\n", "no function score"),
-    ("def score(p, c, r) return 1\n", "cannot be read"), ("def score():\n\0", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("def other(p, c, r): return 1\n", "no function score"),
+        ("score = 1\n", "no function score"),
+        ("def score(p, c, r) return 1\n", "cannot be read"),
+        ("def score():\n\0", "cannot be read"),
+    ],
+)
 def test_a_file_without_the_function_is_refused(tmp_path, source, told):
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(lm.UserError, match=told):
@@ -352,11 +493,18 @@ def test_a_part_given_twice_keeps_one_weight_a_part(tmp_path):
     assert rewards.score([problem({})], ["x" * 1000]) @ rewards.weights == pytest.approx([-3])
 
 
-@pytest.mark.parametrize(("spec", "row", "lacking"), [
-    ("number", {}, "answer"), ("choice", {"pattern": "x"}, "answer"), ("exact", {}, "answer"),
-    ("regex", {"answer": "7"}, "pattern"), ("countdown", {"answer": "7"}, "numbers"),
-    ("countdown", {"numbers": [3, 4]}, "answer"), ("regex", {"pattern": "("}, "unterminated"),
-])
+@pytest.mark.parametrize(
+    ("spec", "row", "lacking"),
+    [
+        ("number", {}, "answer"),
+        ("choice", {"pattern": "x"}, "answer"),
+        ("exact", {}, "answer"),
+        ("regex", {"answer": "7"}, "pattern"),
+        ("countdown", {"answer": "7"}, "numbers"),
+        ("countdown", {"numbers": [3, 4]}, "answer"),
+        ("regex", {"pattern": "("}, "unterminated"),
+    ],
+)
 def test_a_row_without_what_a_part_needs_is_a_fault_of_the_row(spec, row, lacking):
     whole = {"answer": "7", "pattern": "7", "numbers": [3, 4]}
     assert opened(spec, "length").check(whole) == whole
@@ -372,7 +520,7 @@ def test_what_needs_nothing_takes_any_row():
 
 # ---- Functions of the user's ----
 
-MINE = '''
+MINE = """
 import os, sys, threading, time
 
 def score(prompt, completion, row):
@@ -403,11 +551,20 @@ def short(prompt):
 
 def spoils(prompt, completion, row):
     return row.pop("answer") == completion
-'''
+"""
 FAULTS = {  # a completion, and what is told of it
-    "raises": "no such thing", "hangs": "more than 2 seconds", "dies": "warning",
-    "quits": "SystemExit", "nan": "nan", "inf": "-inf", "none": "TypeError", "text": "many",
-    "list": "TypeError", "complex": "TypeError", "odd error": "warning"}
+    "raises": "no such thing",
+    "hangs": "more than 2 seconds",
+    "dies": "warning",
+    "quits": "SystemExit",
+    "nan": "nan",
+    "inf": "-inf",
+    "none": "TypeError",
+    "text": "many",
+    "list": "TypeError",
+    "complex": "TypeError",
+    "odd error": "warning",
+}
 
 
 @pytest.fixture
@@ -482,14 +639,22 @@ def test_a_process_that_hangs_does_not_stay_behind(mine):
 @pytest.fixture(scope="module")
 def judge(tiny_tokenizer, tmp_path_factory):
     """The folder of a reward model whose scores spread, its model, and its tokenizer."""
-    model = lm.Transformer(lm.ModelSettings(vocab_size=400, n_layer=1, d_model=16, n_head=2,
-                                            seq_len=48, scalar_head=True)).eval()
+    model = lm.Transformer(
+        lm.ModelSettings(
+            vocab_size=400, n_layer=1, d_model=16, n_head=2, seq_len=48, scalar_head=True
+        )
+    ).eval()
     model.init_weights(3)
     torch.nn.init.normal_(model.score.weight)
     folder, tokenizer = tmp_path_factory.mktemp("judge"), lm.Tokenizer(tiny_tokenizer)
-    lm.save_checkpoint(folder / "ckpt_last.pt", {
-        "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-        "tokenizer": tiny_tokenizer})
+    lm.save_checkpoint(
+        folder / "ckpt_last.pt",
+        {
+            "model": model.state_dict(),
+            "config": dataclasses.asdict(model.config),
+            "tokenizer": tiny_tokenizer,
+        },
+    )
     return folder, model, tokenizer
 
 

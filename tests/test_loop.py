@@ -24,6 +24,7 @@ def flags(data_dir, out, *more):
 @pytest.fixture
 def trainer(run, data_dir, tmp_path, monkeypatch):
     """`trainer(*flags)` is the Trainer that the train command would start."""
+
     def make(*more):
         made = []
         with monkeypatch.context() as patch:
@@ -66,8 +67,21 @@ def test_whole_runs_agree_on_any_accumulation(run, data_dir, tmp_path):
     logs = []
     for batch, accum in ((8, 1), (2, 4)):
         out = tmp_path / f"{batch}"
-        assert run(flags(data_dir, out, "--dropout", 0, "--batch_size", batch,
-                         "--grad_accum_steps", accum))[0] == 0
+        assert (
+            run(
+                flags(
+                    data_dir,
+                    out,
+                    "--dropout",
+                    0,
+                    "--batch_size",
+                    batch,
+                    "--grad_accum_steps",
+                    accum,
+                )
+            )[0]
+            == 0
+        )
         logs.append(log_rows(out))
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys() and a == pytest.approx(b, abs=1e-4)
@@ -80,8 +94,13 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(trainer, monkey
         whole = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
         seen = []
         weights = list(one.job.model.parameters())
-        monkeypatch.setattr(one.optimizers[0], "step", lambda *a, w=weights, s=seen: s.append(
-            math.sqrt(sum(float(p.grad.square().sum()) for p in w))))
+        monkeypatch.setattr(
+            one.optimizers[0],
+            "step",
+            lambda *a, w=weights, s=seen: s.append(
+                math.sqrt(sum(float(p.grad.square().sum()) for p in w))
+            ),
+        )
         assert float(one.update(one.job.model, one.optimizers)) == pytest.approx(whole, rel=1e-4)
         assert seen == [pytest.approx(clip or whole, rel=1e-3)]
         assert all(w.grad is None for w in weights)
@@ -90,15 +109,19 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(trainer, monkey
 def test_learning_rate_trace_is_its_formula_from_the_first_step(trained):
     trace = [row["train/lr"] for row in log_rows(trained)]
     warm = [0.01 * (step + 1) / 3 for step in range(3)]
-    cosine = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2)
-              for step in range(3, 12)]
+    cosine = [
+        0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2) for step in range(3, 12)
+    ]
     assert trace == pytest.approx(warm + cosine, rel=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "shape"), [
-    ("constant", lambda step: 1.0),
-    ("wsd", lambda step: 1 - 0.9 * max(0.0, (step - 6) / 6)),
-])
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        ("constant", lambda step: 1.0),
+        ("wsd", lambda step: 1 - 0.9 * max(0.0, (step - 6) / 6)),
+    ],
+)
 def test_other_schedules_reach_the_optimiser(trainer, schedule, shape):
     one = trainer("--schedule", schedule, "--decay_share", 0.5)
     for step in range(12):
@@ -158,7 +181,8 @@ def test_compile_is_decided_by_length_alone_and_said(monkeypatch, capsys):
 
 
 def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bytes(
-        run, data_dir, tmp_path, child, trained):
+    run, data_dir, tmp_path, child, trained
+):
     out = tmp_path / "a folder"
     argv = flags(data_dir, out, "--log_interval", 4)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)):
@@ -176,8 +200,9 @@ def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bytes(
     assert log_rows(out) == log_rows(alone)
 
 
-def test_a_run_begun_with_resume_0_prints_a_command_that_works(run, data_dir, tmp_path,
-                                                               monkeypatch):
+def test_a_run_begun_with_resume_0_prints_a_command_that_works(
+    run, data_dir, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr(lm, "seed_step", lm.seed_step)  # so that leaving puts it back
         signal_at(lm, "seed_step", 5, signal.SIGUSR1)
@@ -191,13 +216,42 @@ def test_a_run_begun_with_resume_0_prints_a_command_that_works(run, data_dir, tm
 MIXED = "a={0}:0.7,b={0}:0.3"
 KINDS = {  # none may lose a byte when its run is stopped and gone on with
     "muon": ["--optimizer", "muon"],
-    "muon_shape": ["--optimizer", "muon", "--muon_lr", 0.02, "--muon_scale", "shape",
-                   "--muon_warmup", 9, "--schedule", "wsd_sqrt"],
+    "muon_shape": [
+        "--optimizer",
+        "muon",
+        "--muon_lr",
+        0.02,
+        "--muon_scale",
+        "shape",
+        "--muon_warmup",
+        9,
+        "--schedule",
+        "wsd_sqrt",
+    ],
     "ema": ["--ema", 0.9],
     "mixture": ["--data_dir", MIXED],
-    "everything": ["--data_dir", MIXED, "--optimizer", "muon", "--ema", 0.5, "--n_expert", 4,
-                   "--n_sink", 2, "--qk_norm", 1, "--z_loss", 1e-3, "--grad_checkpoint", 1,
-                   "--grad_accum_steps", 2, "--schedule", "inverse_sqrt"],
+    "everything": [
+        "--data_dir",
+        MIXED,
+        "--optimizer",
+        "muon",
+        "--ema",
+        0.5,
+        "--n_expert",
+        4,
+        "--n_sink",
+        2,
+        "--qk_norm",
+        1,
+        "--z_loss",
+        1e-3,
+        "--grad_checkpoint",
+        1,
+        "--grad_accum_steps",
+        2,
+        "--schedule",
+        "inverse_sqrt",
+    ],
 }
 
 
@@ -215,8 +269,10 @@ def test_every_kind_of_run_goes_on_to_the_same_bytes(run, data_dir, tmp_path, mo
     assert run(flags(data_dir, parted, *more))[0] == 0
     for name in ("ckpt_last.pt", "ckpt_best.pt", "ckpt_00000008.pt"):
         assert weight_bytes(parted / name) == weight_bytes(whole / name), name
-    assert read_pt(parted / "pytorch_model.bin").keys() == read_pt(whole / "ckpt_last.pt")[
-        "model"].keys()
+    assert (
+        read_pt(parted / "pytorch_model.bin").keys()
+        == read_pt(whole / "ckpt_last.pt")["model"].keys()
+    )
     assert log_rows(parted) == log_rows(whole)
 
 
@@ -231,12 +287,14 @@ def test_muon_and_an_average_learn_otherwise_than_without(run, data_dir, tmp_pat
     assert len(set(last)) == 4 and max(last) < math.log(400) - 0.5
 
 
-def test_the_average_is_what_is_evaluated_kept_as_best_and_exported(run, data_dir, tmp_path,
-                                                                    trained):
+def test_the_average_is_what_is_evaluated_kept_as_best_and_exported(
+    run, data_dir, tmp_path, trained
+):
     out = tmp_path / "out"
     assert run(flags(data_dir, out, "--ema", 0.9))[0] == 0
-    last, best, plain = (read_pt(out / n) for n in (
-        "ckpt_last.pt", "ckpt_best.pt", "pytorch_model.bin"))
+    last, best, plain = (
+        read_pt(out / n) for n in ("ckpt_last.pt", "ckpt_best.pt", "pytorch_model.bin")
+    )
     then = read_pt(out / f"ckpt_{best['step']:08d}.pt")
     names = [name for name in last["model"] if name != "lm_head.weight"]  # tied
     average, at_best = (dict(zip(names, one["ema"], strict=True)) for one in (last, then))
@@ -247,9 +305,14 @@ def test_the_average_is_what_is_evaluated_kept_as_best_and_exported(run, data_di
         assert not torch.equal(plain[name], last["model"][name]), name
         assert torch.equal(best["model"][name], at_best[name]), name
     model = lm.build_model(lm.load_checkpoint(out / "ckpt_best.pt"), torch.device("cpu"))
-    row = lm.perplexity(lm.Objective(model, lm.pretrain_loss),
-                        [("", lm.TokenFolder(data_dir), 1.0)], 4,
-                        lm.Machine(torch.device("cpu"), torch.float32), 32, 500)
+    row = lm.perplexity(
+        lm.Objective(model, lm.pretrain_loss),
+        [("", lm.TokenFolder(data_dir), 1.0)],
+        4,
+        lm.Machine(torch.device("cpu"), torch.float32),
+        32,
+        500,
+    )
     assert row["val/loss"] == pytest.approx(best["best_val"], rel=1e-6)
     logged = {r["step"]: r["val/loss"] for r in log_rows(out) if "val/loss" in r}
     assert logged[best["step"]] == best["best_val"]
@@ -266,8 +329,7 @@ def test_an_average_may_be_begun_later_and_given_up(run, data_dir, tmp_path, tra
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("spoilt", ["blocks.0.mlp.w1.weight", "tok_emb.weight"])
-def test_a_gradient_out_of_fp16s_range_skips_the_step_of_every_weight(
-        trainer, kind, value, spoilt):
+def test_a_gradient_out_of_fp16s_range_skips_the_step_of_every_weight(trainer, kind, value, spoilt):
     one = trainer("--dtype", "fp16", "--optimizer", kind, "--tie", 0)
     weights = dict(one.job.model.named_parameters())
     before = {n: w.detach().clone() for n, w in weights.items()}
@@ -288,8 +350,10 @@ def test_another_optimiser_on_resume_is_one_sentence(run, data_dir, tmp_path, tr
 
 def test_a_signal_sent_twice_still_saves(child, data_dir, tmp_path):
     """Schedulers and torchrun both pass SIGTERM on."""
-    hooks = [(signal_at, "seed_step", 2, signal.SIGTERM),
-             (signal_at, "Trainer.update", 2, signal.SIGTERM)]
+    hooks = [
+        (signal_at, "seed_step", 2, signal.SIGTERM),
+        (signal_at, "Trainer.update", 2, signal.SIGTERM),
+    ]
     code, _ = child(flags(data_dir, tmp_path / "out"), *hooks).end()
     assert code == 128 + signal.SIGTERM
     assert lm.read_checkpoint(tmp_path / "out" / "ckpt_last.pt")["step"] >= 2
@@ -323,7 +387,8 @@ MOMENTS = [  # in turn; each run goes on where the one before was killed
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(
-        child, run, data_dir, tmp_path, trained):
+    child, run, data_dir, tmp_path, trained
+):
     out = tmp_path / "out"
     for moment in MOMENTS:
         code, told = child(flags(data_dir, out), moment).end()
@@ -363,8 +428,24 @@ def test_args_txt_repeats_the_run(trained, run, tmp_path):
 
 def test_without_validation_text_the_run_names_a_checkpoint_that_exists(run, corpus, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
-    assert run(["prep", "--text_path", corpus, "--out_dir", data, "--vocab_size", 400,
-                "--val_split", 0, "--workers", 1])[0] == 0
+    assert (
+        run(
+            [
+                "prep",
+                "--text_path",
+                corpus,
+                "--out_dir",
+                data,
+                "--vocab_size",
+                400,
+                "--val_split",
+                0,
+                "--workers",
+                1,
+            ]
+        )[0]
+        == 0
+    )
     code, told, err = run(flags(data, out, "--max_steps", 3))
     assert code == 0, err
     named = set(re.findall(r"--ckpt (\S+)", told))
@@ -373,8 +454,9 @@ def test_without_validation_text_the_run_names_a_checkpoint_that_exists(run, cor
 
 def test_profile_writes_a_trace_and_names_the_dearest_operations(run, data_dir, tmp_path):
     out = tmp_path / "out"
-    code, told, err = run(["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", out,
-                           "--profile", 3])
+    code, told, err = run(
+        ["train", *TINY, *SHORT, "--data_dir", data_dir, "--out_dir", out, "--profile", 3]
+    )
     assert code == 0, err
     assert "aten::mm" in told and "profile.json.gz" in told
     events = json.loads(gzip.decompress((out / "profile.json.gz").read_bytes()))["traceEvents"]

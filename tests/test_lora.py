@@ -18,18 +18,35 @@ TUNE = """--batch_size 4 --seq_len 64 --lr 1e-2 --warmup_steps 2 --log_interval 
 
 def save_base(path, tokenizer, seed=3, **changes):
     """Write the checkpoint of a tiny untrained model, which every tuning may start from."""
-    shape = {"seq_len": 64, "n_layer": 2, "d_model": 32, "n_head": 4, "n_kv_head": 2,
-             "ffn_mult": 2.0, "vocab_size": 400, "bos_id": lm.Tokenizer(tokenizer).bos}
+    shape = {
+        "seq_len": 64,
+        "n_layer": 2,
+        "d_model": 32,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "ffn_mult": 2.0,
+        "vocab_size": 400,
+        "bos_id": lm.Tokenizer(tokenizer).bos,
+    }
     model = lm.Transformer(lm.ModelSettings(**shape | changes))
     model.init_weights(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(4)
-    lm.save_checkpoint(path, {
-        "format": 1, "kind": "train", "step": 0, "samples": 0, "best_val": 9.0,
-        "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer})
+    lm.save_checkpoint(
+        path,
+        {
+            "format": 1,
+            "kind": "train",
+            "step": 0,
+            "samples": 0,
+            "best_val": 9.0,
+            "model": model.state_dict(),
+            "config": dataclasses.asdict(model.config),
+            "tokenizer": tokenizer,
+        },
+    )
     return path
 
 
@@ -51,8 +68,10 @@ def chat_rows(count):
 
 
 def pair_rows(count):
-    return [{"prompt": question(i), "chosen": answer(i), "rejected": f"No {NOUNS[i % 5]}, no."}
-            for i in range(count)]
+    return [
+        {"prompt": question(i), "chosen": answer(i), "rejected": f"No {NOUNS[i % 5]}, no."}
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +86,33 @@ def adapted(base, tmp_path_factory, run):
     folder = tmp_path_factory.mktemp("adapted")
     own = shutil.copy(base, folder / "base.pt")
     rows = write_rows(folder / "chats.jsonl", chat_rows(24))
-    code, _, err = run(["sft", *TUNE, "--ckpt", own, "--data", rows, "--out_dir", folder / "run",
-                        "--lora_rank", 2, "--lora_merge", 1, "--max_steps", 6])
+    code, _, err = run(
+        [
+            "sft",
+            *TUNE,
+            "--ckpt",
+            own,
+            "--data",
+            rows,
+            "--out_dir",
+            folder / "run",
+            "--lora_rank",
+            2,
+            "--lora_merge",
+            1,
+            "--max_steps",
+            6,
+        ]
+    )
     assert code == 0, err
     return folder / "run", own
 
 
 def adapt(model, targets=ALL, rank=3, alpha=0.0, dropout=0.0):
     """Attach adapters and give them weights that matter."""
-    settings = lm.LoraSettings(lora_rank=rank, lora_alpha=alpha, lora_targets=targets,
-                               lora_dropout=dropout)
+    settings = lm.LoraSettings(
+        lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_dropout=dropout
+    )
     lm.attach_lora(model, settings, seed=5)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -117,9 +153,14 @@ def test_an_adapter_is_w_plus_scale_b_a_in_float64():
     part = lm.LoraLinear(base, lm.LoraSettings(lora_rank=2, lora_alpha=3.0), torch.Generator())
     torch.nn.init.normal_(part.lora_b)
     w, a, b, x64 = (t.detach().double() for t in (base.weight, part.lora_a, part.lora_b, x))
-    want = [[sum(w[o, i] * row[i] for i in range(7))
-             + 1.5 * sum(b[o, r] * a[r, i] * row[i] for r in range(2) for i in range(7))
-             for o in range(5)] for row in x64]
+    want = [
+        [
+            sum(w[o, i] * row[i] for i in range(7))
+            + 1.5 * sum(b[o, r] * a[r, i] * row[i] for r in range(2) for i in range(7))
+            for o in range(5)
+        ]
+        for row in x64
+    ]
     assert torch.allclose(part(x).double(), torch.tensor(want, dtype=torch.float64), atol=1e-5)
 
 
@@ -208,8 +249,10 @@ def test_a_run_stores_adapters_alone_and_leaves_the_model_as_it_was(adapted, bas
     assert len(saved["model"]) == 20 and own.read_bytes() == base.read_bytes()
     assert all(name.endswith(("lora_a", "lora_b")) for name in saved["model"])
     assert all(w.abs().max() > 0 for w in saved["model"].values())
-    assert sum(w.numel() for w in saved["model"].values()) < sum(
-        w.numel() for w in read_pt(own)["model"].values()) / 4
+    assert (
+        sum(w.numel() for w in saved["model"].values())
+        < sum(w.numel() for w in read_pt(own)["model"].values()) / 4
+    )
     assert not (out / "pytorch_model.bin").exists()
 
 
@@ -226,8 +269,9 @@ def test_loading_adapters_merges_them(adapted):
     frozen = [n for n in before["model"] if n.endswith(("norm1.weight", "tok_emb.weight"))]
     assert len(frozen) == 3
     assert all(torch.equal(loaded["model"][n], before["model"][n]) for n in frozen)
-    assert not torch.equal(loaded["model"]["blocks.0.mlp.w1.weight"],
-                           before["model"]["blocks.0.mlp.w1.weight"])
+    assert not torch.equal(
+        loaded["model"]["blocks.0.mlp.w1.weight"], before["model"]["blocks.0.mlp.w1.weight"]
+    )
 
 
 def test_frozen_weights_are_untouched_by_a_step():
@@ -235,7 +279,8 @@ def test_frozen_weights_are_untouched_by_a_step():
     before = {n: w.detach().clone() for n, w in model.named_parameters()}
     lm.attach_lora(model, lm.LoraSettings(lora_rank=2), seed=5)
     optimizers = lm.make_optimizers(
-        model, lm.OptimSettings(optimizer="muon", weight_decay=0.5), torch.device("cpu"))
+        model, lm.OptimSettings(optimizer="muon", weight_decay=0.5), torch.device("cpu")
+    )
     for _ in range(3):
         lm.pretrain_loss(model, some_ids(), some_ids()).backward()
         for optimizer in optimizers:
@@ -271,8 +316,11 @@ def test_a_changed_model_is_a_sentence(adapted, tiny_tokenizer, tmp_path, run):
     kept = shutil.copy(own, tmp_path / "kept.pt")
     try:
         save_base(own, tiny_tokenizer, seed=4)
-        complaint(run(["generate", "--ckpt", adapted[0], "--prompt", "x"]),
-                  str(own), "no longer the model")
+        complaint(
+            run(["generate", "--ckpt", adapted[0], "--prompt", "x"]),
+            str(own),
+            "no longer the model",
+        )
     finally:
         shutil.copy(kept, own)
 
@@ -283,8 +331,29 @@ def test_advice_about_a_missing_model_does_not_overwrite_the_adapters(base, tmp_
     own = shutil.copy(base, first / "ckpt_best.pt")
     rows = write_rows(tmp_path / "chats.jsonl", chat_rows(12))
     out = tmp_path / "second"
-    assert run(["sft", *TUNE, "--ckpt", first, "--data", rows, "--out_dir", out, "--lora_rank", 2,
-                "--max_steps", 3, "--samples", 0, "--val_split", 0.4])[0] == 0
+    assert (
+        run(
+            [
+                "sft",
+                *TUNE,
+                "--ckpt",
+                first,
+                "--data",
+                rows,
+                "--out_dir",
+                out,
+                "--lora_rank",
+                2,
+                "--max_steps",
+                3,
+                "--samples",
+                0,
+                "--val_split",
+                0.4,
+            ]
+        )[0]
+        == 0
+    )
     own.rename(tmp_path / "away.pt")
     assert (out / "ckpt_best.pt").exists()
     for name in ("ckpt_best.pt", "ckpt_last.pt"):
@@ -295,26 +364,64 @@ def test_advice_about_a_missing_model_does_not_overwrite_the_adapters(base, tmp_
 
 def test_adapters_upon_adapters(adapted, tmp_path, run):
     rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(12))
-    assert run(["dpo", *TUNE, "--ckpt", adapted[0], "--data", rows, "--out_dir", tmp_path / "dpo",
-                "--lora_rank", 2, "--max_steps", 3])[0] == 0
+    assert (
+        run(
+            [
+                "dpo",
+                *TUNE,
+                "--ckpt",
+                adapted[0],
+                "--data",
+                rows,
+                "--out_dir",
+                tmp_path / "dpo",
+                "--lora_rank",
+                2,
+                "--max_steps",
+                3,
+            ]
+        )[0]
+        == 0
+    )
     below, above = lm.load_checkpoint(adapted[0]), lm.load_checkpoint(tmp_path / "dpo")
     name = "blocks.1.attn.qkv.weight"
     change = above["model"][name] - below["model"][name]
     assert 0 < torch.linalg.matrix_rank(change, atol=1e-5) <= 2
     assert read_pt(tmp_path / "dpo" / "ckpt_last.pt")["lora"]["base"] == str(
-        (adapted[0] / "ckpt_best.pt").resolve())
+        (adapted[0] / "ckpt_best.pt").resolve()
+    )
 
 
 def test_adapters_upon_adapters_load_on_a_processor_that_rounds_otherwise(
-        adapted, tmp_path, run, monkeypatch):
+    adapted, tmp_path, run, monkeypatch
+):
     rows = write_rows(tmp_path / "chats.jsonl", chat_rows(12))
-    assert run(["sft", *TUNE, "--ckpt", adapted[0], "--data", rows, "--out_dir", tmp_path / "sft",
-                "--lora_rank", 2, "--max_steps", 3])[0] == 0
+    assert (
+        run(
+            [
+                "sft",
+                *TUNE,
+                "--ckpt",
+                adapted[0],
+                "--data",
+                rows,
+                "--out_dir",
+                tmp_path / "sft",
+                "--lora_rank",
+                2,
+                "--max_steps",
+                3,
+            ]
+        )[0]
+        == 0
+    )
     original = lm.merge_lora
 
     def rounded(*args):
-        return {name: torch.nextafter(weight, torch.tensor(9.0)) if ".mlp." in name else weight
-                for name, weight in original(*args).items()}
+        return {
+            name: torch.nextafter(weight, torch.tensor(9.0)) if ".mlp." in name else weight
+            for name, weight in original(*args).items()
+        }
 
     monkeypatch.setattr(lm, "merge_lora", rounded)
     assert lm.load_checkpoint(tmp_path / "sft")["model"]
@@ -326,8 +433,23 @@ def test_a_run_goes_on_only_upon_its_own_model_and_shape(adapted, tiny_tokenizer
     other = save_base(tmp_path / "other.pt", tiny_tokenizer, seed=8)
 
     def again(*flags):
-        return run(["sft", *TUNE, "--ckpt", adapted[1], "--data", rows, "--out_dir",
-                    tmp_path / "run", "--lora_rank", 2, "--max_steps", 6, *flags])
+        return run(
+            [
+                "sft",
+                *TUNE,
+                "--ckpt",
+                adapted[1],
+                "--data",
+                rows,
+                "--out_dir",
+                tmp_path / "run",
+                "--lora_rank",
+                2,
+                "--max_steps",
+                6,
+                *flags,
+            ]
+        )
 
     complaint(again("--ckpt", other), "adapts another model")
     complaint(again("--lora_rank", 0), "adapts another model")
@@ -338,7 +460,20 @@ def test_a_run_goes_on_only_upon_its_own_model_and_shape(adapted, tiny_tokenizer
 
 
 def test_an_unknown_target_is_a_sentence(base, tmp_path, run):
-    result = run(["sft", "--ckpt", base, "--data", "x.jsonl", "--lora_rank", 2, "--lora_targets",
-                  "qkv,w9", "--out_dir", tmp_path / "run"])
+    result = run(
+        [
+            "sft",
+            "--ckpt",
+            base,
+            "--data",
+            "x.jsonl",
+            "--lora_rank",
+            2,
+            "--lora_targets",
+            "qkv,w9",
+            "--out_dir",
+            tmp_path / "run",
+        ]
+    )
     complaint(result, "--lora_targets w9", "qkv,proj,w1,w2,w3")
     assert not (tmp_path / "run").exists()

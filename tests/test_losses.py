@@ -17,12 +17,13 @@ def by_hand(hidden, weight, targets, z_loss=0.0):
         scores = [float(h @ row) for row in weight.double()]
         top = max(scores)
         total = top + math.log(sum(math.exp(s - top) for s in scores))
-        losses.append(0.0 if t == lm.IGNORE else total - scores[t] + z_loss * total ** 2)
+        losses.append(0.0 if t == lm.IGNORE else total - scores[t] + z_loss * total**2)
     return torch.tensor(losses, dtype=torch.float64)
 
 
 def token_losses(hidden, weight, targets, widths=None, **kwargs):
     """The program's, which notes in `widths` how many positions have their logits at a time."""
+
     def head(h):
         if widths is not None:
             widths.append(len(h))
@@ -95,7 +96,7 @@ class Elsewhere(torch.Tensor):
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 4, 5, 14, 15, 16, 10 ** 6])
+@pytest.mark.parametrize("rows", [1, 4, 5, 14, 15, 16, 10**6])
 def test_losses_in_parts_are_the_losses_whole(monkeypatch, rows, z_loss):
     hidden, weight, targets = some_case()
     monkeypatch.setattr(lm, "LOSS_ROWS", rows)
@@ -153,8 +154,9 @@ def test_pretrain_loss_is_the_sum_over_targets(tie):
     targets[1, 4:] = lm.IGNORE
     loss = lm.pretrain_loss(model, ids, targets)
     logs = model(ids).double().log_softmax(-1)
-    want = -sum(logs[b, t, targets[b, t]] for b in range(2) for t in range(16)
-                if targets[b, t] != lm.IGNORE)
+    want = -sum(
+        logs[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] != lm.IGNORE
+    )
     assert loss.dim() == 0 and loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 

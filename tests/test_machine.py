@@ -44,13 +44,17 @@ def test_cuda_takes_its_local_rank_and_the_cpu_no_index(monkeypatch):
     assert lm.pick_device("cpu") == CPU and lm.pick_device("cpu").index is None
 
 
-@pytest.mark.parametrize(("text", "has"), [
-    ("flags : fpu avx512f avx512_bf16 amx_tile", True),
-    ("flags\t\t: fpu amx_bf16", True),
-    ("Features : fp asimd bf16 i8mm", True),
-    ("flags : fpu avx2 avx512f avx512_vnni", False),
-    ("flags : fpu xbf16x avx512_bf16ish", False),
-    ("", False)])
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("flags : fpu avx512f avx512_bf16 amx_tile", True),
+        ("flags\t\t: fpu amx_bf16", True),
+        ("Features : fp asimd bf16 i8mm", True),
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("flags : fpu xbf16x avx512_bf16ish", False),
+        ("", False),
+    ],
+)
 def test_bf16_cpu_reads_cpuinfo(monkeypatch, text, has):
     monkeypatch.setattr(lm.Path, "read_text", lambda self, **_: text)
     assert lm.bf16_cpu() is has
@@ -65,9 +69,17 @@ def test_no_cpuinfo_means_no_bf16(monkeypatch):
     assert lm.bf16_cpu() is False
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [
-    ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-    ((8, 9), torch.bfloat16), ((9, 0), torch.bfloat16), ((10, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((8, 9), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((10, 0), torch.bfloat16),
+    ],
+)
 def test_pick_dtype_by_cuda_generation(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert lm.pick_dtype("auto", GPU) is dtype
@@ -91,25 +103,59 @@ def test_autocast_only_below_fp32():
 # --- what the device can do -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tera"), [
-    ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989),
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA H800", 989), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA A10", 125),
-    ("NVIDIA A10G", 70), ("NVIDIA A40", 150), ("NVIDIA A30", 165), ("NVIDIA L40S", 362),
-    ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("NVIDIA RTX 6000 Ada Generation", 364),
-    ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65),
-    ("Tesla V100-SXM2-16GB", 125), ("AMD Instinct MI300X", 1307)])
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A40", 150),
+        ("NVIDIA A30", 165),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("AMD Instinct MI300X", 1307),
+    ],
+)
 def test_peak_flops_of_known_devices(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     assert lm.peak_flops(GPU) == tera * 1e12
 
 
-@pytest.mark.parametrize("name", [
-    "NVIDIA Z999", "", "NVIDIA GeForce GTX 1080 Ti", "Quadro RTX 6000", "NVIDIA A16", "NVIDIA A2",
-    "NVIDIA L20", "NVIDIA T400 4GB", "NVIDIA RTX A1000", "NVIDIA RTX A4000",
-    "NVIDIA RTX A3000 Laptop GPU", "NVIDIA GeForce RTX 4090 Laptop GPU",
-    "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA Z999",
+        "",
+        "NVIDIA GeForce GTX 1080 Ti",
+        "Quadro RTX 6000",
+        "NVIDIA A16",
+        "NVIDIA A2",
+        "NVIDIA L20",
+        "NVIDIA T400 4GB",
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A4000",
+        "NVIDIA RTX A3000 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)
 def test_an_unknown_device_has_no_made_up_peak(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     assert lm.peak_flops(GPU) is None
@@ -143,6 +189,7 @@ def test_work_of_rank_0_is_done_there_alone_and_its_failure_is_raised():
     done, machine = [], lm.Machine(CPU, torch.float32)
     assert machine.on_main(lambda: done.append(1)) is None and done == [1]
     for fault in (OSError(28, "No space left"), lm.UserError("a", "b")):
+
         def fail(fault=fault):
             raise fault
 
@@ -196,8 +243,9 @@ def test_handlers_come_back_after_an_error():
 
 def test_flash_kernels_are_put_in_place_where_there_are_some(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append,
-                        raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "activate_flash_attention_impl", asked.append, raising=False
+    )
     lm.open_machine(lm.DeviceSettings(device="cpu", threads=1))
     assert asked == []
     lm.open_machine(lm.DeviceSettings(device="cpu", threads=1, flash="FA3"))
@@ -206,5 +254,8 @@ def test_flash_kernels_are_put_in_place_where_there_are_some(monkeypatch):
 
 def test_flash_kernels_whose_package_is_not_there_are_one_sentence(run, data_dir):
     """It is torch's own refusal, or that it is too old to offer any."""
-    complaint(run(["train", "--data_dir", data_dir, "--flash", "FA3", "--device", "cpu"]),
-              "--flash FA3", "install")
+    complaint(
+        run(["train", "--data_dir", data_dir, "--flash", "FA3", "--device", "cpu"]),
+        "--flash FA3",
+        "install",
+    )

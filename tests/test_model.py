@@ -25,8 +25,14 @@ SHAPES = {
 
 
 def config(**changes):
-    shape = {"seq_len": 16, "n_layer": 2, "d_model": 32, "n_head": 4, "ffn_mult": 2.0,
-             "vocab_size": 61}
+    shape = {
+        "seq_len": 16,
+        "n_layer": 2,
+        "d_model": 32,
+        "n_head": 4,
+        "ffn_mult": 2.0,
+        "vocab_size": 61,
+    }
     return lm.ModelSettings(**shape | changes)
 
 
@@ -72,7 +78,7 @@ def test_an_earlier_token_reaches_every_later_logit():
 def turned(x, place, theta=10000.0):
     """x (D) turned to a place by the program's own tables."""
     cos, sin = lm.rope_tables(config(head_dim=len(x), seq_len=64, rope_theta=theta))
-    return lm.rotate(x.view(1, 1, 1, -1), cos[place:place + 1], sin[place:place + 1]).flatten()
+    return lm.rotate(x.view(1, 1, 1, -1), cos[place : place + 1], sin[place : place + 1]).flatten()
 
 
 def test_rope_against_complex_numbers():
@@ -82,8 +88,9 @@ def test_rope_against_complex_numbers():
             z = complex(x[i], x[i + 4])
             z *= complex(math.cos(place * 50.0 ** (-i / 4)), math.sin(place * 50.0 ** (-i / 4)))
             found = turned(x, place, theta=50.0)
-            assert (found[i].item(), found[i + 4].item()) == pytest.approx((z.real, z.imag),
-                                                                           abs=1e-5)
+            assert (found[i].item(), found[i + 4].item()) == pytest.approx(
+                (z.real, z.imag), abs=1e-5
+            )
 
 
 def test_rope_keeps_norms_and_depends_on_relative_position_only():
@@ -154,12 +161,22 @@ def test_rms_norm_and_swiglu_against_their_formulas():
 def as_llama(model):
     """transformers' LLaMA with the same weights, mapped here by hand."""
     c = model.config
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_size,
-        num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        max_position_embeddings=c.seq_len, attn_implementation="eager")).eval()
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.hidden,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            head_dim=c.head_size,
+            num_key_value_heads=c.kv_heads,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tie,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            max_position_embeddings=c.seq_len,
+            attn_implementation="eager",
+        )
+    ).eval()
     state, mine = {}, model.state_dict()
     sizes = (c.n_head * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size)
     for i in range(c.n_layer):
@@ -171,8 +188,11 @@ def as_llama(model):
             state[to + f"mlp.{part}_proj.weight"] = mine[at + f"mlp.{name}.weight"]
         state[to + "input_layernorm.weight"] = mine[at + "norm1.weight"]
         state[to + "post_attention_layernorm.weight"] = mine[at + "norm2.weight"]
-    state |= {"model.embed_tokens.weight": mine["tok_emb.weight"],
-              "model.norm.weight": mine["norm.weight"], "lm_head.weight": mine["lm_head.weight"]}
+    state |= {
+        "model.embed_tokens.weight": mine["tok_emb.weight"],
+        "model.norm.weight": mine["norm.weight"],
+        "lm_head.weight": mine["lm_head.weight"],
+    }
     llama.load_state_dict(state)
     return llama
 
@@ -191,11 +211,17 @@ def test_logits_equal_transformers(shape):
 def test_state_dict_keys_and_shapes():
     shapes = {k: tuple(v.shape) for k, v in build(n_layer=1, n_kv_head=2).state_dict().items()}
     assert shapes == {
-        "tok_emb.weight": (61, 32), "blocks.0.norm1.weight": (32,),
-        "blocks.0.attn.qkv.weight": (64, 32), "blocks.0.attn.proj.weight": (32, 32),
-        "blocks.0.norm2.weight": (32,), "blocks.0.mlp.w1.weight": (64, 32),
-        "blocks.0.mlp.w2.weight": (64, 32), "blocks.0.mlp.w3.weight": (32, 64),
-        "norm.weight": (32,), "lm_head.weight": (61, 32)}
+        "tok_emb.weight": (61, 32),
+        "blocks.0.norm1.weight": (32,),
+        "blocks.0.attn.qkv.weight": (64, 32),
+        "blocks.0.attn.proj.weight": (32, 32),
+        "blocks.0.norm2.weight": (32,),
+        "blocks.0.mlp.w1.weight": (64, 32),
+        "blocks.0.mlp.w2.weight": (64, 32),
+        "blocks.0.mlp.w3.weight": (32, 64),
+        "norm.weight": (32,),
+        "lm_head.weight": (61, 32),
+    }
 
 
 def test_tied_head_is_one_tensor():
@@ -225,8 +251,11 @@ def test_published_sizes(preset, millions):
 
 def test_flops_per_token(shape):
     c = config(**shape)
-    matrices = sum(p.numel() for n, p in build(**shape).named_parameters()
-                   if "tok_emb" not in n and "lm_head" not in n)
+    matrices = sum(
+        p.numel()
+        for n, p in build(**shape).named_parameters()
+        if "tok_emb" not in n and "lm_head" not in n
+    )
     want = 6 * (matrices + 61 * 32) + 12 * c.n_layer * c.n_head * c.head_size * 16
     assert lm.flops_per_token(c) == want
 
@@ -324,8 +353,11 @@ def test_compiled_equals_eager():
     """One small compile, the slowest test here: about 15 s where nothing is cached."""
     able = shutil.which(os.environ.get("CXX", "g++"))
     model, ids = build(n_layer=1, n_kv_head=2), some_ids()
-    compiled = torch.compile(lm.Objective(model, lm.pretrain_loss), dynamic=False,
-                             backend="inductor" if able else "aot_eager")
+    compiled = torch.compile(
+        lm.Objective(model, lm.pretrain_loss),
+        dynamic=False,
+        backend="inductor" if able else "aot_eager",
+    )
     losses, grads = [], []
     for run in (lm.Objective(model, lm.pretrain_loss), compiled):
         model.zero_grad()

@@ -15,8 +15,12 @@ import standalone_transformer_lm as lm
 CPU = torch.device("cpu")
 NAMES = ["cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"]
 SCHEDULED = st.builds(
-    lm.OptimSettings, schedule=st.sampled_from(NAMES),
-    warmup_steps=st.integers(0, 120), decay_share=st.floats(0.01, 0.99), min_lr=st.floats(0, 1))
+    lm.OptimSettings,
+    schedule=st.sampled_from(NAMES),
+    warmup_steps=st.integers(0, 120),
+    decay_share=st.floats(0.01, 0.99),
+    min_lr=st.floats(0, 1),
+)
 
 
 def formula(s, step, max_steps):
@@ -30,7 +34,7 @@ def formula(s, step, max_steps):
         return s.min_lr + (1 - s.min_lr) * min(1, (max_steps - step) / (s.decay_share * max_steps))
     if s.schedule == "wsd_sqrt":
         gone = max(0, 1 - (max_steps - step) / (s.decay_share * max_steps))
-        return s.min_lr + (1 - s.min_lr) * (1 - gone ** 0.5)
+        return s.min_lr + (1 - s.min_lr) * (1 - gone**0.5)
     if s.schedule == "inverse_sqrt":  # 1 at the end of the warm-up, a half at four times that
         return (max(1, step) / max(1, s.warmup_steps)) ** -0.5
     return 1.0
@@ -62,10 +66,10 @@ def test_scale_is_bounded_and_the_first_step_learns(s, steps):
     assert trace[0] > 0 and max(trace) <= 1 + 1e-12
     root = min(1.0, (max(1, s.warmup_steps) / steps) ** 0.5)
     floor = root if s.schedule == "inverse_sqrt" else s.min_lr
-    assert min(trace[s.warmup_steps:], default=1) >= floor - 1e-12
-    warm = trace[:s.warmup_steps]
+    assert min(trace[s.warmup_steps :], default=1) >= floor - 1e-12
+    warm = trace[: s.warmup_steps]
     assert warm == sorted(warm)
-    assert trace[s.warmup_steps:] == sorted(trace[s.warmup_steps:], reverse=True)
+    assert trace[s.warmup_steps :] == sorted(trace[s.warmup_steps :], reverse=True)
 
 
 @given(SCHEDULED, st.integers(1, 300))
@@ -75,9 +79,13 @@ def test_scale_never_jumps(s, steps):
     span = max(1, steps - s.warmup_steps)
     decay, warm = max(1e-9, min(span, s.decay_share * steps)), max(1, s.warmup_steps)
     height = 1.0 if s.schedule == "inverse_sqrt" else 1 - s.min_lr
-    course = {"cosine": math.pi / 2 / span, "constant": 0.0, "wsd": 1 / decay,
-              "wsd_sqrt": decay ** -0.5,  # its steepest step is its first
-              "inverse_sqrt": 1 - (warm / (warm + 1)) ** 0.5}[s.schedule]
+    course = {
+        "cosine": math.pi / 2 / span,
+        "constant": 0.0,
+        "wsd": 1 / decay,
+        "wsd_sqrt": decay**-0.5,  # its steepest step is its first
+        "inverse_sqrt": 1 - (warm / (warm + 1)) ** 0.5,
+    }[s.schedule]
     bound = max(1 / warm, height * min(1.0, course)) + 1e-9
     trace = [lm.lr_scale(step, s, steps) for step in range(steps)]
     assert all(abs(b - a) <= bound for a, b in zip(trace, trace[1:], strict=False))
@@ -89,8 +97,11 @@ def test_the_end_reaches_the_minimum(s, steps):
         return
     assert lm.lr_scale(steps, s, steps) == pytest.approx(s.min_lr, abs=1e-9)
     assert lm.lr_scale(10 * steps, s, steps) == pytest.approx(s.min_lr, abs=1e-9)
-    decay = (steps - s.warmup_steps) / (math.pi / 2) if s.schedule == "cosine" else min(
-        steps - s.warmup_steps, s.decay_share * steps)
+    decay = (
+        (steps - s.warmup_steps) / (math.pi / 2)
+        if s.schedule == "cosine"
+        else min(steps - s.warmup_steps, s.decay_share * steps)
+    )
     last = lm.lr_scale(steps - 1, s, steps)
     assert last - s.min_lr <= (1 - s.min_lr) / max(1.0, decay) + 1e-9  # one step away at most
 
@@ -118,31 +129,48 @@ def test_decay_is_on_matrices_alone(tie, optimizer):
     assert ("lm_head.weight" in decay) != tie
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie": False, "qk_norm": True, "n_sink": 2},
-                                     {"n_expert": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie": False, "qk_norm": True, "n_sink": 2}, {"n_expert": 3}]
+)
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_muon_takes_the_matrices_of_the_layers_alone(changes, wrapped):
     model = build(dry=True, **changes)
     kinds = lm.split_parameters(lm.Objective(model, lm.pretrain_loss) if wrapped else model)
     names = {id(weight): name for name, weight in model.named_parameters()}
     kinds = {kind: {names[id(w)] for w in weights} for kind, weights in kinds.items()}
-    parts = ("attn.proj.weight", "mlp.w1", "mlp.w2", "mlp.w3", "mlp.w1.weight", "mlp.w2.weight",
-             "mlp.w3.weight")
+    parts = (
+        "attn.proj.weight",
+        "mlp.w1",
+        "mlp.w2",
+        "mlp.w3",
+        "mlp.w1.weight",
+        "mlp.w2.weight",
+        "mlp.w3.weight",
+    )
     assert kinds["qkv"] == {n for n in names.values() if n.endswith("attn.qkv.weight")}
     assert kinds["hidden"] == {n for n in names.values() if n.endswith(parts)}
-    assert kinds["head"] == {n for n in names.values() if n.endswith(("lm_head.weight",
-                                                                      "router.weight"))}
+    assert kinds["head"] == {
+        n for n in names.values() if n.endswith(("lm_head.weight", "router.weight"))
+    }
     assert sum(map(len, kinds.values())) == len(names)
     adamw, muon = lm.make_optimizers(model, lm.OptimSettings(optimizer="muon"), CPU)
     assert {names[id(p)] for g in muon.param_groups for p in g["params"]} == (
-        kinds["qkv"] | kinds["hidden"])
+        kinds["qkv"] | kinds["hidden"]
+    )
     assert [type(one) for one in (adamw, muon)] == [torch.optim.AdamW, lm.Muon]
 
 
 def test_steps_equal_a_float64_adamw():
     model = build()
-    s = lm.OptimSettings(lr=0.02, weight_decay=0.2, beta1=0.8, beta2=0.9, schedule="constant",
-                         warmup_steps=0, optimizer="adamw")
+    s = lm.OptimSettings(
+        lr=0.02,
+        weight_decay=0.2,
+        beta1=0.8,
+        beta2=0.9,
+        schedule="constant",
+        warmup_steps=0,
+        optimizer="adamw",
+    )
     [optimizer], rates = lm.make_optimizers(model, s, CPU), [0.02, 0.01, 0.003]
     names = ["tok_emb.weight", "norm.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.w3.weight"]
     weights = dict(model.named_parameters())
@@ -156,7 +184,7 @@ def test_steps_equal_a_float64_adamw():
             g = weights[n].grad.double()
             m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
             decay = 0.0 if "norm" in n or "emb" in n else 0.2
-            update = (m / (1 - 0.8 ** t)) / ((v / (1 - 0.9 ** t)).sqrt() + 1e-8)
+            update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
             want[n] = [p - lr * decay * p - lr * update, m, v]
         optimizer.step()
     for n in names:
@@ -206,9 +234,9 @@ def muon(groups, scale="rms", lr=0.1, weight_decay=0.2, momentum=0.9):
 def newton_schulz(g):
     """Five steps of the quintic 3.4445 x - 4.775 x^3 + 2.0315 x^5 on g's singular values."""
     u, values, v = np.linalg.svd(np.asarray(g, np.float64), full_matrices=False)
-    values = values / np.sqrt((values ** 2).sum())
+    values = values / np.sqrt((values**2).sum())
     for _ in range(5):
-        values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return torch.from_numpy(u * values @ v)
 
 
@@ -238,8 +266,9 @@ def test_muon_steps_equal_torchs(monkeypatch, scale, in_bf16):
     mine = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(w.detach().clone()) for w in mine]
     ours = muon([{"params": mine}], scale)
-    torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9,
-                              adjust_lr_fn=TORCHS[scale])
+    torchs = torch.optim.Muon(
+        theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn=TORCHS[scale]
+    )
     for lr in (0.1, 0.05, 0.02):
         ours.param_groups[0]["lr"] = torchs.param_groups[0]["lr"] = lr
         for a, b in zip(mine, theirs, strict=True):
@@ -251,9 +280,13 @@ def test_muon_steps_equal_torchs(monkeypatch, scale, in_bf16):
         torch.testing.assert_close(a, b, rtol=0, atol=2 * 0.17 * BF16["atol"])
 
 
-@pytest.mark.parametrize(("scale", "size"), [
-    ("rms", lambda rows, columns: 0.2 * max(rows, columns) ** 0.5),
-    ("shape", lambda rows, columns: max(1.0, rows / columns) ** 0.5)])
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [
+        ("rms", lambda rows, columns: 0.2 * max(rows, columns) ** 0.5),
+        ("shape", lambda rows, columns: max(1.0, rows / columns) ** 0.5),
+    ],
+)
 def test_muon_against_float64(exact, scale, size):
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 6), (6, 24), (8, 8))]
     optimizer = muon([{"params": weights}], scale)
@@ -311,11 +344,14 @@ def test_the_rms_scale_is_the_size_of_an_adamw_update(exact):
         assert 0.13 < weight.square().mean().sqrt() < 0.24  # 0.2 but for Newton-Schulz's looseness
 
 
-@pytest.mark.parametrize(("warmup", "peak", "trace"), [
-    (300, 0.95, {0: 0.85, 150: 0.9, 300: 0.95, 1000: 0.95}),
-    (4, 0.89, {0: 0.85, 1: 0.86, 3: 0.88, 4: 0.89, 9: 0.89}),
-    (0, 0.95, {0: 0.95, 1: 0.95}),
-])
+@pytest.mark.parametrize(
+    ("warmup", "peak", "trace"),
+    [
+        (300, 0.95, {0: 0.85, 150: 0.9, 300: 0.95, 1000: 0.95}),
+        (4, 0.89, {0: 0.85, 1: 0.86, 3: 0.88, 4: 0.89, 9: 0.89}),
+        (0, 0.95, {0: 0.95, 1: 0.95}),
+    ],
+)
 def test_momentum_warms_up(warmup, peak, trace):
     s = lm.OptimSettings(optimizer="muon", muon_warmup=warmup, muon_momentum=peak)
     made = lm.make_optimizers(build(dry=True), s, CPU)
@@ -364,9 +400,13 @@ def test_average_stands_in_for_the_weights_and_leaves():
 def test_average_starts_at_the_weights_or_where_it_was():
     model = build()
     fresh = lm.Average(model, 0.9, None)
-    assert all(torch.equal(a, w) and a.data_ptr() != w.data_ptr() and not a.requires_grad
-               for a, w in zip(fresh.weights, model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, w) and a.data_ptr() != w.data_ptr() and not a.requires_grad
+        for a, w in zip(fresh.weights, model.parameters(), strict=True)
+    )
     stored = [torch.randn_like(w) for w in model.parameters()]
     again = lm.Average(model, 0.9, stored)
-    assert all(torch.equal(a, w) and a.data_ptr() != w.data_ptr()
-               for a, w in zip(again.weights, stored, strict=True))
+    assert all(
+        torch.equal(a, w) and a.data_ptr() != w.data_ptr()
+        for a, w in zip(again.weights, stored, strict=True)
+    )

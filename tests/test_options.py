@@ -34,9 +34,18 @@ OPTIONS = {
     "doc_mask": {"doc_mask": True},
     "doc_mask+n_sink+window": {"doc_mask": True, "n_sink": 2, "window": 7},
     "everything": {
-        "n_kv_head": 2, "qk_norm": True, "nope_every": 2, "window": 6, "full_every": 3,
-        "n_sink": 2, "n_expert": 4, "tie": False, "embed_scale": True, "trunc_init": True,
-        "softcap": 20.0},
+        "n_kv_head": 2,
+        "qk_norm": True,
+        "nope_every": 2,
+        "window": 6,
+        "full_every": 3,
+        "n_sink": 2,
+        "n_expert": 4,
+        "tie": False,
+        "embed_scale": True,
+        "trunc_init": True,
+        "softcap": 20.0,
+    },
 }
 GREEDY = lm.SamplingSettings(max_new_tokens=10, temperature=0)
 PROMPTS = [[1, 5, 6, 7], [1] + [8] * 15, [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 5, 6, 7]]
@@ -65,8 +74,9 @@ def texts(rows=2, length=30):
 def test_presets_are_all_buildable_and_count_what_the_readme_says():
     for name, values in lm.PRESETS.items():
         known = {f.name for f in dataclasses.fields(lm.ModelSettings)}
-        config = lm.ModelSettings(**{
-            "vocab_size": 32000, **{k: v for k, v in values.items() if k in known}})
+        config = lm.ModelSettings(
+            **{"vocab_size": 32000, **{k: v for k, v in values.items() if k in known}}
+        )
         assert not lm.check(config), name
         d, width, D = config.d_model, config.hidden, config.head_size
         layer = d * D * (config.n_head + 2 * config.kv_heads) + d * D * config.n_head
@@ -106,7 +116,7 @@ def test_cached_equals_uncached(model):
     cache = lm.KVCache(model.config, 2, model.device, torch.float32)
     with torch.no_grad():
         steps = [model(ids[:, :10], cache)]
-        steps += [model(ids[:, i:i + 1], cache) for i in range(10, 30)]
+        steps += [model(ids[:, i : i + 1], cache) for i in range(10, 30)]
         torch.testing.assert_close(torch.cat(steps, 1), model(ids), rtol=1e-4, atol=1e-4)
 
 
@@ -118,7 +128,7 @@ def test_ragged_batch_equals_alone_equals_uncached(model):
         with torch.no_grad():
             for _ in range(GREEDY.max_new_tokens):
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert ids[len(prompt):] == new
+        assert ids[len(prompt) :] == new
 
 
 def test_generation_goes_on_past_the_context(model):
@@ -141,8 +151,9 @@ def test_recomputing_layers_changes_no_gradient(model):
 
 
 def test_saved_and_loaded_model_is_the_same(model, tmp_path):
-    lm.save_checkpoint(tmp_path / "c.pt", {
-        "model": model.state_dict(), "config": dataclasses.asdict(model.config)})
+    lm.save_checkpoint(
+        tmp_path / "c.pt", {"model": model.state_dict(), "config": dataclasses.asdict(model.config)}
+    )
     loaded = lm.build_model(lm.load_checkpoint(tmp_path / "c.pt"), torch.device("cpu"))
     ids = texts()
     with torch.no_grad():
@@ -169,8 +180,9 @@ def visible(config, ids, layer):
     return torch.tensor(seen)
 
 
-@pytest.mark.parametrize("name", ["window", "full_every", "n_sink+window", "doc_mask",
-                                  "doc_mask+n_sink+window"])
+@pytest.mark.parametrize(
+    "name", ["window", "full_every", "n_sink+window", "doc_mask", "doc_mask+n_sink+window"]
+)
 def test_masks_equal_the_definition_written_out(name):
     """The dense mask, and flex_attention's, against a float64 softmax over loops."""
     config = lm.ModelSettings(**{**BASE, **OPTIONS[name]})
@@ -183,8 +195,9 @@ def test_masks_equal_the_definition_written_out(name):
     for layer in range(config.n_layer):
         window = config.window if config.windowed(layer) else 0
         dense = lm.attend(q, k, v, sight.mask(window), 0.0)
-        flex = lm.flex_attention(q.float(), k.float(), v.float(),
-                                 block_mask=sight.block_mask(window))
+        flex = lm.flex_attention(
+            q.float(), k.float(), v.float(), block_mask=sight.block_mask(window)
+        )
         for row in range(2):
             seen = visible(config, ids[row].tolist(), layer)
             scores = (q[row] @ k[row].mT / math.sqrt(8)).masked_fill(~seen, -math.inf)
@@ -205,8 +218,10 @@ def test_packed_documents_give_the_logits_they_give_alone():
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [
-    ["n_expert"], ["everything"], ["doc_mask+n_sink+window"], ["head_dim", "rope yarn", "mqa"]])
+@pytest.mark.parametrize(
+    "names",
+    [["n_expert"], ["everything"], ["doc_mask+n_sink+window"], ["head_dim", "rope yarn", "mqa"]],
+)
 def test_compiled_equals_eager(names):
     options = {key: value for name in names for key, value in OPTIONS[name].items()}
     config = lm.ModelSettings(**{**BASE, "n_layer": 1, **options})
@@ -240,14 +255,18 @@ def test_mixture_of_experts_equals_a_loop_over_tokens():
             chance = scores.softmax(0)
             chances.append(chance)
             best = chance.topk(2)
-            want = sum(p / best.values.sum() * (
-                (torch.nn.functional.silu(token @ w1[e]) * (token @ w2[e])) @ w3[e])
-                for p, e in zip(best.values, best.indices, strict=True))
+            want = sum(
+                p
+                / best.values.sum()
+                * ((torch.nn.functional.silu(token @ w1[e]) * (token @ w2[e])) @ w3[e])
+                for p, e in zip(best.values, best.indices, strict=True)
+            )
             counts[best.indices] += 1
             torch.testing.assert_close(y[b, t].double(), want, rtol=1e-4, atol=1e-3)
     balance = 5 * (counts / counts.sum() * torch.stack(chances).mean(0)).sum()
-    z = torch.stack([(moe.router.weight.double() @ t.double()).logsumexp(0) ** 2
-                     for t in x.flatten(0, 1)]).mean()
+    z = torch.stack(
+        [(moe.router.weight.double() @ t.double()).logsumexp(0) ** 2 for t in x.flatten(0, 1)]
+    ).mean()
     want = config.balance_loss * balance + config.router_z_loss * z
     torch.testing.assert_close(side.double(), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(moe.usage.double(), counts)
@@ -276,13 +295,27 @@ def test_yarn_and_linear_tables_equal_transformers():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for kind in ("linear", "yarn"):
-        config = lm.ModelSettings(seq_len=256, d_model=128, n_head=2, rope_scaling=kind,
-                                  rope_factor=4.0, rope_theta=10000.0, vocab_size=8)
+        config = lm.ModelSettings(
+            seq_len=256,
+            d_model=128,
+            n_head=2,
+            rope_scaling=kind,
+            rope_factor=4.0,
+            rope_theta=10000.0,
+            vocab_size=8,
+        )
         cos, sin = lm.rope_tables(config)
         theirs = LlamaConfig(
-            hidden_size=128, num_attention_heads=2, max_position_embeddings=256,
-            rope_parameters={"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0,
-                             "original_max_position_embeddings": 64})
+            hidden_size=128,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            rope_parameters={
+                "rope_type": kind,
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
         inverse, scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
         angles = torch.outer(torch.arange(256.0), inverse)
         torch.testing.assert_close(cos, angles.cos() * scale, rtol=1e-4, atol=1e-4)

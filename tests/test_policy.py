@@ -14,8 +14,15 @@ from test_model import build
 
 import standalone_transformer_lm as lm
 
-CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4),
-         "cispo": (1.0, 4.0), "ppo": (0.2, 0.2), "vapo": (0.2, 0.28)}
+CLIPS = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+    "ppo": (0.2, 0.2),
+    "vapo": (0.2, 0.28),
+}
 BY_VALUE = ("ppo", "vapo")
 GRPO = """--prompts 4 --group_size 3 --max_new_tokens 12 --batch_size 5 --temperature 0.8
 --reward exact --eval_prompts 2 --max_steps 2 --value_warmup 0 --dtype fp32 --device cpu
@@ -50,7 +57,7 @@ class Answer:
 
 def own_logps(model, one, temperature):
     """Log-probabilities of an answer's tokens and entropies (n,), alone and without padding."""
-    logits = model(torch.tensor([one.prompt + one.ids[:-1]]))[0, len(one.prompt) - 1:].double()
+    logits = model(torch.tensor([one.prompt + one.ids[:-1]]))[0, len(one.prompt) - 1 :].double()
     logps = (logits / temperature).log_softmax(-1)
     return logps[torch.arange(len(one.ids)), one.ids], -(logps.exp() * logps).sum(-1)
 
@@ -91,8 +98,9 @@ def paper_loss(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
         if name in ("grpo", "gspo"):
             objective = objective + each.mean() / len(answers)
         else:
-            objective = objective + each.sum() / (len(answers) * most if name == "dr_grpo"
-                                                  else tokens)
+            objective = objective + each.sum() / (
+                len(answers) * most if name == "dr_grpo" else tokens
+            )
         if name == "vapo" and one.right:
             objective = objective + 0.1 * logps.sum() / right_tokens
     return -objective
@@ -117,8 +125,12 @@ def some_answers(name, model, temperature):
         advantages = torch.full((length,), (-1) ** (i // 2) * (0.3 + 0.2 * i), dtype=torch.float64)
         if name in BY_VALUE:
             advantages = torch.randn(length, dtype=torch.float64)
-        one = Answer(torch.randint(3, 61, (1 + i % 3,)).tolist(),
-                     torch.randint(3, 61, (length,)).tolist(), advantages, right=i % 3 == 0)
+        one = Answer(
+            torch.randint(3, 61, (1 + i % 3,)).tolist(),
+            torch.randint(3, 61, (length,)).tolist(),
+            advantages,
+            right=i % 3 == 0,
+        )
         ratios = torch.tensor((RATIOS[i:] + RATIOS[:i])[:length], dtype=torch.float64)
         if name == "gspo":
             ratios = ratios / ratios.prod() ** (1 / length) * SEQUENCE_RATIOS[i]
@@ -132,12 +144,14 @@ def some_answers(name, model, temperature):
 
 def micro_batch(answers, length, weights, scalars):
     """What policy_loss takes beside model and settings, in rows of `length`."""
-    ids, targets = torch.zeros(len(answers), length).long(), torch.full((len(answers), length),
-                                                                         lm.IGNORE)
+    ids, targets = (
+        torch.zeros(len(answers), length).long(),
+        torch.full((len(answers), length), lm.IGNORE),
+    )
     old, advantages, reference = (torch.zeros(len(answers), length) for _ in range(3))
     for row, one in enumerate(answers):
         whole, start = one.prompt + one.ids, len(one.prompt) - 1
-        ids[row, :len(whole) - 1] = torch.tensor(whole[:-1])
+        ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
         place = slice(start, start + len(one.ids))
         targets[row, place] = torch.tensor(one.ids)
         advantages[row, place] = one.advantages.float()
@@ -149,9 +163,15 @@ def micro_batch(answers, length, weights, scalars):
 
 def program_metrics(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
     """POLICY_METRICS of a step in three micro-batches of other widths, the loss divided by rows."""
-    settings = lm.PolicySettings(kl=kl, entropy_target=float(bonus > 0), **{
-        key: value for key, value in lm.ALGORITHMS[name].items()
-        if key in lm.PolicySettings.__dataclass_fields__})
+    settings = lm.PolicySettings(
+        kl=kl,
+        entropy_target=float(bonus > 0),
+        **{
+            key: value
+            for key, value in lm.ALGORITHMS[name].items()
+            if key in lm.PolicySettings.__dataclass_fields__
+        },
+    )
     lengths = torch.tensor([float(len(one.ids)) for one in answers])
     tokens, right = lengths.sum(), torch.tensor([float(one.right) for one in answers])
     each = lm.row_weights(lengths, settings.normalise, len(answers), tokens.item(), most)
@@ -199,8 +219,9 @@ def test_policy_metrics_are_sums_over_tokens_and_extremes(name):
     assert found["entropy"].item() == pytest.approx(entropies.item(), rel=1e-5)
     assert found["ratio_most"].item() == pytest.approx(max(ratios), rel=1e-5)
     assert found["ratio_least"].item() == pytest.approx(min(ratios), rel=1e-5)
-    assert program_metrics(name, model, answers, 0.7, 10, kl=0.1)["kl"].item() \
-        == pytest.approx(kl.item(), rel=1e-4)
+    assert program_metrics(name, model, answers, 0.7, 10, kl=0.1)["kl"].item() == pytest.approx(
+        kl.item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
@@ -243,10 +264,14 @@ def test_padding_and_prompts_have_no_say(ratio, rubbish):
     answers = some_answers("grpo", model, 1.0)
     micro = micro_batch(answers, 16, torch.rand(len(answers), 2), (1.0, 0.2))
     silent = micro[1] == lm.IGNORE
-    other = [torch.where(silent, x, numbers)
-             for x, numbers in zip(rubbish, micro[2:5], strict=True)]
-    for a, b in zip(lm.policy_loss(model, *micro, settings),
-                    lm.policy_loss(model, *micro[:2], *other, *micro[5:], settings), strict=True):
+    other = [
+        torch.where(silent, x, numbers) for x, numbers in zip(rubbish, micro[2:5], strict=True)
+    ]
+    for a, b in zip(
+        lm.policy_loss(model, *micro, settings),
+        lm.policy_loss(model, *micro[:2], *other, *micro[5:], settings),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -279,8 +304,12 @@ def test_the_first_update_is_reinforce_with_a_baseline(name):
 def test_group_advantages_against_the_papers_and_trl():
     groups = [[1.0, 0.0, 0.0, 1.0], [0.2, 0.9, -3.0, 4.0], [5.0, 5.0, 5.0, 5.0]]
     rewards = torch.tensor(groups, dtype=torch.float64)
-    for group, scaled, plain in zip(groups, lm.group_advantages(rewards, True).tolist(),
-                                    lm.group_advantages(rewards, False).tolist(), strict=True):
+    for group, scaled, plain in zip(
+        groups,
+        lm.group_advantages(rewards, True).tolist(),
+        lm.group_advantages(rewards, False).tolist(),
+        strict=True,
+    ):
         mean, spread = statistics.mean(group), statistics.stdev(group)  # unbiased, as TRL's
         assert plain == pytest.approx([reward - mean for reward in group])
         assert scaled == pytest.approx([(reward - mean) / (spread + 1e-4) for reward in group])
@@ -299,8 +328,10 @@ def discounted(rewards, values, lam, gamma=1.0):
     """The generalised advantages of an answer's tokens (Schulman et al. 2016, eq. 16)."""
     after = [*values[1:], 0.0]
     surprises = [r + gamma * b - a for r, a, b in zip(rewards, values, after, strict=True)]
-    return [sum((gamma * lam) ** (k - t) * surprises[k] for k in range(t, len(values)))
-            for t in range(len(values))]
+    return [
+        sum((gamma * lam) ** (k - t) * surprises[k] for k in range(t, len(values)))
+        for t in range(len(values))
+    ]
 
 
 def gains_in_value(values, smoothing, gamma=1.0):
@@ -340,16 +371,27 @@ def test_dense_rewards_are_gains_of_smoothed_value(gamma, smoothing):
     for row, n in enumerate(lengths):
         want = gains_in_value(values[row, :n].tolist(), smoothing, gamma)
         assert found[row].tolist() == pytest.approx(want + [0.0] * (9 - n))
-        told = sum(gamma ** t * paid for t, paid in enumerate(found[row].tolist()))
+        told = sum(gamma**t * paid for t, paid in enumerate(found[row].tolist()))
         assert told == pytest.approx(-values[row, 0].item())  # whatever the answer says
 
 
-@pytest.mark.parametrize("length, most, share, want", [
-    (1, 100, 0.2, 0), (80, 100, 0.2, 0), (85, 100, 0.2, -0.25), (100, 100, 0.2, -1),
-    (16385, 20480, 0.2, -1 / 4096), (18432, 20480, 0.2, -0.5), (8, 8, 0.01, -1), (7, 8, 0.01, 0)])
+@pytest.mark.parametrize(
+    "length, most, share, want",
+    [
+        (1, 100, 0.2, 0),
+        (80, 100, 0.2, 0),
+        (85, 100, 0.2, -0.25),
+        (100, 100, 0.2, -1),
+        (16385, 20480, 0.2, -1 / 4096),
+        (18432, 20480, 0.2, -0.5),
+        (8, 8, 0.01, -1),
+        (7, 8, 0.01, 0),
+    ],
+)
 def test_overlong_penalty(length, most, share, want):
-    assert lm.overlong_penalty(torch.tensor([float(length)]), most, share).item() \
-        == pytest.approx(want)
+    assert lm.overlong_penalty(torch.tensor([float(length)]), most, share).item() == pytest.approx(
+        want
+    )
 
 
 # ---- Values ----
@@ -366,8 +408,9 @@ def test_value_loss_against_float64(clip):
     values = torch.stack([critic.score(critic.hidden(row[None]))[0, :, 0] for row in ids])
     moved = torch.tensor([-0.5, 0.1, 0.5, -0.1, 0.3]).repeat(8)[:36].view(3, 12)
     old = values.detach() - moved
-    returns = values.detach() + torch.tensor([0.6, -0.7, 0.05, 1.5, -0.4, -0.2, 0.9]).repeat(
-        6)[:36].view(3, 12)
+    returns = values.detach() + torch.tensor([0.6, -0.7, 0.05, 1.5, -0.4, -0.2, 0.9]).repeat(6)[
+        :36
+    ].view(3, 12)
     wanted, held = 0.0, 0
     for row, t in (targets != lm.IGNORE).nonzero().tolist():
         value, before, told = values[row, t].double(), old[row, t].item(), returns[row, t].item()
@@ -416,18 +459,30 @@ class Watch:
         drawn = [i for i, event in enumerate(self.events) if isinstance(event, list)]
         models = [i for i, event in enumerate(self.events) if not isinstance(event, list)]
         begin = max(i for i in drawn if i < models[-1])
-        return self.events[begin], self.events[begin + 1:models[-1] + 1]
+        return self.events[begin], self.events[begin + 1 : models[-1] + 1]
 
 
 @pytest.fixture
 def grpo(run, base, tmp_path, monkeypatch):
     """`grpo(*flags)` runs to its end and gives (what it drew and updated, rows of its log)."""
+
     def call(*flags):
         watch = Watch(monkeypatch)
         monkeypatch.setitem(lm.REWARDS, "exact", worth)
         rows = [{"prompt": question(i), "answer": answer(i)} for i in range(24)]
-        code, _, err = run(["grpo", *GRPO, "--ckpt", base, "--out_dir", tmp_path / "run",
-                            "--data", write_rows(tmp_path / "rows.jsonl", rows), *flags])
+        code, _, err = run(
+            [
+                "grpo",
+                *GRPO,
+                "--ckpt",
+                base,
+                "--out_dir",
+                tmp_path / "run",
+                "--data",
+                write_rows(tmp_path / "rows.jsonl", rows),
+                *flags,
+            ]
+        )
         assert code == 0, err
         return watch, [row for row in log_rows(tmp_path / "run") if "train/loss" in row]
 
@@ -443,7 +498,7 @@ def paid(name, one):
 def own_values(critic, one):
     """What a critic expects before each token of a completion (n,), alone and without padding."""
     whole = one.problem.ids.tolist() + one.ids.tolist()
-    hidden = critic.hidden(torch.tensor([whole[:-1]]))[0, -len(one.ids):]
+    hidden = critic.hidden(torch.tensor([whole[:-1]]))[0, -len(one.ids) :]
     return (hidden @ critic.score.weight[0]).double()
 
 
@@ -452,7 +507,7 @@ def advantages_of(name, rows, critic):
     if name not in BY_VALUE:
         found = []
         for i in range(0, len(rows), 3):
-            rewards = [paid(name, one) for one in rows[i:i + 3]]
+            rewards = [paid(name, one) for one in rows[i : i + 3]]
             mean, spread = statistics.mean(rewards), statistics.stdev(rewards) + 1e-4
             found += [(r - mean) / (1 if name == "dr_grpo" else spread) for r in rewards]
         return [torch.full((len(one.ids),), a).double() for one, a in zip(rows, found, strict=True)]
@@ -469,15 +524,17 @@ def advantages_of(name, rows, critic):
 
 @pytest.mark.parametrize("name", lm.ALGORITHMS)
 def test_a_step_with_two_updates_is_the_papers_from_rewards_to_gradients(grpo, base, name):
-    watch, log = grpo("--algo", name, "--updates", 2, "--kl", 0.2, "--entropy_target", 9,
-                      "--lr", 3e-3)
+    watch, log = grpo(
+        "--algo", name, "--updates", 2, "--kl", 0.2, "--entropy_target", 9, "--lr", 3e-3
+    )
     drawn, models = watch.last_step()
     critic, (first, second) = models[0], models[-2:]
     start = lm.build_model(lm.load_checkpoint(base), torch.device("cpu"))
     advantages = advantages_of(name, drawn, critic)
-    answers = [Answer(one.problem.ids.tolist(), one.ids.tolist(), each,
-                      worth("", one.text, {}) > 0.5)
-               for one, each in zip(drawn, advantages, strict=True)]
+    answers = [
+        Answer(one.problem.ids.tolist(), one.ids.tolist(), each, worth("", one.text, {}) > 0.5)
+        for one, each in zip(drawn, advantages, strict=True)
+    ]
     assert len(answers) == 12 and len({len(one.ids) for one in answers}) > 1
     with torch.no_grad():
         for one in answers:
@@ -497,8 +554,11 @@ def test_a_step_with_two_updates_is_the_papers_from_rewards_to_gradients(grpo, b
 def test_a_run_with_one_update_has_ratio_1_and_the_gradient_of_reinforce(grpo, name):
     watch, log = grpo("--algo", name)
     drawn, models = watch.last_step()
-    assert [row["train/ratio_most"] for row in log] == [row["train/ratio_least"] for row in log] \
+    assert (
+        [row["train/ratio_most"] for row in log]
+        == [row["train/ratio_least"] for row in log]
         == [1, 1]
+    )
     model, loss = models[-1], 0.0
     right = sum(len(one.ids) for one in drawn if worth("", one.text, {}) > 0.5)
     for one, each in zip(drawn, advantages_of(name, drawn, models[0]), strict=True):
@@ -512,8 +572,20 @@ def test_a_run_with_one_update_has_ratio_1_and_the_gradient_of_reinforce(grpo, n
 
 @pytest.mark.parametrize("name, lam", [("ppo", 0.95), ("vapo", 1.0)])
 def test_the_value_model_learns_returns_by_its_own_lambda(grpo, name, lam):
-    watch, log = grpo("--algo", name, "--updates", 2, "--value_lr", 0.05, "--value_clip", 0.02,
-                      "--dense_reward", 0.5, "--dense_smoothing", 0.7)
+    watch, log = grpo(
+        "--algo",
+        name,
+        "--updates",
+        2,
+        "--value_lr",
+        0.05,
+        "--value_clip",
+        0.02,
+        "--dense_reward",
+        0.5,
+        "--dense_smoothing",
+        0.7,
+    )
     drawn, (first, second, *_) = watch.last_step()
     losses, held, truth, error = [0.0, 0.0], 0, [], []
     for one in drawn:
@@ -535,4 +607,5 @@ def test_the_value_model_learns_returns_by_its_own_lambda(grpo, name, lam):
     assert held and row["train/value_clipped"] == pytest.approx(held / len(truth))
     assert row["train/value_loss"] == pytest.approx(losses[1].item() / len(truth), rel=1e-4)
     assert row["train/value_explained"] == pytest.approx(
-        1 - statistics.pvariance(error) / statistics.pvariance(truth), abs=1e-4)
+        1 - statistics.pvariance(error) / statistics.pvariance(truth), abs=1e-4
+    )

@@ -31,8 +31,13 @@ import standalone_transformer_lm as lm
 
 TEXTS = list(documents(60, seed=11))
 LINES = "".join(text + "\n" for text in TEXTS).encode()
-PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
-        ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
 EVERY_MODE = pytest.mark.parametrize("mode", ["line", "blank", "file"])
 
 
@@ -47,6 +52,7 @@ def spm(tiny_tokenizer, tmp_path_factory):
 @pytest.fixture
 def prep(run, spm, tmp_path):
     """`prep(path, ..., flag=value)` encodes into tmp_path/data: (exit code, stdout, stderr)."""
+
     def call(*paths, **flags):
         flags = {"out_dir": tmp_path / "data", "spm": spm, "workers": 1, "val_split": 0, **flags}
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -64,9 +70,12 @@ def write(path, data):
 
 def read(path, mode="line", key="text", errors="strict"):
     """Every document that prep sees in a path."""
-    return [text for source in lm.find_sources([str(path)], mode)
-            for block in lm.read_blocks(source, key)
-            for text in lm.block_documents(block, key, errors)]
+    return [
+        text
+        for source in lm.find_sources([str(path)], mode)
+        for block in lm.read_blocks(source, key)
+        for text in lm.block_documents(block, key, errors)
+    ]
 
 
 def split_ids(folder, split):
@@ -100,23 +109,42 @@ def refused(result, *parts):
 # ---- Documents of text files ----
 
 
-@pytest.mark.parametrize("data, expected", [
-    (b"one\ntwo\n", ["one", "two"]), (b"one\ntwo", ["one", "two"]), (b"a\r\nb\r\n", ["a", "b"]),
-    (b"\xef\xbb\xbfone\ntwo", ["one", "two"]), (b"\n\none\n \n\t\ntwo\n\n", ["one", "two"]),
-    (b"  indented \n", ["  indented "]), (b"", []), (b"\n \r\n\t", []), (b"\xef\xbb\xbf", []),
-    ("a\u2028b\x0cc\x85d\n".encode(), ["a\u2028b\x0cc\x85d"]), (b"a\rb\n", ["a\rb"]),
-    (b"nul\0nul\n", ["nul\0nul"]),
-])
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\ntwo", ["one", "two"]),
+        (b"a\r\nb\r\n", ["a", "b"]),
+        (b"\xef\xbb\xbfone\ntwo", ["one", "two"]),
+        (b"\n\none\n \n\t\ntwo\n\n", ["one", "two"]),
+        (b"  indented \n", ["  indented "]),
+        (b"", []),
+        (b"\n \r\n\t", []),
+        (b"\xef\xbb\xbf", []),
+        ("a\u2028b\x0cc\x85d\n".encode(), ["a\u2028b\x0cc\x85d"]),
+        (b"a\rb\n", ["a\rb"]),
+        (b"nul\0nul\n", ["nul\0nul"]),
+    ],
+)
 def test_a_document_a_line(tmp_path, data, expected):
     assert read(write(tmp_path / "t.txt", data)) == expected
 
 
-@pytest.mark.parametrize("data, expected", [
-    (b"a\nb\n\nc\n", ["a\nb", "c"]), (b"a\n\n\n\nb", ["a", "b"]), (b"\n\na\n\nb\n\n", ["a", "b"]),
-    (b"a\n \t\nb", ["a", "b"]), (b"a\r\n\r\nb\r\n", ["a", "b"]), (b"a\n\n  \nb", ["a", "b"]),
-    (b"a\n\n  b\n c\n", ["a", "  b\n c"]), (b" \n\na", ["a"]), (b"\xef\xbb\xbfa\n\nb", ["a", "b"]),
-    (b"\n\n\n", []),
-])
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"a\nb\n\nc\n", ["a\nb", "c"]),
+        (b"a\n\n\n\nb", ["a", "b"]),
+        (b"\n\na\n\nb\n\n", ["a", "b"]),
+        (b"a\n \t\nb", ["a", "b"]),
+        (b"a\r\n\r\nb\r\n", ["a", "b"]),
+        (b"a\n\n  \nb", ["a", "b"]),
+        (b"a\n\n  b\n c\n", ["a", "  b\n c"]),
+        (b" \n\na", ["a"]),
+        (b"\xef\xbb\xbfa\n\nb", ["a", "b"]),
+        (b"\n\n\n", []),
+    ],
+)
 def test_documents_between_blank_lines(tmp_path, data, expected):
     assert read(write(tmp_path / "t.txt", data), "blank") == expected
 
@@ -159,12 +187,13 @@ def test_a_document_longer_than_any_buffer_is_kept_whole(mode, tmp_path, monkeyp
 
 def test_a_long_file_is_read_in_blocks_of_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "BLOCK", 100)
-    source, = lm.find_sources([str(write(tmp_path / "t.txt", LINES))], "line")
+    (source,) = lm.find_sources([str(write(tmp_path / "t.txt", LINES))], "line")
     blocks = list(lm.read_blocks(source, "text"))
     longest = max(len(text.encode()) for text in TEXTS)
     assert len(blocks) > 10 and all(len(b.data) <= 101 + longest for b in blocks)
     assert [b.line for b in blocks] == [
-        1 + LINES[:sum(len(c.data) for c in blocks[:i])].count(b"\n") for i in range(len(blocks))]
+        1 + LINES[: sum(len(c.data) for c in blocks[:i])].count(b"\n") for i in range(len(blocks))
+    ]
     assert blocks[-1].read == len(LINES)
 
 
@@ -193,9 +222,14 @@ def test_a_damaged_packing_is_named(prep, tmp_path, suffix, damage):
     data = bytearray(PACK[suffix](bytes(rng.integers(97, 123, 300_000, dtype=np.uint8)) + b"\n"))
     if damage == "flipped":
         data[len(data) // 2] ^= 255
-    path = write(tmp_path / f"t.txt{suffix}", {
-        "cut": bytes(data[:len(data) // 2]), "foreign": b"plain text\n", "flipped": bytes(data),
-    }[damage])
+    path = write(
+        tmp_path / f"t.txt{suffix}",
+        {
+            "cut": bytes(data[: len(data) // 2]),
+            "foreign": b"plain text\n",
+            "flipped": bytes(data),
+        }[damage],
+    )
     refused(prep(path), path.name, "damaged")
     assert not (tmp_path / "data" / "meta.json").exists()
 
@@ -207,9 +241,12 @@ def rows(*values):
 def test_jsonl(tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "BLOCK", 200)
     data = rows(*({"id": i, "text": text} for i, text in enumerate(TEXTS)))
-    for name, packed in (("t.jsonl", data.encode()), ("t.ndjson", data.encode()),
-                         ("t.jsonl.gz", gzip.compress(data.encode())),
-                         ("crlf.jsonl", b"\xef\xbb\xbf" + data.replace("\n", "\r\n\r\n").encode())):
+    for name, packed in (
+        ("t.jsonl", data.encode()),
+        ("t.ndjson", data.encode()),
+        ("t.jsonl.gz", gzip.compress(data.encode())),
+        ("crlf.jsonl", b"\xef\xbb\xbf" + data.replace("\n", "\r\n\r\n").encode()),
+    ):
         assert read(write(tmp_path / name, packed)) == TEXTS
 
 
@@ -218,12 +255,20 @@ def test_jsonl_documents_keep_newlines_and_lose_only_lone_surrogates(tmp_path):
     assert read(write(tmp_path / "t.jsonl", data), key="body") == ["one\n\ntwo\u2028", "?x"]
 
 
-@pytest.mark.parametrize("row, said", [
-    ('{"text": "x"', "not JSON"), ("plain", "not JSON"), ('["text"]', "no JSON object"),
-    ('{"body": "x", "id": 1}', "body, id"), ('{"text": 5}', "no text under text"),
-    ('{"text": null}', "no text under text"), ('"text"', "no JSON object"),
-    ("[" * 100_000, "not JSON"),
-], ids=["cut", "plain", "list", "key", "number", "null", "string", "deep"])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ('{"text": "x"', "not JSON"),
+        ("plain", "not JSON"),
+        ('["text"]', "no JSON object"),
+        ('{"body": "x", "id": 1}', "body, id"),
+        ('{"text": 5}', "no text under text"),
+        ('{"text": null}', "no text under text"),
+        ('"text"', "no JSON object"),
+        ("[" * 100_000, "not JSON"),
+    ],
+    ids=["cut", "plain", "list", "key", "number", "null", "string", "deep"],
+)
 def test_a_bad_row_is_named_by_its_line(prep, tmp_path, monkeypatch, row, said):
     monkeypatch.setattr(lm, "BLOCK", 500)  # so that the line is not in the first block
     good = [json.dumps({"text": text}) for text in TEXTS]
@@ -245,8 +290,11 @@ def test_parquet(tmp_path, prep):
     refused(prep(path, out_dir=tmp_path / "other"), "no column text", "body")
 
 
-@pytest.mark.parametrize("values", [[1, 2], [b"\xff", b"x"], [["a"], ["b"]], [{"a": 1}, None]],
-                         ids=["numbers", "bytes", "lists", "rows"])
+@pytest.mark.parametrize(
+    "values",
+    [[1, 2], [b"\xff", b"x"], [["a"], ["b"]], [{"a": 1}, None]],
+    ids=["numbers", "bytes", "lists", "rows"],
+)
 def test_a_parquet_column_of_no_text_is_the_users_mistake(prep, tmp_path, values):
     refused(prep(parquet(tmp_path / "t.parquet", text=values)), "t.parquet", "text")
 
@@ -258,9 +306,13 @@ def test_a_damaged_parquet_file_is_named(prep, tmp_path, keep):
     refused(prep(path), "t.parquet", "damaged")
 
 
-@pytest.mark.parametrize("name, modules", [
-    ("t.txt.zst", ["pyarrow"]), ("t.parquet", ["pyarrow", "pyarrow.parquet"]),
-])
+@pytest.mark.parametrize(
+    "name, modules",
+    [
+        ("t.txt.zst", ["pyarrow"]),
+        ("t.parquet", ["pyarrow", "pyarrow.parquet"]),
+    ],
+)
 def test_a_missing_package_is_one_sentence(prep, tmp_path, monkeypatch, name, modules):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
@@ -310,8 +362,24 @@ def test_standard_input(tmp_path, spm):
     """Through a real pipe, in a process of its own."""
     out = tmp_path / "data"
     done = subprocess.run(
-        [sys.executable, lm.__file__, "prep", "--text_path", "-", "--out_dir", out, "--vocab_size",
-         "330", "--val_split", "0", "--workers", "1"], input=LINES, capture_output=True)
+        [
+            sys.executable,
+            lm.__file__,
+            "prep",
+            "--text_path",
+            "-",
+            "--out_dir",
+            out,
+            "--vocab_size",
+            "330",
+            "--val_split",
+            "0",
+            "--workers",
+            "1",
+        ],
+        input=LINES,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert texts_of(lm.TokenFolder(out), "train") == TEXTS
     assert sorted(os.listdir(out)) == sorted(lm.DATA_FILES)
@@ -357,8 +425,10 @@ def test_invalid_utf8_is_named_by_file_and_line(prep, tmp_path, monkeypatch, mod
 
 def test_invalid_utf8_is_found_while_the_tokenizer_trains_too(run, tmp_path):
     path = write(tmp_path / "t.txt", LINES + b"\xc3")
-    refused(run(["prep", "--text_path", path, "--out_dir", tmp_path / "d", "--vocab_size", 330]),
-            f"{path}, line 61")
+    refused(
+        run(["prep", "--text_path", path, "--out_dir", tmp_path / "d", "--vocab_size", 330]),
+        f"{path}, line 61",
+    )
 
 
 # ---- What stands in a data folder ----
@@ -370,8 +440,10 @@ def mixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     write(folder / "a.txt", LINES)
     more = list(documents(40, seed=12))
-    write(folder / "b.jsonl.gz", gzip.compress(rows(*({"text": t + "\n\n" + t} for t in more))
-                                               .encode()))
+    write(
+        folder / "b.jsonl.gz",
+        gzip.compress(rows(*({"text": t + "\n\n" + t} for t in more)).encode()),
+    )
     hostile = ["</s><s>", "<|user|> hi", " two  spaces ", "\tTab\0NUL", "🙂" * 30, "x" * 5000]
     write(folder / "c.txt", "\n".join(hostile))
     return folder, [*TEXTS, *(t + "\n\n" + t for t in more), *hostile]
@@ -379,7 +451,8 @@ def mixed(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ids_are_those_of_sentencepiece_in_the_order_of_the_input(
-        prep, tmp_path, mixed, monkeypatch, workers):
+    prep, tmp_path, mixed, monkeypatch, workers
+):
     monkeypatch.setattr(lm, "BLOCK", 300)
     folder, texts = mixed
     code, out, err = prep(folder, workers=workers)
@@ -387,10 +460,13 @@ def test_ids_are_those_of_sentencepiece_in_the_order_of_the_input(
     data = lm.TokenFolder(tmp_path / "data")
     assert split_ids(data, "train") == [data.tokenizer.sp.encode(text) for text in texts]
     assert data.meta["splits"]["train"] == {
-        "tokens": len(data.train), "documents": len(texts),
-        "bytes": sum(len(text.encode()) for text in texts)}
-    assert f"{len(texts):,} documents" in out and sorted(os.listdir(tmp_path / "data")) == \
-        sorted(lm.DATA_FILES)
+        "tokens": len(data.train),
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
+    assert f"{len(texts):,} documents" in out and sorted(os.listdir(tmp_path / "data")) == sorted(
+        lm.DATA_FILES
+    )
 
 
 def test_meta_says_what_a_reader_needs(data_dir):
@@ -407,8 +483,21 @@ def test_meta_says_what_a_reader_needs(data_dir):
 def test_one_worker_and_two_write_the_same_bytes(run, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "BLOCK", 300)
     for workers in (1, 2):
-        code, _, err = run(["prep", "--text_path", mixed[0], "--vocab_size", 420, "--val_split",
-                            0.2, "--workers", workers, "--out_dir", tmp_path / f"w{workers}"])
+        code, _, err = run(
+            [
+                "prep",
+                "--text_path",
+                mixed[0],
+                "--vocab_size",
+                420,
+                "--val_split",
+                0.2,
+                "--workers",
+                workers,
+                "--out_dir",
+                tmp_path / f"w{workers}",
+            ]
+        )
         assert code == 0, err
     assert contents(tmp_path / "w1") == contents(tmp_path / "w2")
 
@@ -429,10 +518,15 @@ def test_the_tokenizer_is_trained_on_the_text_and_reused_by_name(prep, spm, tmp_
     assert (tmp_path / "data" / "tokenizer.model").read_bytes() == spm.read_bytes()
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--vocab_size", "20000"], "use --vocab_size "), (["--vocab_size", "285"], "or more"),
-    (["--spm", "no/such.model"], "no/such.model"), (["--spm", __file__], "test_prep.py"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--vocab_size", "20000"], "use --vocab_size "),
+        (["--vocab_size", "285"], "or more"),
+        (["--spm", "no/such.model"], "no/such.model"),
+        (["--spm", __file__], "test_prep.py"),
+    ],
+)
 def test_a_bad_vocabulary_leaves_nothing_behind(run, tmp_path, argv, said):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
     refused(run(["prep", "--text_path", path, "--out_dir", out, *argv]), said)
@@ -472,8 +566,23 @@ def test_a_few_documents_larger_than_the_sample_still_give_one(run, tmp_path, mo
     """One novel of a megabyte and --sample_mb 0.01: its hash must not make it 'no text'."""
     path = write(tmp_path / "novel.txt", " ".join(documents(600, seed=14)))
     assert sampled(path, 0.01, mode)
-    code, _, err = run(["prep", "--text_path", path, "--out_dir", tmp_path / "d", "--vocab_size",
-                        330, "--sample_mb", 0.01, "--document", mode, "--val_split", 0])
+    code, _, err = run(
+        [
+            "prep",
+            "--text_path",
+            path,
+            "--out_dir",
+            tmp_path / "d",
+            "--vocab_size",
+            330,
+            "--sample_mb",
+            0.01,
+            "--document",
+            mode,
+            "--val_split",
+            0,
+        ]
+    )
     assert code == 0, err
 
 
@@ -496,8 +605,10 @@ def test_the_split_has_its_share_and_depends_on_the_content_alone(spm):
 
 
 def test_a_larger_share_only_adds_to_val(spm):
-    val = [{t for t in TEXTS if encoded([t], spm, share)["val"]["documents"]}
-           for share in (0.0, 0.1, 0.3, 0.6)]
+    val = [
+        {t for t in TEXTS if encoded([t], spm, share)["val"]["documents"]}
+        for share in (0.0, 0.1, 0.3, 0.6)
+    ]
     assert not val[0] and val[0] <= val[1] < val[2] < val[3]
 
 
@@ -544,23 +655,27 @@ def test_a_folder_may_be_made_anew_with_its_own_tokenizer(prep, finished):
     assert texts_of(lm.TokenFolder(out), "train") == ["something new"] * 50
 
 
-def test_a_worker_that_is_killed_for_memory_leaves_the_old_folder_as_it_was(
-        child, spm, finished):
+def test_a_worker_that_is_killed_for_memory_leaves_the_old_folder_as_it_was(child, spm, finished):
     out, new = finished
     before = contents(out)
-    code, log = child(["prep", "--text_path", new, "--out_dir", out, "--spm", spm, "--workers", 2,
-                       "--overwrite"], (signal_at, "block_documents", 1)).end()
+    code, log = child(
+        ["prep", "--text_path", new, "--out_dir", out, "--spm", spm, "--workers", 2, "--overwrite"],
+        (signal_at, "block_documents", 1),
+    ).end()
     assert code == 2 and "error: " in log and "Traceback" not in log, log
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("where", ["encode_sources", "write_meta", "install", "in_order"])
-@pytest.mark.parametrize("fault, code", [
-    (KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2),
-    (lm.UserError("what", "how"), 2),
-])
-def test_a_failure_leaves_the_old_folder_as_it_was(
-        prep, finished, monkeypatch, where, fault, code):
+@pytest.mark.parametrize(
+    "fault, code",
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device"), 2),
+        (lm.UserError("what", "how"), 2),
+    ],
+)
+def test_a_failure_leaves_the_old_folder_as_it_was(prep, finished, monkeypatch, where, fault, code):
     out, new = finished
     before = contents(out)
     monkeypatch.setattr(lm, where, mock.Mock(side_effect=fault))
@@ -575,16 +690,39 @@ def test_a_worker_that_finds_bad_input_leaves_the_old_folder_as_it_was(prep, fin
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("place, nth, usable", [
-    ("Progress.update", 1, True), ("write_meta", 1, True), ("os.replace", 3, True),
-    ("os.replace", 4, False), ("os.replace", 7, False), ("fsync_folder", 4, True),
-])
+@pytest.mark.parametrize(
+    "place, nth, usable",
+    [
+        ("Progress.update", 1, True),
+        ("write_meta", 1, True),
+        ("os.replace", 3, True),
+        ("os.replace", 4, False),
+        ("os.replace", 7, False),
+        ("fsync_folder", 4, True),
+    ],
+)
 def test_a_kill_leaves_no_folder_that_looks_finished_and_is_not(
-        child, prep, spm, finished, place, nth, usable):
+    child, prep, spm, finished, place, nth, usable
+):
     """The renames 4 to 7 put the four files in place; before them the old data are whole."""
     out, new = finished
-    code, log = child(["prep", "--text_path", new, "--out_dir", out, "--spm", spm, "--workers", 1,
-                       "--val_split", 0, "--overwrite"], (signal_at, place, nth)).end()
+    code, log = child(
+        [
+            "prep",
+            "--text_path",
+            new,
+            "--out_dir",
+            out,
+            "--spm",
+            spm,
+            "--workers",
+            1,
+            "--val_split",
+            0,
+            "--overwrite",
+        ],
+        (signal_at, place, nth),
+    ).end()
     assert code == -signal.SIGKILL, log
     if usable:
         assert len(texts_of(lm.TokenFolder(out), "train")) in (50, 60)
@@ -608,12 +746,16 @@ def processes_of(log):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
-@pytest.mark.parametrize("number, expected", [
-    (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "number, expected",
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_a_stopped_prep_leaves_no_process_running(child, spm, tmp_path, number, expected):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
-    made = child(["prep", "--text_path", path, "--out_dir", out, "--spm", spm, "--workers", 2],
-                 (signal_at, "Progress.update", 1, number))
+    made = child(
+        ["prep", "--text_path", path, "--out_dir", out, "--spm", spm, "--workers", 2],
+        (signal_at, "Progress.update", 1, number),
+    )
     code, log = made.end()
     assert code in (expected, 128 + number), log
     assert "Traceback" not in log and not (out / "meta.json").exists()
@@ -635,8 +777,9 @@ def slow_tokenizer(lm, seconds):
 
 def test_ctrl_c_does_not_wait_for_the_tokenizer(child, tmp_path):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
-    made = child(["prep", "--text_path", path, "--out_dir", out, "--workers", 1],
-                 (slow_tokenizer, 15))
+    made = child(
+        ["prep", "--text_path", path, "--out_dir", out, "--workers", 1], (slow_tokenizer, 15)
+    )
     began = time.monotonic()
     code, log = made.end()
     for process in processes_of(made.log):
@@ -646,8 +789,7 @@ def test_ctrl_c_does_not_wait_for_the_tokenizer(child, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["under a file", "a file", "a full disk"])
-def test_a_folder_that_cannot_be_written_is_the_users_mistake(
-        prep, tmp_path, monkeypatch, place):
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(prep, tmp_path, monkeypatch, place):
     path = write(tmp_path / "t.txt", LINES)
     out = {"under a file": path / "data", "a file": path}.get(place, tmp_path / "data")
     if place == "a full disk":
@@ -729,8 +871,10 @@ def test_a_damaged_shard_is_not_joined(prep, tmp_path):
 @pytest.mark.parametrize("shard", ["4/4", "1", "a/b", "-1/2", "1/2/3", "0/0", "1.0/2", "1/-2"])
 def test_a_bad_shard_is_the_users_mistake(run, spm, tmp_path, shard):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
-    refused(run(["prep", "--text_path", path, "--out_dir", out, f"--shard={shard}", "--spm", spm]),
-            f"--shard {shard}")
+    refused(
+        run(["prep", "--text_path", path, "--out_dir", out, f"--shard={shard}", "--spm", spm]),
+        f"--shard {shard}",
+    )
     assert not out.exists()
 
 
@@ -739,6 +883,7 @@ def test_a_bad_shard_is_the_users_mistake(run, spm, tmp_path, shard):
 
 def set_meta(**values):
     """A change of some keys of meta.json."""
+
     def change(folder):
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps({**meta, **values}))
@@ -792,8 +937,10 @@ DAMAGES = {
     "larger vocabulary": (set_meta(vocab_size=500), "vocab_size 500"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
     "cut tokenizer": (cut("tokenizer.model", lambda data: data[:-9]), "tokenizer.model"),
-    "other tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(
-        lm.train_tokenizer(TEXTS, 330)), "put the original tokenizer.model back"),
+    "other tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(lm.train_tokenizer(TEXTS, 330)),
+        "put the original tokenizer.model back",
+    ),
 }
 
 

@@ -68,9 +68,13 @@ def terse(base, tmp_path_factory):
 @pytest.fixture
 def rl(run, base, tmp_path):
     """`rl(*flags)` runs grpo on sums, or on what --data or --task name, in tmp_path / "run"."""
+
     def call(*flags, rows=None):
-        where = [] if {"--data", "--task"} & set(flags) else [
-            "--data", write_rows(tmp_path / "rows.jsonl", rows or sums())]
+        where = (
+            []
+            if {"--data", "--task"} & set(flags)
+            else ["--data", write_rows(tmp_path / "rows.jsonl", rows or sums())]
+        )
         return run(["grpo", *SMALL, "--ckpt", base, "--out_dir", tmp_path / "run", *where, *flags])
 
     return call
@@ -79,6 +83,7 @@ def rl(run, base, tmp_path):
 @pytest.fixture
 def ran(rl, tmp_path):
     """`ran(*flags)` is the folder of a run that ended well."""
+
     def call(*flags, **more):
         code, _, err = rl(*flags, **more)
         assert code == 0, err
@@ -112,11 +117,15 @@ def wanted_advantages(algo, group, lengths):
     rewards = [one.reward for one in group]
     if algo in BY_GROUP:
         spread = 1.0 if algo == "dr_grpo" else statistics.stdev(rewards) + 1e-4
-        return [[(r - statistics.mean(rewards)) / spread] * n
-                for r, n in zip(rewards, lengths, strict=True)]
+        return [
+            [(r - statistics.mean(rewards)) / spread] * n
+            for r, n in zip(rewards, lengths, strict=True)
+        ]
     lams = [0.95 if algo == "ppo" else max(0.0, 1 - 1 / (0.05 * n)) for n in lengths]
-    return [[r * lam ** (n - 1 - t) for t in range(n)]
-            for r, n, lam in zip(rewards, lengths, lams, strict=True)]
+    return [
+        [r * lam ** (n - 1 - t) for t in range(n)]
+        for r, n, lam in zip(rewards, lengths, lams, strict=True)
+    ]
 
 
 def reinforce(algo, base, groups, temperature, most):
@@ -131,10 +140,13 @@ def reinforce(algo, base, groups, temperature, most):
     right = sum(len(one.ids) for one in rows if one.reward > 0.5)
     for one, gains in zip(rows, advantages, strict=True):
         ids = torch.from_numpy(np.concatenate((one.problem.ids, one.ids)))
-        logps = (model(ids[None, :-1])[0, -len(one.ids):] / temperature).log_softmax(-1)
-        chosen = logps[range(len(one.ids)), ids[-len(one.ids):]]
-        share = {"grpo": len(one.ids) * len(rows), "gspo": len(one.ids) * len(rows),
-                 "dr_grpo": most * len(rows)}.get(algo, tokens)
+        logps = (model(ids[None, :-1])[0, -len(one.ids) :] / temperature).log_softmax(-1)
+        chosen = logps[range(len(one.ids)), ids[-len(one.ids) :]]
+        share = {
+            "grpo": len(one.ids) * len(rows),
+            "gspo": len(one.ids) * len(rows),
+            "dr_grpo": most * len(rows),
+        }.get(algo, tokens)
         loss = -(chosen * torch.tensor(gains)).sum() / share
         if algo == "vapo" and one.reward > 0.5:
             loss = loss - 0.1 * chosen.sum() / right
@@ -152,8 +164,20 @@ def test_the_first_update_is_reinforce_at_ratio_1(ran, base, drawn, tmp_path, mo
         return original(parameters, most)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    ran("--algo", algo, *REGEX, "e", "--temperature", 0.7, "--value_warmup", 0, "--overlong", 0,
-        "--dynamic_sampling", 0)
+    ran(
+        "--algo",
+        algo,
+        *REGEX,
+        "e",
+        "--temperature",
+        0.7,
+        "--value_warmup",
+        0,
+        "--overlong",
+        0,
+        "--dynamic_sampling",
+        0,
+    )
     one, two = steps_of(tmp_path / "run")
     assert one["train/ratio_most"] == one["train/ratio_least"] == 1
     assert two["train/ratio_most"] == two["train/ratio_least"] == 1  # one update a batch
@@ -168,7 +192,7 @@ def test_the_first_update_is_reinforce_at_ratio_1(ran, base, drawn, tmp_path, mo
 @pytest.mark.parametrize("algo", list(lm.ALGORITHMS))
 def test_later_updates_on_the_same_batch_leave_ratio_1(ran, drawn, base, algo):
     out = ran("--algo", algo, *REGEX, "e", "--updates", 3, "--value_warmup", 0, "--max_steps", 1)
-    row, = steps_of(out)
+    (row,) = steps_of(out)
     assert row["train/ratio_least"] < 1 < row["train/ratio_most"]
     assert row["train/clip_low"] + row["train/clip_high"] > 0 or algo == "cispo"
     assert read_pt(out / "ckpt_last.pt")["optim"][0]["state"][0]["step"] == 3
@@ -177,18 +201,35 @@ def test_later_updates_on_the_same_batch_leave_ratio_1(ran, drawn, base, algo):
 
 def test_the_size_of_micro_batches_and_of_the_rollout_does_not_matter(ran, tmp_path):
     logs, weights = [], []
-    for i, flags in enumerate((["--batch_size", 12], ["--batch_size", 1],
-                               ["--batch_size", 7, "--rollout_batch", 5])):
-        ran("--algo", "vapo", "--value_warmup", 1, "--kl", 0.1, "--updates", 2, *REGEX, "e",
-            "--lr", 1e-3, *flags, "--out_dir", tmp_path / str(i))
+    for i, flags in enumerate(
+        (["--batch_size", 12], ["--batch_size", 1], ["--batch_size", 7, "--rollout_batch", 5])
+    ):
+        ran(
+            "--algo",
+            "vapo",
+            "--value_warmup",
+            1,
+            "--kl",
+            0.1,
+            "--updates",
+            2,
+            *REGEX,
+            "e",
+            "--lr",
+            1e-3,
+            *flags,
+            "--out_dir",
+            tmp_path / str(i),
+        )
         logs.append(log_of(tmp_path / str(i)))
         weights.append(read_pt(tmp_path / str(i) / "ckpt_last.pt"))
     for other in (1, 2):
         for a, b in zip(logs[0], logs[other], strict=True):
             told = a.keys() - {"perf/mfu", "train/value_clipped"}  # the last has ties
             assert a.keys() == b.keys()
-            assert {k: a[k] for k in told} == pytest.approx({k: b[k] for k in told}, rel=1e-4,
-                                                            abs=1e-5)
+            assert {k: a[k] for k in told} == pytest.approx(
+                {k: b[k] for k in told}, rel=1e-4, abs=1e-5
+            )
         for part in ("model", "critic"):
             a, b = weights[0][part], weights[other][part]
             assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
@@ -197,9 +238,13 @@ def test_the_size_of_micro_batches_and_of_the_rollout_does_not_matter(ran, tmp_p
 # ---- Groups ----
 
 
-@pytest.mark.parametrize("algo, reward, right", [
-    *((algo, NO, 0) for algo in lm.ALGORITHMS),
-    *((algo, EVERY, 1) for algo in ("grpo", "dapo", "ppo", "vapo"))])
+@pytest.mark.parametrize(
+    "algo, reward, right",
+    [
+        *((algo, NO, 0) for algo in lm.ALGORITHMS),
+        *((algo, EVERY, 1) for algo in ("grpo", "dapo", "ppo", "vapo")),
+    ],
+)
 def test_groups_without_a_spread_are_survived_and_told(ran, base, algo, reward, right):
     out = ran("--algo", algo, *reward, "--overlong", 0, "--max_draws", 2, "--value_warmup", 1)
     rows = steps_of(out)
@@ -218,7 +263,7 @@ def test_dynamic_sampling_draws_again_until_groups_have_a_spread(ran, drawn, mos
     out = ran("--dynamic_sampling", 1, "--max_draws", most, *REGEX, pattern)
     calls, samples = of_training(drawn), 0
     for row in steps_of(out):
-        mine, calls = calls[:row["train/draws"]], calls[row["train/draws"]:]
+        mine, calls = calls[: row["train/draws"]], calls[row["train/draws"] :]
         groups = [group for call in mine for group in call]
         spread = [g for g in groups if len({one.reward for one in g}) > 1]
         dull = [g for g in groups if len({one.reward for one in g}) == 1]
@@ -227,15 +272,26 @@ def test_dynamic_sampling_draws_again_until_groups_have_a_spread(ran, drawn, mos
         assert row["train/zero_spread"] == len(dull) / len(groups)
         used = (spread + dull)[:3]
         assert row["train/reward"] == pytest.approx(
-            statistics.mean(one.reward for group in used for one in group))
+            statistics.mean(one.reward for group in used for one in group)
+        )
         samples += 3 * len(mine)
     assert not calls and read_pt(out / "ckpt_last.pt")["samples"] == samples
     assert samples > 6 or most == 1
 
 
 def test_no_prompt_and_no_chance_comes_twice_in_an_epoch(ran, drawn):
-    ran("--dynamic_sampling", 1, "--max_draws", 3, *NO, "--val_split", 0, "--max_steps", 2,
-        rows=sums(18))
+    ran(
+        "--dynamic_sampling",
+        1,
+        "--max_draws",
+        3,
+        *NO,
+        "--val_split",
+        0,
+        "--max_steps",
+        2,
+        rows=sums(18),
+    )
     asked = [group[0].problem.turns[0][1] for groups in of_training(drawn) for group in groups]
     assert sorted(asked) == sorted(row["prompt"] for row in sums(18))
     texts = [one.text for groups in of_training(drawn) for group in groups for one in group]
@@ -254,8 +310,9 @@ def test_answers_that_end_at_once_are_learned_from(ran, terse, drawn, algo):
     assert 0.2 < len(empty) / len(every) < 0.8
     assert all(one.text == "" and one.ended and one.right for one in empty)
     assert all(row["train/grad_norm"] > 1e-3 for row in steps_of(out))
-    assert all(math.isfinite(value) for row in log_of(out) for value in row.values()
-               if value is not None)
+    assert all(
+        math.isfinite(value) for row in log_of(out) for value in row.values() if value is not None
+    )
 
 
 def test_a_batch_of_nothing_but_ends(ran, terse, tmp_path):
@@ -264,8 +321,17 @@ def test_a_batch_of_nothing_but_ends(ran, terse, tmp_path):
         saved["model"][name][lm.Tokenizer(saved["tokenizer"]).eos] *= 20
     lm.save_checkpoint(tmp_path / "mute.pt", saved)
     for algo in ("dapo", "gspo", "vapo"):
-        out = ran("--algo", algo, *EVERY, "--ckpt", tmp_path / "mute.pt", "--value_warmup", 0,
-                  "--max_draws", 2)
+        out = ran(
+            "--algo",
+            algo,
+            *EVERY,
+            "--ckpt",
+            tmp_path / "mute.pt",
+            "--value_warmup",
+            0,
+            "--max_draws",
+            2,
+        )
         rows = steps_of(out)
         assert [row["train/length"] for row in rows] == [1, 1]
         assert [row["train/truncated"] for row in rows] == [0, 0]
@@ -275,9 +341,28 @@ def test_a_batch_of_nothing_but_ends(ran, terse, tmp_path):
 
 def test_it_learns_to_say_nothing(ran, terse, tmp_path):
     held = write_rows(tmp_path / "held.jsonl", sums(40)[30:])
-    out = ran(*REGEX, "^$", "--ckpt", terse, "--max_steps", 15, "--eval_interval", 15,
-              "--val_data", held, "--eval_prompts", 10, "--eval_samples", 10, "--prompts", 4,
-              "--group_size", 6, "--lr", 2e-2)
+    out = ran(
+        *REGEX,
+        "^$",
+        "--ckpt",
+        terse,
+        "--max_steps",
+        15,
+        "--eval_interval",
+        15,
+        "--val_data",
+        held,
+        "--eval_prompts",
+        10,
+        "--eval_samples",
+        10,
+        "--prompts",
+        4,
+        "--group_size",
+        6,
+        "--lr",
+        2e-2,
+    )
     rows = log_of(out)
     assert rows[0]["val/pass@1"] < 0.75 and rows[-1]["val/pass@1"] == 1
     assert rows[-1]["train/reward"] == 1 and rows[-1]["train/length"] == 1
@@ -317,31 +402,48 @@ def test_completions_and_what_is_kept_of_them(ran, drawn, tiny_tokenizer):
             assert one.text == tokenizer.decode(one.ids.tolist())
             assert one.reward == one.scores[0] == float("e" in one.text)
     row, every = steps_of(out)[0], [one for group in groups for one in group]
-    for key, what in (("length", lambda one: len(one.ids)), ("reward", lambda one: one.reward),
-                      ("right", lambda one: one.right)):
+    for key, what in (
+        ("length", lambda one: len(one.ids)),
+        ("reward", lambda one: one.reward),
+        ("right", lambda one: one.right),
+    ):
         assert row[f"train/{key}"] == pytest.approx(np.mean([float(what(one)) for one in every]))
     assert row["train/truncated"] == statistics.mean(not one.ended for one in every)
     assert row["tokens"] == sum(len(one.ids) for one in every)
     shown = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert shown[-4:-2] == [  # before those of the last evaluation
-        {"step": 1, "prompt": group[0].problem.row["prompt"], "answer": group[0].text,
-         "ended": group[0].ended, "reward": group[0].reward, "regex": group[0].reward}
-        for group in groups[:2]]
+    assert (
+        shown[-4:-2]
+        == [  # before those of the last evaluation
+            {
+                "step": 1,
+                "prompt": group[0].problem.row["prompt"],
+                "answer": group[0].text,
+                "ended": group[0].ended,
+                "reward": group[0].reward,
+                "regex": group[0].reward,
+            }
+            for group in groups[:2]
+        ]
+    )
 
 
 # ---- Rewards ----
 
 
 def test_parts_and_weights_of_the_reward_are_told(ran, drawn, tmp_path):
-    (tmp_path / "mine.py").write_text("def vowels(prompt, completion, row):\n"
-                                      "    return sum(completion.count(c) for c in 'aeiou')\n")
+    (tmp_path / "mine.py").write_text(
+        "def vowels(prompt, completion, row):\n"
+        "    return sum(completion.count(c) for c in 'aeiou')\n"
+    )
     mine = f"{tmp_path}/mine.py:vowels:0.25"
     out = ran("--reward", "regex", "length:-2", mine, "--pattern", "e")
     row, calls = steps_of(out)[0], of_training(drawn)
     every = [one for group in calls[0] for one in group]
-    want = {"regex": [float("e" in one.text) for one in every],
-            "length": [-len(one.text) / 1000 for one in every],
-            "mine.py:vowels": [sum(one.text.count(c) for c in "aeiou") for one in every]}
+    want = {
+        "regex": [float("e" in one.text) for one in every],
+        "length": [-len(one.text) / 1000 for one in every],
+        "mine.py:vowels": [sum(one.text.count(c) for c in "aeiou") for one in every],
+    }
     for name, values in want.items():
         assert row[f"train/reward/{name}"] == pytest.approx(statistics.mean(values))
     totals = [a - 2 * b + 0.25 * c for a, b, c in zip(*want.values(), strict=True)]
@@ -350,7 +452,8 @@ def test_parts_and_weights_of_the_reward_are_told(ran, drawn, tmp_path):
     assert row["train/right"] == row["train/reward/regex"]  # the first part says what is right
     last = json.loads((out / "samples.jsonl").read_text().splitlines()[-1])
     assert last["reward"] == pytest.approx(
-        last["regex"] - 2 * last["length"] + 0.25 * last["mine.py:vowels"])
+        last["regex"] - 2 * last["length"] + 0.25 * last["mine.py:vowels"]
+    )
 
 
 def test_a_function_that_crashes_costs_its_completion_alone(rl, tmp_path, drawn):
@@ -358,9 +461,20 @@ def test_a_function_that_crashes_costs_its_completion_alone(rl, tmp_path, drawn)
         "import os, time\ndef bad(prompt, completion, row):\n"
         "    kind = sum(map(ord, completion)) % 8\n"
         "    if kind == 1: raise RuntimeError('oh')\n    if kind == 2: os._exit(3)\n"
-        "    if kind == 3: time.sleep(9)\n    return float('nan') if kind == 4 else 1.0\n")
-    code, told, err = rl("--reward", f"{tmp_path}/bad.py:bad", "--reward_timeout", 0.2,
-                         "--max_steps", 1, "--val_split", 0, "--prompts", 7)
+        "    if kind == 3: time.sleep(9)\n    return float('nan') if kind == 4 else 1.0\n"
+    )
+    code, told, err = rl(
+        "--reward",
+        f"{tmp_path}/bad.py:bad",
+        "--reward_timeout",
+        0.2,
+        "--max_steps",
+        1,
+        "--val_split",
+        0,
+        "--prompts",
+        7,
+    )
     assert code == 0, err
     every = [one for group in of_training(drawn)[0] for one in group]
     kinds = [sum(map(ord, one.text)) % 8 for one in every]
@@ -368,7 +482,8 @@ def test_a_function_that_crashes_costs_its_completion_alone(rl, tmp_path, drawn)
     assert [one.reward for one in every] == [float(kind not in (1, 2, 3, 4)) for kind in kinds]
     assert told.count("RuntimeError: oh") == told.count("took more than 0.2 seconds") == 1
     assert steps_of(tmp_path / "run")[0]["train/reward"] == pytest.approx(
-        statistics.mean(one.reward for one in every))
+        statistics.mean(one.reward for one in every)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -396,14 +511,16 @@ def test_a_reward_model_judges(ran, judges, drawn, tiny_tokenizer):
             want = judge.score(judge.hidden(ids))[0, -1, 0].item()
         assert one.reward == pytest.approx(0.5 * want, rel=1e-4, abs=1e-5)
     assert steps_of(out)[0]["train/reward/ckpt_best.pt"] == pytest.approx(
-        2 * statistics.mean(one.reward for one in every))
+        2 * statistics.mean(one.reward for one in every)
+    )
 
 
 def test_two_reward_models_of_one_file_name_both_count(ran, judges, drawn):
     out = ran("--reward", *judges, "--max_steps", 1)
     every = [one for group in of_training(drawn)[0] for one in group]
-    assert all(len(one.scores) == 2 and one.reward == pytest.approx(sum(one.scores))
-               for one in every)
+    assert all(
+        len(one.scores) == 2 and one.reward == pytest.approx(sum(one.scores)) for one in every
+    )
     assert sum(key.startswith("train/reward/") for key in steps_of(out)[0]) == 2
 
 
@@ -416,16 +533,33 @@ def wanted_kl(now, reference, groups):
     for one in (one for group in groups for one in group):
         ids = torch.from_numpy(np.concatenate((one.problem.ids, one.ids)))
         with torch.no_grad():
-            a, b = (m(ids[None, :-1])[0, -len(one.ids):].double().log_softmax(-1)[
-                range(len(one.ids)), ids[-len(one.ids):]] for m in (now, reference))
+            a, b = (
+                m(ids[None, :-1])[0, -len(one.ids) :]
+                .double()
+                .log_softmax(-1)[range(len(one.ids)), ids[-len(one.ids) :]]
+                for m in (now, reference)
+            )
         total, tokens = total + float(((b - a).exp() - (b - a) - 1).sum()), tokens + len(one.ids)
     return total / tokens
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora_rank", 2]])
 def test_divergence_is_from_the_model_at_the_start_or_at_the_last_reset(ran, base, drawn, lora):
-    out = ran("--kl", 0.1, "--reference_steps", 3, "--max_steps", 5, *REGEX, "e", *lora,
-              "--ckpt_interval", 1, "--keep_last", 9)
+    out = ran(
+        "--kl",
+        0.1,
+        "--reference_steps",
+        3,
+        "--max_steps",
+        5,
+        *REGEX,
+        "e",
+        *lora,
+        "--ckpt_interval",
+        1,
+        "--keep_last",
+        9,
+    )
     kls = [row["train/kl"] for row in steps_of(out)]
     starts = [policy(base), *(policy(out / f"ckpt_0000000{i}.pt") for i in range(1, 5))]
     for i, groups in enumerate(of_training(drawn)):
@@ -442,8 +576,24 @@ def test_without_a_divergence_none_is_told(ran):
 
 
 def test_adapters_alone_are_trained(ran, base):
-    out = ran("--lora_rank", 2, "--kl", 0.1, "--algo", "vapo", "--value_warmup", 1, "--max_steps",
-              3, "--lora_merge", 1, "--val_split", 0, *REGEX, "e")
+    out = ran(
+        "--lora_rank",
+        2,
+        "--kl",
+        0.1,
+        "--algo",
+        "vapo",
+        "--value_warmup",
+        1,
+        "--max_steps",
+        3,
+        "--lora_merge",
+        1,
+        "--val_split",
+        0,
+        *REGEX,
+        "e",
+    )
     saved, first = read_pt(out / "ckpt_last.pt"), read_pt(base)["model"]
     assert all("lora_" in name for name in saved["model"])
     assert any(w.abs().max() > 0 for n, w in saved["model"].items() if n.endswith("lora_b"))
@@ -464,34 +614,71 @@ def test_the_entropy_bonus_grows_while_entropy_is_low(ran, tmp_path):
     out = ran("--entropy_target", 100, "--max_steps", 8, *EVERY)
     rows, step = steps_of(out), lm.ENTROPY_STEP
     assert [row["train/entropy_bonus"] for row in rows] == pytest.approx(
-        [step * i for i in range(1, 9)])
+        [step * i for i in range(1, 9)]
+    )
     assert rows[0]["train/grad_norm"] == 0 and rows[1]["train/grad_norm"] > 0  # it alone moves
     assert rows[-1]["train/entropy"] > rows[0]["train/entropy"]
-    high = ran("--entropy_target", 1e-3, *REGEX, "e", "--out_dir", tmp_path / "run",
-               "--max_steps", 10)
+    high = ran(
+        "--entropy_target", 1e-3, *REGEX, "e", "--out_dir", tmp_path / "run", "--max_steps", 10
+    )
     assert [row["train/entropy_bonus"] for row in steps_of(high)[8:]] == pytest.approx(
-        [7 * step, 6 * step])
+        [7 * step, 6 * step]
+    )
 
 
 def test_the_value_model_is_taught_before_the_policy(ran, base):
-    out = ran("--algo", "vapo", "--value_warmup", 2, "--max_steps", 4, "--updates", 2, *REGEX, "e",
-              "--ckpt_interval", 1, "--keep_last", 9)
-    first, states = read_pt(base)["model"], [read_pt(out / f"ckpt_0000000{i}.pt")
-                                             for i in range(1, 5)]
+    out = ran(
+        "--algo",
+        "vapo",
+        "--value_warmup",
+        2,
+        "--max_steps",
+        4,
+        "--updates",
+        2,
+        *REGEX,
+        "e",
+        "--ckpt_interval",
+        1,
+        "--keep_last",
+        9,
+    )
+    first, states = (
+        read_pt(base)["model"],
+        [read_pt(out / f"ckpt_0000000{i}.pt") for i in range(1, 5)],
+    )
     moved = [any(not torch.equal(one["model"][n], first[n]) for n in first) for one in states]
     assert moved == [False, False, True, True]
     scores = [one["critic"]["score.weight"] for one in states]
     assert all(not torch.equal(a, b) for a, b in zip(scores, scores[1:], strict=False))
     rows = steps_of(out)
     assert ["train/ratio_most" in row for row in rows] == [False, False, True, True]
-    assert all({"train/value_loss", "train/value_clipped", "train/value_explained"} <= set(row)
-               for row in rows)
+    assert all(
+        {"train/value_loss", "train/value_clipped", "train/value_explained"} <= set(row)
+        for row in rows
+    )
     assert rows[0]["train/value_explained"] == pytest.approx(0, abs=1e-6)  # it said 0 of each
 
 
 def test_the_value_model_learns_what_rewards_are(ran):
-    out = ran("--algo", "vapo", "--value_warmup", 99, "--max_steps", 15, "--group_size", 8,
-              "--eval_interval", 99, "--ckpt_interval", 99, *REGEX, "^.{6}", "--value_lr", 1e-2)
+    out = ran(
+        "--algo",
+        "vapo",
+        "--value_warmup",
+        99,
+        "--max_steps",
+        15,
+        "--group_size",
+        8,
+        "--eval_interval",
+        99,
+        "--ckpt_interval",
+        99,
+        *REGEX,
+        "^.{6}",
+        "--value_lr",
+        1e-2,
+    )
     losses = [row["train/value_loss"] for row in steps_of(out)]
     assert statistics.mean(losses[-3:]) < 0.5 * losses[0]
 
@@ -501,8 +688,9 @@ def test_the_value_model_learns_what_rewards_are(ran):
 
 def test_pass_at_1_and_k_of_held_out_prompts(ran, drawn, tmp_path):
     held = write_rows(tmp_path / "held.jsonl", sums(40)[30:])
-    out = ran("--val_data", held, "--eval_prompts", 7, "--eval_interval", 2, "--max_steps", 5,
-              *REGEX, "e")
+    out = ran(
+        "--val_data", held, "--eval_prompts", 7, "--eval_interval", 2, "--max_steps", 5, *REGEX, "e"
+    )
     told = {row["step"]: row for row in log_of(out) if "val/pass@1" in row}
     assert list(told) == [0, 2, 4, 5]
     calls = [groups for args, groups in drawn if args[1] == 3]
@@ -542,11 +730,13 @@ def test_a_task_is_learned_from_its_right_answers_alone(ran, drawn, task):
 
 def test_sft_teaches_a_task_that_grpo_goes_on_with(run, base, tmp_path):
     task = ["--task", "add", "--difficulty", 1, "--task_rows", 60]
-    code, told, err = run(["sft", *TUNE, "--ckpt", base, *task, "--max_steps", 3, "--out_dir",
-                           tmp_path / "sft"])
+    code, told, err = run(
+        ["sft", *TUNE, "--ckpt", base, *task, "--max_steps", 3, "--out_dir", tmp_path / "sft"]
+    )
     assert code == 0 and "held-out rows: " in told, err
-    code, _, err = run(["grpo", *SMALL, "--ckpt", tmp_path / "sft", *task, "--out_dir",
-                        tmp_path / "run"])
+    code, _, err = run(
+        ["grpo", *SMALL, "--ckpt", tmp_path / "sft", *task, "--out_dir", tmp_path / "run"]
+    )
     assert code == 0, err
     both = run(["sft", *TUNE, "--ckpt", base, *task, "--data", "x.jsonl", "--out_dir", "x"])
     complaint(both, "--data and --task are both given")
@@ -556,10 +746,24 @@ def test_sft_teaches_a_task_that_grpo_goes_on_with(run, base, tmp_path):
 def test_weighted_parts_give_their_shares_of_the_prompts(ran, drawn, tmp_path):
     a = write_rows(tmp_path / "a.jsonl", sums(30))
     b = write_rows(tmp_path / "b.jsonl", sums(60)[30:])
-    ran("--data", f"x={a}:0.75", f"y={b}:0.25", "--prompts", 16, "--max_steps", 4, *REGEX, "e",
-        "--max_new_tokens", 2)
-    asked = [int(group[0].problem.row["answer"]) < 30 for groups in of_training(drawn)
-             for group in groups]
+    ran(
+        "--data",
+        f"x={a}:0.75",
+        f"y={b}:0.25",
+        "--prompts",
+        16,
+        "--max_steps",
+        4,
+        *REGEX,
+        "e",
+        "--max_new_tokens",
+        2,
+    )
+    asked = [
+        int(group[0].problem.row["answer"]) < 30
+        for groups in of_training(drawn)
+        for group in groups
+    ]
     assert len(asked) == 64 and 42 <= sum(asked) <= 54
 
 
@@ -569,9 +773,22 @@ def test_weighted_parts_give_their_shares_of_the_prompts(ran, drawn, tmp_path):
 KINDS = {
     "vapo": ["--algo", "vapo", "--value_warmup", 2, "--kl", 0.1],
     "ppo": ["--algo", "ppo", "--ema", 0.5, "--optimizer", "muon", "--dense_reward", 0.5],
-    "dapo": ["--algo", "dapo", "--entropy_target", 100, "--temperature_end", 0.6, "--kl", 0.1,
-             "--reference_steps", 3, "--updates", 2],
-    "lora": ["--lora_rank", 2, "--kl", 0.1, "--lora_dropout", 0.1]}
+    "dapo": [
+        "--algo",
+        "dapo",
+        "--entropy_target",
+        100,
+        "--temperature_end",
+        0.6,
+        "--kl",
+        0.1,
+        "--reference_steps",
+        3,
+        "--updates",
+        2,
+    ],
+    "lora": ["--lora_rank", 2, "--kl", 0.1, "--lora_dropout", 0.1],
+}
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -579,8 +796,21 @@ def whole(request, base, run, tmp_path_factory):
     """(argv without --out_dir, folder of the run of five steps that it makes)."""
     folder = tmp_path_factory.mktemp("whole")
     rows = write_rows(folder / "rows.jsonl", sums())
-    argv = ["grpo", *SMALL, "--ckpt", base, "--data", rows, *REGEX, "e", "--max_steps", 5,
-            "--ckpt_interval", 2, *KINDS[request.param]]
+    argv = [
+        "grpo",
+        *SMALL,
+        "--ckpt",
+        base,
+        "--data",
+        rows,
+        *REGEX,
+        "e",
+        "--max_steps",
+        5,
+        "--ckpt_interval",
+        2,
+        *KINDS[request.param],
+    ]
     code, _, err = run([*argv, "--out_dir", folder / "run"])
     assert code == 0, err
     return argv, folder / "run"
@@ -590,8 +820,12 @@ def leaves(value, name=""):
     """Every leaf of a checkpoint by its path, tensors as bytes, but what a clock or folder made."""
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in pairs for k, v in leaves(part, f"{name}/{key}").items()
-                if key not in ("seconds", "out_dir")}
+        return {
+            k: v
+            for key, part in pairs
+            for k, v in leaves(part, f"{name}/{key}").items()
+            if key not in ("seconds", "out_dir")
+        }
     return {name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value}
 
 
@@ -602,8 +836,9 @@ def assert_same_run(out, wanted):
     assert a.keys() == b.keys() and [key for key in a if a[key] != b[key]] == []
 
 
-def test_killed_and_stopped_it_goes_on_as_if_it_had_not_been(child, run, whole, tmp_path,
-                                                             monkeypatch):
+def test_killed_and_stopped_it_goes_on_as_if_it_had_not_been(
+    child, run, whole, tmp_path, monkeypatch
+):
     argv, wanted = whole
     out, last = ["--out_dir", tmp_path / "run"], tmp_path / "run" / "ckpt_last.pt"
     code, _ = child([*argv, *out], (signal_at, "seed_step", 4)).end()  # in the fourth step
@@ -621,8 +856,19 @@ def test_killed_and_stopped_it_goes_on_as_if_it_had_not_been(child, run, whole, 
 
 def test_killed_before_its_first_checkpoint_it_begins_anew(child, run, base, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", sums())
-    argv = ["grpo", *SMALL, "--ckpt", base, "--data", rows, *REGEX, "e", "--ckpt_interval", 2,
-            "--out_dir"]
+    argv = [
+        "grpo",
+        *SMALL,
+        "--ckpt",
+        base,
+        "--data",
+        rows,
+        *REGEX,
+        "e",
+        "--ckpt_interval",
+        2,
+        "--out_dir",
+    ]
     code, _ = child([*argv, tmp_path / "run"], (signal_at, "seed_step", 2)).end()
     assert code == -signal.SIGKILL and not (tmp_path / "run" / "ckpt_last.pt").exists()
     for out in (tmp_path / "run", tmp_path / "lone"):
@@ -636,8 +882,23 @@ def test_a_run_refuses_other_rows_another_advantage_and_another_command(rl, run,
     complaint(rl(*REGEX, "e", "--algo", "ppo"), "--advantage")
     complaint(rl(*REGEX, "e", "--kl", 0.1), "another reference, or none")
     rows = write_rows(tmp_path / "chats.jsonl", [{"prompt": "a", "response": "b"}])
-    complaint(run(["sft", *TUNE, "--ckpt", base, "--data", rows, "--out_dir", tmp_path / "run",
-                   "--val_split", 0]), "holds a run of grpo")
+    complaint(
+        run(
+            [
+                "sft",
+                *TUNE,
+                "--ckpt",
+                base,
+                "--data",
+                rows,
+                "--out_dir",
+                tmp_path / "run",
+                "--val_split",
+                0,
+            ]
+        ),
+        "holds a run of grpo",
+    )
 
 
 # ---- Mistakes ----
@@ -662,33 +923,58 @@ def test_mistakes_are_sentences(rl, run, base, tmp_path):
         ("--data", tmp_path / "no.jsonl"): "no.jsonl does not exist",
         ("--group_size", 1): "--group_size",
         ("--algo", "gpro"): "grpo",
-        ("--task", "ad"): "add"}
+        ("--task", "ad"): "add",
+    }
     for flags, what in wrong.items():
         complaint(rl(*flags), what)
-    complaint(run(["grpo", *SMALL, "--ckpt", base, "--out_dir", tmp_path / "run"]),
-              "--data is missing", "--task")
-    complaint(run(["grpo", *SMALL, "--task", "add", "--out_dir", tmp_path / "run"]),
-              "--ckpt is missing")
+    complaint(
+        run(["grpo", *SMALL, "--ckpt", base, "--out_dir", tmp_path / "run"]),
+        "--data is missing",
+        "--task",
+    )
+    complaint(
+        run(["grpo", *SMALL, "--task", "add", "--out_dir", tmp_path / "run"]), "--ckpt is missing"
+    )
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("bad, what", [
-    ({"prompt": "Why?"}, "answer is missing"), ({"answer": "3"}, "prompt"),
-    ({"prompt": "Why?", "answer": None}, "answer"), ({"prompt": "", "answer": "3"}, "prompt")])
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        ({"prompt": "Why?"}, "answer is missing"),
+        ({"answer": "3"}, "prompt"),
+        ({"prompt": "Why?", "answer": None}, "answer"),
+        ({"prompt": "", "answer": "3"}, "prompt"),
+    ],
+)
 def test_a_row_that_cannot_be_judged_is_named(rl, tmp_path, bad, what):
     complaint(rl(rows=[*sums(3), bad]), "rows.jsonl, line 4: ", what, "1 of 4 rows are bad")
-    code, told, err = rl("--on_bad_row", "skip", rows=[*sums(), bad], )
+    code, told, err = rl(
+        "--on_bad_row",
+        "skip",
+        rows=[*sums(), bad],
+    )
     assert code == 0 and "1 of 25 rows are bad" in told, err
 
 
-@pytest.mark.parametrize("reward, bad", [
-    ("regex", {"pattern": "("}), ("regex", {"pattern": 3}), ("countdown", {"numbers": [1, 2]}),
-    ("countdown", {"numbers": 5, "answer": "3"}), ("countdown", {"numbers": ["a"], "answer": "3"}),
-    ("countdown", {"numbers": [1, 2], "answer": "three"})])
+@pytest.mark.parametrize(
+    "reward, bad",
+    [
+        ("regex", {"pattern": "("}),
+        ("regex", {"pattern": 3}),
+        ("countdown", {"numbers": [1, 2]}),
+        ("countdown", {"numbers": 5, "answer": "3"}),
+        ("countdown", {"numbers": ["a"], "answer": "3"}),
+        ("countdown", {"numbers": [1, 2], "answer": "three"}),
+    ],
+)
 def test_a_row_that_a_reward_cannot_read_is_named(rl, tmp_path, reward, bad):
     good = {"prompt": "Make 3.", "answer": "3", "numbers": [1, 2], "pattern": "3"}
-    complaint(rl("--reward", reward, rows=[good, {"prompt": "Make it.", **bad}]),
-              "rows.jsonl, line 2: ", "1 of 2 rows are bad")
+    complaint(
+        rl("--reward", reward, rows=[good, {"prompt": "Make it.", **bad}]),
+        "rows.jsonl, line 2: ",
+        "1 of 2 rows are bad",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -701,10 +987,16 @@ def test_a_reward_named_twice_is_a_sentence(rl):
 
 
 def test_rows_of_other_shapes_have_answers_too(ran, drawn):
-    rows = [{"prompt": "a", "response": "1"}, {"instruction": "b", "output": "2"},
-            {"question": "c", "answer": 3}, {"messages": [
-                {"role": "user", "content": "d"}, {"role": "assistant", "content": "4"}]}]
+    rows = [
+        {"prompt": "a", "response": "1"},
+        {"instruction": "b", "output": "2"},
+        {"question": "c", "answer": 3},
+        {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "4"}]},
+    ]
     ran("--val_split", 0, "--prompts", 4, "--max_steps", 1, rows=rows)
-    found = {group[0].problem.turns[-1][1]: str(group[0].problem.row["answer"])
-             for groups in of_training(drawn) for group in groups}
+    found = {
+        group[0].problem.turns[-1][1]: str(group[0].problem.row["answer"])
+        for groups in of_training(drawn)
+        for group in groups
+    }
     assert found == dict(zip("abcd", "1234", strict=True))

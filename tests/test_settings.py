@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 import standalone_transformer_lm as lm
 
 GROUPS = {group for command in lm.COMMANDS.values() for group in lm.settings_of(command.run)}
-FIELDS = [(group, f) for group in sorted(GROUPS, key=lambda g: g.__name__)
-          for f in dataclasses.fields(group) if f.metadata["flag"]]
+FIELDS = [
+    (group, f)
+    for group in sorted(GROUPS, key=lambda g: g.__name__)
+    for f in dataclasses.fields(group)
+    if f.metadata["flag"]
+]
 EVERY_COMMAND = pytest.mark.parametrize("name", lm.COMMANDS)
 EVERY_FIELD = pytest.mark.parametrize("group, f", FIELDS, ids=[f.name for _, f in FIELDS])
 TRAIN = lm.settings_of(lm.cmd_train)
@@ -72,8 +76,9 @@ def test_examples_in_the_help_are_command_lines_without_a_fault():
 
 @EVERY_COMMAND
 def test_no_command_has_one_flag_twice(name):
-    names = [f.name for group in lm.settings_of(lm.COMMANDS[name].run)
-             for f in dataclasses.fields(group)]
+    names = [
+        f.name for group in lm.settings_of(lm.COMMANDS[name].run) for f in dataclasses.fields(group)
+    ]
     assert len(names) == len(set(names))
 
 
@@ -82,8 +87,11 @@ def test_the_original_flags_keep_their_names():
     max_steps warmup_steps lr weight_decay dropout compile eval_interval ckpt_interval"""
     generate = """ckpt spm prompt max_new_tokens temperature top_k top_p repetition_penalty
     no_repeat_ngram_size"""
-    for name, flags in (("prep", "text_path out_dir vocab_size val_split"), ("train", train),
-                        ("generate", generate)):
+    for name, flags in (
+        ("prep", "text_path out_dir vocab_size val_split"),
+        ("train", train),
+        ("generate", generate),
+    ):
         groups = lm.settings_of(lm.COMMANDS[name].run)
         assert set(flags.split()) <= {f.name for g in groups for f in dataclasses.fields(g)}
 
@@ -91,37 +99,53 @@ def test_the_original_flags_keep_their_names():
 # ---- Values ----
 
 
-@pytest.mark.parametrize("text, value", [
-    ("7", 7), ("1e6", 10**6), ("1_000_000", 10**6), ("2.0", 2), ("+3", 3),
-    ("12345678901234567", 12345678901234567),  # more digits than a float holds
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("7", 7),
+        ("1e6", 10**6),
+        ("1_000_000", 10**6),
+        ("2.0", 2),
+        ("+3", 3),
+        ("12345678901234567", 12345678901234567),  # more digits than a float holds
+    ],
+)
 def test_whole_numbers(text, value):
     assert train_flags("--max_steps", text)["max_steps"] == value
     assert type(train_flags("--max_steps", text)["max_steps"]) is int
 
 
-@pytest.mark.parametrize("text", ["1.5", "1e-1", "ten", "", "nan", "inf", "-inf", "1e400", "0x10",
-                                  "1,000", "1 000"])
+@pytest.mark.parametrize(
+    "text", ["1.5", "1e-1", "ten", "", "nan", "inf", "-inf", "1e400", "0x10", "1,000", "1 000"]
+)
 def test_what_is_no_whole_number(text):
-    (what, fix), = faults([f"--max_steps={text}"])
+    ((what, fix),) = faults([f"--max_steps={text}"])
     assert "--max_steps" in what and "whole number" in what and fix
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "", "fast", "1,5"])
 @pytest.mark.parametrize("flag", [f.name for g, f in FIELDS if f.type is float and g in TRAIN])
 def test_no_float_flag_takes_what_is_no_finite_number(flag, text):
-    (what, _), = faults([f"--{flag}={text}"])
+    ((what, _),) = faults([f"--{flag}={text}"])
     assert f"--{flag}" in what
 
 
-@pytest.mark.parametrize("argv, value", [
-    (["--overwrite"], True), (["--overwrite", "1"], True), (["--overwrite", "0"], False),
-    (["--overwrite", "No"], False), (["--overwrite=off"], False), (["--overwrite", "TRUE"], True),
-    ([], False), (["--overwrite", "--merge"], True),
-])
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        (["--overwrite"], True),
+        (["--overwrite", "1"], True),
+        (["--overwrite", "0"], False),
+        (["--overwrite", "No"], False),
+        (["--overwrite=off"], False),
+        (["--overwrite", "TRUE"], True),
+        ([], False),
+        (["--overwrite", "--merge"], True),
+    ],
+)
 def test_switches(argv, value):
     groups = (lm.PrepSettings,)
-    settings, = read([*argv, "--text_path", "a", "--out_dir", "b"], groups)
+    (settings,) = read([*argv, "--text_path", "a", "--out_dir", "b"], groups)
     assert settings.overwrite is value
 
 
@@ -131,8 +155,9 @@ def test_an_empty_text_takes_back_what_a_file_of_flags_gave(argv):
 
 
 def test_a_switch_swallows_no_file_name():
-    (what, _), = faults(["--out_dir", "d", "--text_path", "a", "--overwrite", "docs.txt"],
-                        (lm.PrepSettings,))
+    ((what, _),) = faults(
+        ["--out_dir", "d", "--text_path", "a", "--overwrite", "docs.txt"], (lm.PrepSettings,)
+    )
     assert "--overwrite docs.txt" in what
 
 
@@ -161,9 +186,13 @@ def test_values_at_their_bounds_are_taken():
 # ---- Presets ----
 
 
-@pytest.mark.parametrize("argv", [
-    ["--preset", "350m", "--n_layer", "3"], ["--n_layer", "3", "--preset", "350m"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--preset", "350m", "--n_layer", "3"],
+        ["--n_layer", "3", "--preset", "350m"],
+    ],
+)
 def test_a_flag_wins_over_the_preset_on_either_side_of_it(argv):
     got = train_flags(*argv)
     assert got["n_layer"] == 3 and got["d_model"] == 1024
@@ -174,14 +203,18 @@ def test_a_flag_that_repeats_the_default_still_wins_over_the_preset():
 
 
 def test_an_unknown_preset_is_corrected():
-    (what, fix), = faults(["--preset", "138"])
+    ((what, fix),) = faults(["--preset", "138"])
     assert "138" in what and "did you mean 138m?" in fix
 
 
-@pytest.mark.parametrize("name, layers, width, ffn, published", [
-    ("138m", 12, 768, 3072, 137.8e6), ("350m", 24, 1024, 4096, None),
-    ("700m", 32, 1280, 5120, None),
-])
+@pytest.mark.parametrize(
+    "name, layers, width, ffn, published",
+    [
+        ("138m", 12, 768, 3072, 137.8e6),
+        ("350m", 24, 1024, 4096, None),
+        ("700m", 32, 1280, 5120, None),
+    ],
+)
 def test_parameter_counts_of_the_presets(name, layers, width, ffn, published):
     """q, k, v, o and three feed-forward matrices a layer, two norms, one tied embedding."""
     config = dataclasses.replace(read(["--preset", name])[2], vocab_size=32000)
@@ -195,41 +228,89 @@ def test_parameter_counts_of_the_presets(name, layers, width, ffn, published):
 
 
 def test_an_untied_head_and_fewer_key_heads_are_counted():
-    config = read(["--tie", "0", "--d_model", "64", "--n_head", "8", "--n_kv_head", "2",
-                   "--n_layer", "3", "--ffn_hidden", "100"])[2]
+    config = read(
+        [
+            "--tie",
+            "0",
+            "--d_model",
+            "64",
+            "--n_head",
+            "8",
+            "--n_kv_head",
+            "2",
+            "--n_layer",
+            "3",
+            "--ffn_hidden",
+            "100",
+        ]
+    )[2]
     config = dataclasses.replace(config, vocab_size=500)
     layer = 2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 100 + 2 * 64
     assert lm.parameter_counts(config) == {
-        "embedding": 32000, "head": 32000, "blocks": 3 * layer + 64, "total": 64064 + 3 * layer,
-        "active": 64064 + 3 * layer}
+        "embedding": 32000,
+        "head": 32000,
+        "blocks": 3 * layer + 64,
+        "total": 64064 + 3 * layer,
+        "active": 64064 + 3 * layer,
+    }
 
 
 # ---- Faults ----
 
 
 def test_all_faults_of_a_command_line_come_together(run):
-    code, out, err = run(["train", "--lr", "fast", "--d_modle", "512", "--n_head", "7",
-                          "--schedule", "cosin", "--dropout", "1"])
+    code, out, err = run(
+        [
+            "train",
+            "--lr",
+            "fast",
+            "--d_modle",
+            "512",
+            "--n_head",
+            "7",
+            "--schedule",
+            "cosin",
+            "--dropout",
+            "1",
+        ]
+    )
     assert code == 2 and out == ""
     assert err.count("error: ") == err.count("fix: ") == 5
-    for part in ("--lr fast is not a number", "did you mean --d_model?", "--n_head 7 does not",
-                 "did you mean cosine?", "--dropout 1.0 is too large"):
+    for part in (
+        "--lr fast is not a number",
+        "did you mean --d_model?",
+        "--n_head 7 does not",
+        "did you mean cosine?",
+        "--dropout 1.0 is too large",
+    ):
         assert part in err
 
 
 def test_missing_flags_are_reported_with_the_rest(run):
     code, _, err = run(["prep", "--vocab_size", "10", "--shard", "4/4"])
     assert code == 2 and err.count("error: ") == 5
-    for part in ("--out_dir is missing", "--text_path is missing", "--vocab_size 10",
-                 "--shard 4/4 is not one", "--shard needs --spm"):
+    for part in (
+        "--out_dir is missing",
+        "--text_path is missing",
+        "--vocab_size 10",
+        "--shard 4/4 is not one",
+        "--shard needs --spm",
+    ):
         assert part in err
 
 
-@pytest.mark.parametrize("argv, hint", [
-    (["--learning_rate", "1"], "--help"), (["--d-model", "64"], "--d_model"),
-    (["--max_step=5"], "--max_steps"), (["-lr", "1"], "--lr"), (["--batchsize", "4"], "batch_size"),
-    (["stray"], "quotes"), (["--n_lay", "3"], "--n_layer"),
-])
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["--learning_rate", "1"], "--help"),
+        (["--d-model", "64"], "--d_model"),
+        (["--max_step=5"], "--max_steps"),
+        (["-lr", "1"], "--lr"),
+        (["--batchsize", "4"], "batch_size"),
+        (["stray"], "quotes"),
+        (["--n_lay", "3"], "--n_layer"),
+    ],
+)
 def test_unknown_flags_are_corrected(argv, hint):
     found = faults(argv)
     assert len(found) == 1 and argv[0] in found[0][0] and hint in found[0][1]
@@ -265,10 +346,10 @@ def divides(width, heads):
 
 
 def test_the_sizes_that_cannot_be_built_name_the_nearest_that_can():
-    (what, fix), = faults(["--d_model", "1024", "--n_head", "20"])
+    ((what, fix),) = faults(["--d_model", "1024", "--n_head", "20"])
     assert "--n_head 20" in what and "--d_model 1024" in what
     assert 16 in suggested(fix, "n_head") and suggested(fix, "d_model") == [1000, 1040]
-    (_, fix), = faults(["--d_model", "1280", "--n_head", "24"])
+    ((_, fix),) = faults(["--d_model", "1280", "--n_head", "24"])
     assert 20 in suggested(fix, "n_head")
 
 
@@ -277,7 +358,7 @@ def test_every_suggested_shape_can_be_built_and_is_the_nearest(width, heads):
     found = lm.check(lm.ModelSettings(d_model=width, n_head=heads))
     assert bool(found) == (not divides(width, heads))
     assume(found)
-    (_, fix), = found
+    ((_, fix),) = found
     near, widths = suggested(fix, "n_head"), suggested(fix, "d_model")
     possible = [h for h in range(1, width + 1) if divides(width, h)]
     assert all(divides(width, h) for h in near) and bool(near) == bool(possible)
@@ -289,22 +370,43 @@ def test_every_suggested_shape_can_be_built_and_is_the_nearest(width, heads):
 
 def test_the_fix_of_an_odd_head_dim_is_no_other_flag():
     """With --head_dim given, neither --n_head nor --d_model changes the head size."""
-    (what, fix), = lm.check(lm.ModelSettings(d_model=64, n_head=4, head_dim=33))
+    ((what, fix),) = lm.check(lm.ModelSettings(d_model=64, n_head=4, head_dim=33))
     assert "33" in what and "--head_dim" in fix
     assert not suggested(fix, "n_head") and not suggested(fix, "d_model")
 
 
 def test_key_heads_must_divide_the_query_heads():
-    (what, fix), = faults(["--n_kv_head", "5"])
-    assert "--n_kv_head 5" in what and suggested("--x " + fix.removeprefix("use "), "x") == \
-        [1, 2, 3, 4, 6, 12]
+    ((what, fix),) = faults(["--n_kv_head", "5"])
+    assert "--n_kv_head 5" in what and suggested("--x " + fix.removeprefix("use "), "x") == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        12,
+    ]
 
 
-@pytest.mark.parametrize("argv", [
-    ["--n_head", "0"], ["--d_model", "0"], ["--n_head", "-4"], ["--n_kv_head", "-1"],
-    ["--head_dim", "-64"], ["--seq_len", "1"], ["--n_layer", "0"],
-    ["--d_model", "64", "--n_head", "4", "--ffn_mult", "0.01"],  # a feed-forward layer of width 0
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--n_head", "0"],
+        ["--d_model", "0"],
+        ["--n_head", "-4"],
+        ["--n_kv_head", "-1"],
+        ["--head_dim", "-64"],
+        ["--seq_len", "1"],
+        ["--n_layer", "0"],
+        [
+            "--d_model",
+            "64",
+            "--n_head",
+            "4",
+            "--ffn_mult",
+            "0.01",
+        ],  # a feed-forward layer of width 0
+    ],
+)
 def test_shapes_of_nothing_are_refused_without_a_traceback(argv):
     assert faults(argv)
 
@@ -314,11 +416,18 @@ def test_shapes_of_nothing_are_refused_without_a_traceback(argv):
 
 def test_flags_from_a_file_with_comments_quotes_and_blank_lines(tmp_path):
     path = tmp_path / "flags.txt"
-    path.write_text("# a comment\n--lr 3e-4   # the peak\n\n--out_dir 'my runs/東京 #1'\n"
-                    "--tie\n0\n--max_steps=5\n", encoding="utf-8")
+    path.write_text(
+        "# a comment\n--lr 3e-4   # the peak\n\n--out_dir 'my runs/東京 #1'\n"
+        "--tie\n0\n--max_steps=5\n",
+        encoding="utf-8",
+    )
     got = train_flags(f"@{path}")
-    assert (got["lr"], got["out_dir"], got["tie"], got["max_steps"]) == \
-        (3e-4, "my runs/東京 #1", False, 5)
+    assert (got["lr"], got["out_dir"], got["tie"], got["max_steps"]) == (
+        3e-4,
+        "my runs/東京 #1",
+        False,
+        5,
+    )
 
 
 def test_the_later_flag_wins_over_the_file_and_the_file_over_an_earlier_flag(tmp_path):
@@ -335,7 +444,7 @@ def test_a_hash_inside_a_word_is_no_comment(tmp_path):
     assert train_flags(f"@{path}")["out_dir"] == "runs/c#1"
 
 
-@pytest.mark.parametrize("text", ["--out_dir bob's\n", "--wandb \"open\n", "--out_dir x\\"])
+@pytest.mark.parametrize("text", ["--out_dir bob's\n", '--wandb "open\n', "--out_dir x\\"])
 def test_an_open_quote_in_a_file_is_the_users_mistake(run, tmp_path, text):
     path = tmp_path / "flags.txt"
     path.write_text(text)
@@ -384,19 +493,30 @@ def args_file(tmp_path_factory):
     return tmp_path_factory.mktemp("args") / "args.txt"
 
 
-@pytest.mark.parametrize("group", [lm.PrepSettings, lm.RunSettings, lm.OptimSettings,
-                                   lm.DataSettings, lm.DeviceSettings, lm.SamplingSettings])
+@pytest.mark.parametrize(
+    "group",
+    [
+        lm.PrepSettings,
+        lm.RunSettings,
+        lm.OptimSettings,
+        lm.DataSettings,
+        lm.DeviceSettings,
+        lm.SamplingSettings,
+    ],
+)
 def test_args_txt_reads_back_equal(group, args_file):
     """Whatever a value holds: spaces, quotes, a dash or an @ in front, a hash, more digits."""
+
     @hypothesis.settings(max_examples=50, phases=NO_SHRINKING)
     @given(any_settings(group))
     def check(settings):
         assume(not lm.check(settings))
         args_file.write_text(lm.settings_text(settings), encoding="utf-8")
-        again, = read([f"@{args_file}"], (group,))
+        (again,) = read([f"@{args_file}"], (group,))
         once = {"preset": "", "resume": True, "profile": 0}  # not repeated
-        expected = dataclasses.replace(settings, **{
-            name: value for name, value in once.items() if hasattr(settings, name)})
+        expected = dataclasses.replace(
+            settings, **{name: value for name, value in once.items() if hasattr(settings, name)}
+        )
         assert again == expected
 
     check()

@@ -14,10 +14,42 @@ from hypothesis import strategies as st
 import standalone_transformer_lm as lm
 
 PIECES = [
-    "the", "quiet", "harbour", "A", "a b", "0", "2024", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\0",
-    "東京", "é", "e\u0301", "🙂", "👩\u200d👧", "ﬁ", "Ａ", "\u00a0", "\u3000", "\u2028", "\ufeff",
-    "\ufffd", "\u2585", "<s>", "</s>", "<unk>", "<pad>", "<|user|>", "<|reserved_0|>", "<0x41>",
-    "x" * 60]
+    "the",
+    "quiet",
+    "harbour",
+    "A",
+    "a b",
+    "0",
+    "2024",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "東京",
+    "é",
+    "e\u0301",
+    "🙂",
+    "👩\u200d👧",
+    "ﬁ",
+    "Ａ",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\ufeff",
+    "\ufffd",
+    "\u2585",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<|user|>",
+    "<|reserved_0|>",
+    "<0x41>",
+    "x" * 60,
+]
 SPELLED = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 STRINGS = SPELLED | st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ROUND = STRINGS.map(lambda text: text.replace(lm.SPACE, ""))
@@ -75,8 +107,9 @@ def test_a_number_is_spelled_digit_by_digit_however_often_it_was_seen():
 
 
 def test_no_piece_but_the_newline_holds_one_and_none_crosses_a_space():
-    sp = lm.Tokenizer(lm.train_tokenizer(
-        ["the same line\nthe same line\n  indented\n\n\nthe end"] * 50, 310)).sp
+    sp = lm.Tokenizer(
+        lm.train_tokenizer(["the same line\nthe same line\n  indented\n\n\nthe end"] * 50, 310)
+    ).sp
     pieces = [sp.id_to_piece(i) for i in range(len(sp))]
     assert [p for p in pieces if "\n" in p] == ["\n"]
     assert not [p for p in pieces if lm.SPACE in p[1:]]
@@ -110,8 +143,13 @@ def needed(texts, size):
     return int(lm.re.search(r"--vocab_size (\d+)", caught.value.faults[0][1])[1])
 
 
-TEXTS = {"sentences": list(documents(100, seed=4)), "words": ["hello world"],
-         "letters": ["ab"], "han": ["漢字かな交じり文"] * 3, "lines": ["one\ntwo\n\n three"]}
+TEXTS = {
+    "sentences": list(documents(100, seed=4)),
+    "words": ["hello world"],
+    "letters": ["ab"],
+    "han": ["漢字かな交じり文"] * 3,
+    "lines": ["one\ntwo\n\n three"],
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -142,11 +180,19 @@ def test_no_text_is_the_users_mistake(texts):
 # ---- Files that are no tokenizer ----
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: b"hello world\n" * 20, lambda data: bytes(1000),
-    lambda data: data[:len(data) // 2], lambda data: data[100:], lambda data: b"{}",
-    lambda data: b"PK\x03\x04" + data,
-], ids=["empty", "text", "zeros", "head", "tail", "json", "zip"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"hello world\n" * 20,
+        lambda data: bytes(1000),
+        lambda data: data[: len(data) // 2],
+        lambda data: data[100:],
+        lambda data: b"{}",
+        lambda data: b"PK\x03\x04" + data,
+    ],
+    ids=["empty", "text", "zeros", "head", "tail", "json", "zip"],
+)
 def test_what_is_no_tokenizer_is_named(tiny_tokenizer, tmp_path, damage):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(damage(tiny_tokenizer))
@@ -197,8 +243,14 @@ def test_packed_ids_are_as_wide_as_asked(tokenizer):
     assert np.frombuffer(wide, "<u4").tolist() == tokenizer.sp.encode("the quiet harbour")
 
 
-OWN = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "required_chars": "\n",
-       "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+OWN = {
+    "model_type": "bpe",
+    "vocab_size": 400,
+    "byte_fallback": True,
+    "required_chars": "\n",
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
 FOREIGN = {
     "nmt_nfkc": {"normalization_rule_name": "nmt_nfkc"},
     "case folding": {"normalization_rule_name": "nfkc_cf"},
@@ -224,8 +276,12 @@ def foreign(name):
     """A tokenizer with one setting unlike prep's own."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=documents(200, seed=8), model_writer=model, minloglevel=4,
-        hard_vocab_limit=False, **{**OWN, **FOREIGN[name]})
+        sentence_iterator=documents(200, seed=8),
+        model_writer=model,
+        minloglevel=4,
+        hard_vocab_limit=False,
+        **{**OWN, **FOREIGN[name]},
+    )
     return lm.Tokenizer(model.getvalue())
 
 
@@ -242,8 +298,18 @@ def test_a_foreign_tokenizer_encodes_as_sentencepiece_does(name):
     check()
 
 
-@pytest.mark.parametrize("name", ["nmt_nfkc", "case folding", "collapsed spaces", "unigram",
-                                  "no dummy prefix", "space as suffix", "pieces across spaces"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nmt_nfkc",
+        "case folding",
+        "collapsed spaces",
+        "unigram",
+        "no dummy prefix",
+        "space as suffix",
+        "pieces across spaces",
+    ],
+)
 def test_a_tokenizer_that_looks_across_words_is_recognised(name):
     assert not lm.splits_at_spaces(foreign(name).sp)
 
@@ -256,7 +322,12 @@ def test_a_tokenizer_without_chat_symbols_has_no_roles():
 def test_a_tokenizer_without_sentence_marks_is_refused():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=documents(50, seed=9), model_writer=model, vocab_size=150, eos_id=-1,
-        minloglevel=4, hard_vocab_limit=False)
+        sentence_iterator=documents(50, seed=9),
+        model_writer=model,
+        vocab_size=150,
+        eos_id=-1,
+        minloglevel=4,
+        hard_vocab_limit=False,
+    )
     with pytest.raises(lm.UserError, match="no </s>"):
         lm.Tokenizer(model.getvalue())
