@@ -1837,7 +1837,6 @@ def prepare(settings: PrepSettings) -> dict:
 # ==================================================================================================
 
 MIXTURE_BLOCK = 1024  # samples in which each domain has its share
-Batches = Iterator[tuple[tuple[Tensor, ...], int]]  # micro-batches and their targets
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -1862,11 +1861,30 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
     return x.astype(np.int64)
 
 
+class Batch(typing.NamedTuple):
+    """A micro-batch of texts: ids and targets (B, T); what is no target is IGNORE."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+class JudgedBatch(typing.NamedTuple):
+    """Groups of g answers in turn: ids and targets (B g, T), and the groups' numbers (B, g)."""
+
+    ids: Tensor
+    targets: Tensor
+    numbers: Tensor
+
+
+AnyBatch = Batch | JudgedBatch
+Batches = Iterator[tuple[AnyBatch, int]]  # micro-batches, and what the loss of each is counted in
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """One rank's share of one step."""
 
-    micros: list[tuple[Tensor, ...]]  # on the CPU
+    micros: list[AnyBatch]  # on the CPU
     targets: int  # what this share of the loss is counted in
     samples: int  # sequences of the whole step, all ranks
     tokens: int  # positions of this share
@@ -1874,21 +1892,31 @@ class StepBatch:
 
 class Stream:
     """Samples to train on: sample i is a pure function of (seed, i), each epoch a permutation, so
-    what a step sees depends neither on batch size, accumulation and ranks nor on restarts. A kind
-    of stream says what its samples are (rows) and how they become tensors (collate)."""
+    what a step sees depends neither on batch size, accumulation and ranks nor on restarts.
 
+    A kind of stream sets `seed`, `count`, `tokens`, and `rows` or its own `items`, and says in
+    `collate` how items become a batch.
+    """
+
+    seed: int
     count: int  # samples in an epoch
     tokens: int  # positions in an epoch
+    rows: list  # an item for each place, unless `items` says otherwise
     per_step = 0  # samples of a step on all ranks, where batch size and accumulation do not say
 
     def items(self, places: np.ndarray) -> list:
+        """What stands at these places of the data, in range(count)."""
         return [self.rows[place] for place in places]
 
-    def targets(self, micro: tuple[Tensor, ...]) -> int:
+    def collate(self, items: list) -> AnyBatch:
+        raise NotImplementedError
+
+    def targets(self, micro: AnyBatch) -> int:
         """What the loss of a micro-batch is counted in: target tokens."""
-        return int((micro[1] != IGNORE).sum())
+        return int((micro.targets != IGNORE).sum())
 
     def samples(self, numbers: np.ndarray) -> list:
+        """The items of these sample numbers, which may be of any epoch."""
         epochs, places = np.divmod(numbers, self.count)
         chosen = np.empty_like(numbers)
         for epoch in np.unique(epochs):
@@ -1900,20 +1928,27 @@ class Stream:
         """This rank's micro-batches of the step whose first sample number is `first`."""
         numbers = first + np.arange(batch_size * accum * world).reshape(accum, world, batch_size)
         micros = [self.collate(self.samples(mine)) for mine in numbers[:, rank]]
-        return StepBatch(
-            micros,
-            sum(map(self.targets, micros)),
-            numbers.size,
-            sum(micro[0].numel() for micro in micros),
-        )
+        targets = sum(self.targets(micro) for micro in micros)
+        tokens = sum(micro.ids.numel() for micro in micros)
+        return StepBatch(micros, targets, numbers.size, tokens)
 
     def in_order(self, batch_size: int, most: int, rank: int, world: int) -> Batches:
-        """This rank's share of the items, each once, up to `most` tokens: (micro, targets)."""
+        """This rank's share of the items, each once, up to about `most` tokens."""
         count = min(self.count, -(-most * self.count // max(1, self.tokens)))
         mine = np.arange(rank, count, world)
         for i in range(0, len(mine), batch_size):
             micro = self.collate(self.items(mine[i : i + batch_size]))
             yield micro, self.targets(micro)
+
+
+def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 0) -> Batch:
+    """Rows (ids, targets) filled up with PAD and IGNORE to (B, length); B is at least `count`."""
+    shape = max(count, len(rows)), length
+    batch = Batch(torch.full(shape, PAD), torch.full(shape, IGNORE))
+    for i, (ids, targets) in enumerate(rows):
+        batch.ids[i, : len(ids)] = torch.from_numpy(ids)
+        batch.targets[i, : len(ids)] = torch.from_numpy(targets)
+    return batch
 
 
 class Windows(Stream):
@@ -1933,10 +1968,29 @@ class Windows(Stream):
     def items(self, places: np.ndarray) -> list[np.ndarray]:
         return [self.ids[start : start + self.seq_len + 1] for start in places * self.seq_len]
 
-    def collate(self, items: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def collate(self, items: list[np.ndarray]) -> Batch:
         """Inputs and targets (B, T); a target is the next id."""
         rows = torch.from_numpy(np.stack(items).astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+class EvaluationWindows(Stream):
+    """A split in order, its last and shorter window too; every batch is of full shape."""
+
+    def __init__(self, ids: np.ndarray, seq_len: int, batch_size: int):
+        self.ids = ids
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.tokens = max(0, len(ids) - 1)
+        self.count = -(-self.tokens // seq_len)
+
+    def items(self, places: np.ndarray) -> list[np.ndarray]:
+        starts = places * self.seq_len
+        return [self.ids[start : start + self.seq_len + 1].astype(np.int64) for start in starts]
+
+    def collate(self, items: list[np.ndarray]) -> Batch:
+        rows = [(window[:-1], window[1:]) for window in items]
+        return padded(rows, self.seq_len, self.batch_size)
 
 
 class Mixture(Stream):
@@ -1988,29 +2042,6 @@ def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
 
 def mixed(parts: list[Stream], weights: list[float]) -> Stream:
     return parts[0] if len(parts) == 1 else Mixture(parts, weights)
-
-
-def padded(
-    rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 0
-) -> tuple[Tensor, Tensor]:
-    """ids and targets (B, length) of such rows, filled up with PAD and IGNORE; B >= `count`."""
-    shape = max(count, len(rows)), length
-    x, y = torch.full(shape, PAD), torch.full(shape, IGNORE)
-    for i, (ids, targets) in enumerate(rows):
-        x[i, : len(ids)], y[i, : len(ids)] = torch.from_numpy(ids), torch.from_numpy(targets)
-    return x, y
-
-
-def evaluation_batches(
-    ids: np.ndarray, seq_len: int, batch_size: int, most: int, rank: int, world: int
-) -> Batches:
-    """This rank's share of a split in order, up to `most` tokens, every batch of full shape."""
-    ids = ids[: most + 1]
-    starts = range(rank * seq_len, len(ids) - 1, world * seq_len)
-    for i in range(0, len(starts), batch_size):
-        pieces = [ids[s : s + seq_len + 1].astype(np.int64) for s in starts[i : i + batch_size]]
-        x, y = padded([(piece[:-1], piece[1:]) for piece in pieces], seq_len, batch_size)
-        yield (x, y), int((y != IGNORE).sum())
 
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
@@ -2290,8 +2321,7 @@ class Chats(Stream):
         self.rows, self.count = [[examples[i] for i in b] for b in self.bins], len(self.bins)
         self.tokens = self.count * seq_len if pack else sum(lengths)
 
-    def collate(self, items: list[list[Example]]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T)."""
+    def collate(self, items: list[list[Example]]) -> Batch:
         rows = [
             (
                 np.concatenate([one.ids[:-1] for one in item]),
@@ -2316,14 +2346,14 @@ class Groups(Stream):
     def items(self, places: np.ndarray) -> list[tuple[list[Example], np.ndarray]]:
         return [(self.groups[place], self.numbers[place]) for place in places]
 
-    def collate(self, items: list[tuple[list[Example], np.ndarray]]) -> tuple[Tensor, ...]:
-        """ids and targets (B g, T), a group's answers in turn, and numbers (B, g)."""
+    def collate(self, items: list[tuple[list[Example], np.ndarray]]) -> JudgedBatch:
         rows = [(one.ids, one.targets()) for group, _ in items for one in group]
         length = padded_length(max(len(ids) for ids, _ in rows), self.seq_len)
-        return *padded(rows, length), torch.tensor(np.stack([n for _, n in items])).float()
+        numbers = np.stack([numbers for _, numbers in items])
+        return JudgedBatch(*padded(rows, length), torch.tensor(numbers).float())
 
-    def targets(self, micro: tuple[Tensor, ...]) -> int:
-        return len(micro[2])
+    def targets(self, micro: JudgedBatch) -> int:
+        return len(micro.numbers)
 
 
 @dataclass(frozen=True)
@@ -4353,11 +4383,15 @@ def fastest(
 def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     """The least and most used expert's share times the experts (1 is even) since the last call."""
     shares = []
-    for mlp in (block.mlp for block in model.blocks if isinstance(block.mlp, MoE)):
-        usage = machine.total(*mlp.usage.tolist())
+    for block in model.blocks:
+        if not isinstance(block.mlp, MoE):
+            continue
+        usage = machine.total(*block.mlp.usage.tolist())
         shares += [share / max(1.0, sum(usage)) * len(usage) for share in usage]
-        mlp.usage.zero_()
-    return {"moe/least": min(shares), "moe/most": max(shares)} if shares else {}
+        block.mlp.usage.zero_()
+    if not shares:
+        return {}
+    return {"moe/least": min(shares), "moe/most": max(shares)}
 
 
 def validate(
@@ -4368,21 +4402,26 @@ def validate(
 ) -> dict[str, float]:
     """val/* of an Objective over the parts (name, weight, batches) of all ranks, weighted as
     trained; val/loss/NAME of each named one. A part without targets is passed over."""
-    row, means, weights = {}, [], []
+    by_domain, means, weights = {}, [], []
     for name, weight, batches in parts:
         found, targets = [torch.zeros(len(names))], 0
         for micro, size in batches:
-            found.append(module(*map(machine.to_device, micro)).view(-1))
+            tensors = [machine.to_device(tensor) for tensor in micro]
+            found.append(module(*tensors).view(-1))
             targets += size
+
         sums = torch.stack([part.cpu() for part in found]).double().sum(0)
         *sums, targets = machine.total(*sums.tolist(), targets)
-        if targets:
-            means.append([total / targets for total in sums])
-            weights.append(weight)
-            row |= {f"val/loss/{name}": means[-1][0]} if name else {}
+        if not targets:
+            continue
+        means.append([total / targets for total in sums])
+        weights.append(weight)
+        if name:
+            by_domain[f"val/loss/{name}"] = means[-1][0]
     if not means:
         return {}
-    return {**report("val", names, np.average(means, axis=0, weights=weights).tolist()), **row}
+    weighted = np.average(means, axis=0, weights=weights).tolist()
+    return {**report("val", names, weighted), **by_domain}
 
 
 def perplexity(
@@ -4397,14 +4436,11 @@ def perplexity(
     val/loss/NAME of each named domain. `module` is an Objective of pretrain_loss."""
     expert_usage(module.model, machine)  # count from here
     filled = [d for d in domains if len(d[1].val) > 1]
-    parts = [
-        (
-            name,
-            weight,
-            evaluation_batches(folder.val, seq_len, batch_size, most, machine.rank, machine.world),
-        )
-        for name, folder, weight in filled
-    ]
+    parts = []
+    for name, folder, weight in filled:
+        windows = EvaluationWindows(folder.val[: most + 1], seq_len, batch_size)
+        batches = windows.in_order(batch_size, most, machine.rank, machine.world)
+        parts.append((name, weight, batches))
     row = validate(module, parts, machine)
     if not row:
         return {}
@@ -4422,9 +4458,11 @@ def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Mach
     progress = Progress("reference log-probs", len(mine), "rows", talks=machine.main)
     for i in range(0, len(mine), batch_size):
         places = mine[i : i + batch_size]
-        ids, targets, _ = map(machine.to_device, stream.collate(stream.items(places)))
+        micro = stream.collate(stream.items(places))
+        ids, targets = machine.to_device(micro.ids), machine.to_device(micro.targets)
         with machine.autocast():
-            result[places] = sequence_logps(model, ids, targets)[0].view(len(places), -1).cpu()
+            logps, _ = sequence_logps(model, ids, targets)
+        result[places] = logps.view(len(places), -1).cpu()
         progress.update(min(len(mine), i + batch_size))
     progress.close()
     return np.array(machine.total(*result.flatten())).reshape(result.shape)
@@ -4435,13 +4473,16 @@ def score_answers(
     model: Transformer, tokenizer: Tokenizer, chats: list[Turns], batch_size: int, machine: Machine
 ) -> list[float]:
     """A reward model's score of the last answer of each conversation, of long ones by their end."""
-    limit, scores = model.config.seq_len, []
+    limit = model.config.seq_len
+    scores: list[float] = []
     read = [np.array(encode_chat(tokenizer, turns)[0][-limit:]) for turns in chats]
     groups = [[Example(ids, np.arange(len(ids)) == len(ids) - 1)] for ids in read]
     stream = Groups(groups, np.zeros((len(groups), 0)), limit, 0)
     for micro, _ in stream.in_order(batch_size, stream.tokens, 0, 1):
+        ids, targets = machine.to_device(micro.ids), machine.to_device(micro.targets)
         with machine.autocast():
-            scores += reward_scores(model, *map(machine.to_device, micro[:2]))[0].tolist()
+            found, _ = reward_scores(model, ids, targets)
+        scores += found.tolist()
     return scores
 
 

@@ -346,7 +346,8 @@ def test_evaluation_sees_every_target_once(length, seq_len, batch, world, most):
     ids = PLACES[100 : 100 + length]  # clear of PAD
     targets = []
     for rank in range(world):
-        for (x, y), count in lm.evaluation_batches(ids, seq_len, batch, most, rank, world):
+        windows = lm.EvaluationWindows(ids[: most + 1], seq_len, batch)
+        for (x, y), count in windows.in_order(batch, most, rank, world):
             assert count == (y != lm.IGNORE).sum()
             real = y != lm.IGNORE
             assert x.shape == y.shape == (batch, seq_len) and real.any()
@@ -359,7 +360,8 @@ def test_evaluation_windows_do_not_depend_on_batch_or_ranks():
     def windows(batch, world):
         found = []
         for rank in range(world):
-            batches = lm.evaluation_batches(PLACES[50:150], 8, batch, 90, rank, world)
+            stream = lm.EvaluationWindows(PLACES[50:141], 8, batch)
+            batches = stream.in_order(batch, 90, rank, world)
             found += rows_of([micro for micro, _ in batches])
         return {row for row in found if set(row[1]) != {lm.IGNORE}}
 
