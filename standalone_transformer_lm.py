@@ -1955,7 +1955,9 @@ class Windows(Stream):
     """The training stream cut into windows of seq_len + 1 ids, stride seq_len."""
 
     def __init__(self, ids: np.ndarray, seq_len: int, seed: int):
-        self.ids, self.seq_len, self.seed = ids, seq_len, seed
+        self.ids = ids
+        self.seq_len = seq_len
+        self.seed = seed
         self.count = (len(ids) - 1) // seq_len
         self.tokens = self.count * seq_len
         if self.count < 1:
@@ -1998,8 +2000,11 @@ class Mixture(Stream):
     share, rounded, in shuffled order, and a domain repeats nothing before its epoch ends."""
 
     def __init__(self, parts: list[Stream], weights: list[float]):
-        self.parts, self.seed, self.per_step = parts, parts[0].seed, parts[0].per_step
-        self.collate, self.targets = parts[0].collate, parts[0].targets
+        self.parts = parts
+        self.seed = parts[0].seed
+        self.per_step = parts[0].per_step
+        self.collate = parts[0].collate
+        self.targets = parts[0].targets
         self.ends = np.round(np.cumsum(weights) * MIXTURE_BLOCK).astype(np.int64)
         self.shares = np.diff(self.ends, prepend=0)
         if not self.shares.all():
@@ -2305,7 +2310,9 @@ def pack_lengths(lengths: list[int], room: int) -> list[list[int]]:
     bins: list[tuple[int, list[int]]] = []  # (room left, indices), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(bins, (lengths[i], []))
-        left, chosen = bins.pop(at) if at < len(bins) else (room, [])
+        left, chosen = room, []
+        if at < len(bins):
+            left, chosen = bins.pop(at)
         bisect.insort(bins, (left - lengths[i], [*chosen, i]))
     return [chosen for _, chosen in bins]
 
@@ -2315,21 +2322,28 @@ class Chats(Stream):
     begins with <s> and its last id is a target only, as the model's doc_mask wants."""
 
     def __init__(self, examples: list[Example], seq_len: int, seed: int, pack: bool):
-        self.seq_len, self.seed, self.pack = seq_len, seed, pack
+        self.seq_len = seq_len
+        self.seed = seed
+        self.pack = pack
         lengths = [len(one.ids) - 1 for one in examples]
-        self.bins = pack_lengths(lengths, seq_len) if pack else [[i] for i in range(len(lengths))]
-        self.rows, self.count = [[examples[i] for i in b] for b in self.bins], len(self.bins)
-        self.tokens = self.count * seq_len if pack else sum(lengths)
+        if pack:
+            self.bins = pack_lengths(lengths, seq_len)
+            self.tokens = len(self.bins) * seq_len
+        else:
+            self.bins = [[i] for i in range(len(lengths))]
+            self.tokens = sum(lengths)
+        self.rows = [[examples[i] for i in chosen] for chosen in self.bins]
+        self.count = len(self.rows)
 
     def collate(self, items: list[list[Example]]) -> Batch:
-        rows = [
-            (
-                np.concatenate([one.ids[:-1] for one in item]),
-                np.concatenate([one.targets()[:-1] for one in item]),
-            )
-            for item in items
-        ]
-        longest = self.seq_len if self.pack else max(len(ids) for ids, _ in rows)
+        rows = []
+        for item in items:
+            ids = np.concatenate([one.ids[:-1] for one in item])
+            targets = np.concatenate([one.targets()[:-1] for one in item])
+            rows.append((ids, targets))
+        if self.pack:
+            return padded(rows, self.seq_len)
+        longest = max(len(ids) for ids, _ in rows)
         return padded(rows, padded_length(longest, self.seq_len))
 
 
@@ -2338,7 +2352,9 @@ class Groups(Stream):
     reference's log-probs, or single answers with their label. A loss is counted in groups."""
 
     def __init__(self, groups: list[list[Example]], numbers: Iterable, seq_len: int, seed: int):
-        self.groups, self.seq_len, self.seed = groups, seq_len, seed
+        self.groups = groups
+        self.seq_len = seq_len
+        self.seed = seed
         self.numbers = np.asarray(numbers)
         self.count = len(groups)
         self.tokens = sum(len(one.ids) for group in groups for one in group)
@@ -2369,9 +2385,11 @@ class Prompts(Stream):
     """Prompts, `per_step` of them a step, each answered at the cost of so many more tokens."""
 
     def __init__(self, prompts: list[Problem], seed: int, per_step: int, more: int):
-        self.rows, self.seed, self.per_step, self.count = prompts, seed, per_step, len(prompts)
+        self.rows = prompts
+        self.seed = seed
+        self.per_step = per_step
+        self.count = len(prompts)
         self.tokens = sum(len(one.ids) + more for one in prompts)
-        self.collate = list  # of the rows themselves
 
 
 # ==================================================================================================
@@ -5347,17 +5365,16 @@ def cmd_sft(
         example,
         lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, sft.pack),
     )
-    questions = tuning.questions[: sft.samples]
-    samples = functools.partial(
-        sample_answers,
-        tokenizer=tuning.tokenizer,
-        questions=questions,
-        most=sft.sample_tokens,
-        dtype=tuning.machine.dtype,
-    )
-    return tuning.start(
-        tuning.network(), train, val, pretrain_loss, samples=samples if questions else None
-    )
+    samples = None
+    if questions := tuning.questions[: sft.samples]:
+        samples = functools.partial(
+            sample_answers,
+            tokenizer=tuning.tokenizer,
+            questions=questions,
+            most=sft.sample_tokens,
+            dtype=tuning.machine.dtype,
+        )
+    return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
 
 
 def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -> None:

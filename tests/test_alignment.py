@@ -590,9 +590,10 @@ def test_pairs_stand_side_by_side_with_their_numbers(tokenizer):
         for row in pair_rows(5)
     ]
     stream = lm.Groups(groups, np.arange(10.0).reshape(5, 2), 64, 0)
-    ids, targets, numbers = stream.collate(stream.samples(np.arange(5)))
+    micro = stream.collate(stream.samples(np.arange(5)))
+    ids, targets, numbers = micro
     assert ids.shape == targets.shape and len(ids) == 10
-    assert stream.targets((ids, targets, numbers)) == 5
+    assert stream.targets(micro) == 5
     for i, (chosen, rejected) in enumerate(numbers.tolist()):
         assert rejected == chosen + 1
         for row, one in zip(ids[2 * i : 2 * i + 2], groups[int(chosen) // 2], strict=True):
