@@ -120,6 +120,7 @@ DATA_FORMAT = 1  # of meta.json; raised when an older reader would misread the f
 CHECKPOINT_FORMAT = 1
 IGNORE = -100  # a target that is no target, torch's own convention
 OTHER_RANKS_WAIT_S = 2.0  # before they tell an error that rank 0 has told and ended the job for
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_EVERY_S = 10.0  # between two progress lines when stderr is no terminal
 DISK_FAULTS = {  # that the user can mend, and how; the system says what is wrong
     errno.EFBIG: "raise `ulimit -f`",
@@ -196,6 +197,33 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is not valid JSON ({fault})", "make the folder anew") from fault
 
 
+def plain_value(value: object) -> object:
+    """What JSON lacks, as numbers or text: numpy's numbers, bytes, dates, decimals."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value)
+
+
+def json_line(row: dict) -> str:
+    """A row as a line of a .jsonl file, whatever a data set put into it; never an error."""
+    line = json.dumps(row, ensure_ascii=False, default=plain_value)
+    if LONE_SURROGATE.search(line):  # UTF-8 cannot hold it, JSON's escape can
+        line = json.dumps(row, default=plain_value)
+    return line + "\n"
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    with atomic_write(path, "w") as file:
+        file.writelines(json_line(row) for row in rows)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as file:
+        np.save(file, array)
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -218,10 +246,27 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def printable(text: str, stream: typing.TextIO) -> str:
+    """The text as this stream can show it: what its encoding lacks becomes an escape."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(*lines: str) -> None:
-    """Print for the person: on stdout, at once, and on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+    """Print for the person: on stdout, at once, and on rank 0 alone. Nothing that happens to the
+    terminal ends a run: where nobody reads on, later lines go nowhere."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(printable("\n".join(lines), sys.stdout), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_aside(line: str) -> None:
+    """Print a line of progress on stderr, where somebody reads it."""
+    with contextlib.suppress(BrokenPipeError):
+        print(printable(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -254,7 +299,7 @@ class Progress:
             self.bar.update(done - self.bar.n)
         elif self.talks and time.monotonic() - self.last_line >= LINE_EVERY_S:
             self.last_line = time.monotonic()
-            print(self.line(note), file=sys.stderr, flush=True)
+            say_aside(self.line(note))
 
     def line(self, note: str = "") -> str:
         share = f" of {short(self.total)} ({self.done / self.total:.0%})" if self.total else ""
@@ -271,7 +316,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         elif self.talks and note:
-            print(self.line(note), file=sys.stderr, flush=True)
+            say_aside(self.line(note))
 
 
 # ==================================================================================================
@@ -375,6 +420,12 @@ class PrepSettings:
     errors: str = setting("strict", "bad UTF-8: stop or put U+FFFD", choices=("strict", "replace"))
     spm: str = setting("", "use this SentencePiece model instead of training one")
     sample_mb: float = setting(100.0, "MB the tokenizer is trained on, picked by hash", least=0.01)
+    character_coverage: float = setting(
+        0.9999,
+        "share of the text's characters with a piece of their own; others become bytes",
+        least=0.98,
+        below=1.0,
+    )
     workers: int = setting(0, "encoding processes; 0 means one a core")
     shard: str = setting("", "do part i of n, as i/n counted from 0; --merge joins the parts")
     merge: bool = setting(False, "join the shards found in --out_dir")
@@ -911,7 +962,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The words of a line; # begins a comment where a word could begin."""
-        return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", arg_line))
+        line = arg_line.removeprefix("\ufeff")  # a byte-order mark
+        return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", line))
 
     def error(self, message: str):
         raise UserError(message, f"see {self.prog} --help")
@@ -990,6 +1042,12 @@ def parse_value(kind: type, given: str | list[str]):
 
 def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
     """Settings of a command line: defaults, then presets, then flags; UserError has all faults."""
+    for word in argv:
+        if LONE_SURROGATE.search(word):
+            raise UserError(
+                f"the argument {ascii(word)} is not UTF-8",
+                "set the terminal's encoding to UTF-8, or rename the file",
+            )
     try:
         known, unknown = parser.parse_known_args(joined_values(argv, groups))
     except ValueError as fault:  # it is not UTF-8, or a quote is open
@@ -1302,9 +1360,48 @@ def encode_chat(
     return ids, learned
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model that spells every string: decode(encode(s)) == s."""
-    lines = (line for text in texts for line in text.split("\n") if line)  # no piece crosses lines
+class Watched:
+    """An iterator that keeps the exception it ended with, for callers that hide it."""
+
+    def __init__(self, items: Iterable):
+        self.items = iter(items)
+        self.fault: Exception | None = None
+
+    def __iter__(self) -> "Watched":
+        return self
+
+    def __next__(self):
+        try:
+            return next(self.items)
+        except (UserError, OSError) as fault:
+            self.fault = fault
+            raise
+
+
+def tokenizer_fault(vocab_size: int, fault: Exception) -> UserError:
+    """The sentence for what SentencePiece refuses, without its source file names."""
+    told = (
+        re.sub(r"^.*?\.cc\(\d+\)\s*(\[.*?\])?\s*", "", str(fault)).strip()
+        or "SentencePiece refused it"
+    )
+    fix = "give text with words in it, or another size"
+    if most := re.search(r"value <= (\d+)", told):
+        fix = f"use --vocab_size {most[1]} or less, or give more text"
+    elif least := re.search(r"required_chars\. \d+ vs (\d+)", told):
+        fix = f"use --vocab_size {least[1]} or more, or a lower --character_coverage"
+    return UserError(f"--vocab_size {vocab_size} does not suit this text ({told})", fix)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, character_coverage: float = 0.9999
+) -> bytes:
+    """A SentencePiece BPE model that spells every string: decode(encode(s)) == s.
+
+    Characters beyond `character_coverage` of the text are spelled in bytes, but the space and the
+    line end never are. UserError where the size does not suit the text; a fault of `texts`
+    itself comes out as it is.
+    """
+    lines = Watched(line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -1321,17 +1418,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             split_digits=True,
-            required_chars="\n",
-            character_coverage=0.9999,
+            required_chars=f"{SPACE}\n",
+            character_coverage=character_coverage,
             max_sentence_length=1 << 30,
             minloglevel=2,
         )
-    except (RuntimeError, ValueError) as fault:
-        fix = "give text with words in it, or another size"
-        if bound := re.search(r"(value <=|required_chars\. \d+ vs) (\d+)", str(fault)):
-            fix = f"use --vocab_size {bound[2]} or {'less' if '<' in bound[1] else 'more'}"
-        what = f"--vocab_size {vocab_size} does not suit this text ({fault})"
-        raise UserError(what, fix) from fault
+    except (RuntimeError, ValueError, UserError, OSError) as fault:
+        if lines.fault is not None:
+            raise lines.fault from None
+        if isinstance(fault, OSError):
+            raise
+        raise tokenizer_fault(vocab_size, fault) from fault
     return model.getvalue()
 
 
@@ -1601,7 +1698,8 @@ def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[
 
 
 def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
-    return train_tokenizer(sample_documents(sources, settings), settings.vocab_size)
+    texts = sample_documents(sources, settings)
+    return train_tokenizer(texts, settings.vocab_size, settings.character_coverage)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -3656,7 +3754,8 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
             raise UserError(f"{path} is damaged (in {bad})", "use an earlier checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as fault:
-        raise disk_error(fault, path) or fault from fault
+        damage = UserError(f"{path} is damaged ({fault})", "use an earlier checkpoint")
+        raise disk_error(fault, path) or damage from fault
     except BROKEN as fault:
         if "Weights only load failed" in str(fault) and "GLOBAL" in str(fault):
             raise UserError(
@@ -3666,7 +3765,8 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
         raise UserError(f"{path} is damaged or no checkpoint", "name another") from fault
     match checkpoint:
         case {"model": dict(), "config": dict(), **more}:
-            if more.get("format", CHECKPOINT_FORMAT) == CHECKPOINT_FORMAT:
+            version = more.get("format", CHECKPOINT_FORMAT)
+            if isinstance(version, int) and version == CHECKPOINT_FORMAT:
                 return checkpoint
     raise UserError(
         f"{path} is a file of some other program or of a newer version of this one",
@@ -3847,7 +3947,8 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines(): a text may hold U+2028, U+2029 or U+0085.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -4000,7 +4101,7 @@ class Gauges:
         """Answers of the model, a line each in samples.jsonl and, aloud, on the terminal."""
         with (self.out / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n")
+                file.write(json_line({"step": self.step, **row}))
         for row in rows if aloud else ():
             reward = f"  reward {row['reward']:.2f}" if "reward" in row else ""
             say(f"  {row['prompt']!r} -> {row['answer']!r}{reward}")
@@ -4236,11 +4337,8 @@ class Trainer:
                 self.best_val = row[self.job.best]
                 self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
         if self.machine.main and not self.gauges.progress.bar and row:
-            print(
-                f"step {self.step}: " + " ".join(f"{k} {v:.4f}" for k, v in row.items()),
-                file=sys.stderr,
-                flush=True,
-            )
+            figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
+            say_aside(f"step {self.step}: {figures}")
         return row
 
     def save(self) -> None:
@@ -5093,11 +5191,6 @@ class PolicyTrainer(Trainer):
 # ==================================================================================================
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def cmd_prep(settings: PrepSettings) -> int:
     began = time.monotonic()
     meta = prepare(settings)
@@ -5378,21 +5471,17 @@ def cmd_sft(
 
 
 def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -> None:
-    """Give every pair the starting model's log-probs, which are kept in a file beside the data."""
+    """Give every pair the starting model's log-probs, which are kept in a file in --out_dir."""
+    machine = tuning.machine
     everything = [group for stream in streams for group in stream.groups]
-    name, machine = Path(tuning.tune.domains()[0][1][0]), tuning.machine
     key = f"{tuning.key}/{data_key(everything)}/{machine.dtype}"
-    file = f".{name.name}.{sha256(key.encode())[:16]}.reference.npy"
-    places = [folder / file for folder in (name.parent, Path(tuning.run.out_dir))]
-    if found := machine.from_main(next((p for p in places if p.exists()), None)):
-        logps = np.load(found)
+    path = Path(tuning.run.out_dir) / f"reference_{sha256(key.encode())[:16]}.npy"
+    if machine.from_main(path.exists()):
+        logps = np.load(path)
     else:
         pairs = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
         logps = row_logps(network.eval(), pairs, tuning.run.batch_size, machine)
-        for place in places if machine.main else ():
-            with contextlib.suppress(OSError), atomic_write(place) as out:
-                np.save(out, logps)
-                break  # the first place that takes it
+        machine.on_main(save_array, path, logps)
     for stream in streams:
         stream.numbers, logps = logps[: stream.count], logps[stream.count :]
 
@@ -5963,8 +6052,23 @@ def complain(fault: UserError) -> int:
     """Print a fault, once where all ranks share it: rank 0 ends the others before they speak."""
     rank = int(os.environ.get("RANK", 0))
     time.sleep(OTHER_RANKS_WAIT_S if rank else 0)
-    print(f"{f'rank {rank}: ' if rank else ''}{fault}", file=sys.stderr, flush=True)
+    speaker = f"rank {rank}: " if rank else ""
+    say_aside(f"{speaker}{fault}")
     return 2
+
+
+def out_of_memory(fault: BaseException) -> UserError | None:
+    """The sentence for memory that ran out, or None where the fault is another."""
+    told = str(fault)
+    by_torch_on_cpu = "can't allocate memory" in told or "Cannot allocate memory" in told
+    by_type = isinstance(fault, (MemoryError, torch.OutOfMemoryError))
+    if not by_type and not by_torch_on_cpu:
+        return None
+    return UserError(
+        f"memory ran out ({told.splitlines()[0] if told else type(fault).__name__})",
+        "use a smaller --batch_size, a shorter --seq_len or a smaller model; when training, "
+        "--grad_checkpoint also saves memory",
+    )
 
 
 def run_command(command: Command, argv: list[str]) -> int:
@@ -5976,6 +6080,10 @@ def run_command(command: Command, argv: list[str]) -> int:
         return code
     except UserError as fault:
         return complain(fault)
+    except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is a RuntimeError
+        if sentence := out_of_memory(fault):
+            return complain(sentence)
+        raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `generate | head`: nobody reads on

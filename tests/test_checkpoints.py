@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, TINY, log_rows, read_pt, weight_bytes
+from conftest import SHORT, TINY, complaint, log_rows, read_pt, weight_bytes
 
 import standalone_transformer_lm as lm
 
@@ -564,3 +564,17 @@ def test_saved_file_is_no_larger_than_weights_and_moments(trained):
     unique = {w.data_ptr(): w.numel() for w in saved["model"].values()}
     size = 3 * 4 * sum(unique.values()) + len(saved["tokenizer"])
     assert (trained / "ckpt_last.pt").stat().st_size < size * 1.3
+
+
+def test_a_format_that_is_no_number_is_a_sentence(trained, tmp_path, run):
+    saved = read_pt(trained / "ckpt_last.pt")
+    torch.save({**saved, "format": torch.ones(3)}, tmp_path / "odd.pt")
+    complaint(run(["info", tmp_path / "odd.pt"]), "odd.pt")
+
+
+def test_a_disk_that_gives_invalid_bytes_is_a_sentence(trained, monkeypatch, run):
+    def fail(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(torch, "load", fail)
+    complaint(run(["info", trained / "ckpt_last.pt"]), "is damaged")

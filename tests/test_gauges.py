@@ -247,3 +247,12 @@ def test_wandb_gets_every_row_at_its_step(train, tmp_path, monkeypatch):
     assert train("--wandb", "project")[0] == 0
     assert logged == [(step, step) for step in range(1, 13)]
     assert asked[0]["project"] == "project" and asked[0]["id"] == asked[1]["id"]
+
+
+def test_a_text_with_line_separators_of_unicode_survives_a_resume(tmp_path):
+    log = tmp_path / "samples.jsonl"
+    rows = [{"step": 1, "answer": f"a{end}b"} for end in "\u2028\u2029\x85"]
+    log.write_text("".join(lm.json_line(row) for row in rows), encoding="utf-8")
+    lm.cut_log(log, 1)
+    kept = log.read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line) for line in kept] == rows

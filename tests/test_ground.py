@@ -1,13 +1,21 @@
 """Room Ground: errors a user can act on, safe writing, and progress that tells the time left."""
 
+import datetime
 import errno
 import io
+import json
 import math
 import os
 import pickle
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import SHORT, TINY, complaint
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -381,3 +389,70 @@ def test_other_ranks_do_not_talk(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     lm.say("one", "two")
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+# ---- What is printed and written, whatever it is ----
+
+
+def test_rows_with_what_json_lacks_are_written(tmp_path):
+    odd = {"a": "\ud83d", "b": b"bytes", "c": datetime.date(2026, 11, 25), "d": np.float32(0.5)}
+    lm.write_jsonl(tmp_path / "rows.jsonl", [odd, {"a": "é"}])
+    first, second, _ = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").split("\n")
+    assert json.loads(first) == {"a": "\ud83d", "b": "bytes", "c": "2026-11-25", "d": 0.5}
+    assert second == '{"a": "é"}'
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_printing_survives_any_encoding(encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    lm.say("你 é")
+    assert stream.buffer.getvalue().decode(encoding).startswith("\\u4f60 ")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(data_dir, tmp_path):
+    """`train … | head -1` ends with its checkpoint."""
+    words = [*TINY, *SHORT, "--data_dir", data_dir, "--out_dir", tmp_path / "run"]
+    program = Path(lm.__file__)
+    command = shlex.join(map(str, [sys.executable, program, "train", *words]))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run" / "ckpt_last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_a_sentence(fault, run, data_dir, monkeypatch):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(lm, "describe_data", fail)
+    complaint(run(["info", data_dir]), "memory ran out", "--batch_size")
+
+
+def test_another_runtime_error_is_a_bug(run, data_dir, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(lm, "describe_data", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(["info", data_dir])
+
+
+def test_an_argument_that_is_not_utf8_is_a_sentence(run):
+    complaint(run(["generate", "--ckpt", "x", "--prompt", "caf\udce9"]), "not UTF-8")
+
+
+def test_a_file_of_flags_may_begin_with_a_byte_order_mark(run, data_dir, tmp_path):
+    flags = tmp_path / "flags.txt"
+    flags.write_bytes(b"\xef\xbb\xbf--seq_len 32\r\n--preset 138m\r\n")
+    code, told, err = run(["info", f"@{flags}"])
+    assert code == 0 and "context 32" in told, err

@@ -331,3 +331,35 @@ def test_a_tokenizer_without_sentence_marks_is_refused():
     )
     with pytest.raises(lm.UserError, match="no </s>"):
         lm.Tokenizer(model.getvalue())
+
+
+def test_a_fault_of_the_text_comes_out_as_it_is():
+    def texts():
+        yield "hello world " * 100
+        raise lm.UserError("docs.gz is damaged after line 7", "fetch it again")
+
+    with pytest.raises(lm.UserError, match="docs.gz is damaged"):
+        lm.train_tokenizer(texts(), 300)
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 50_000, "TTAGGGCC" * 20_000])
+def test_space_and_line_end_have_pieces_where_they_are_rare(text):
+    tokenizer = lm.Tokenizer(lm.train_tokenizer([text] * 5, 288))
+    assert tokenizer.sp.piece_to_id(lm.SPACE) != lm.UNK
+    assert tokenizer.sp.piece_to_id("\n") != lm.UNK
+    assert tokenizer.decode(tokenizer.encode("a b\nc")) == "a b\nc"
+    assert len(tokenizer.encode("A C")) <= 5
+
+
+def test_sentencepiece_is_told_without_its_source_files():
+    with pytest.raises(lm.UserError) as told:
+        lm.train_tokenizer(["hello world"], 30000)
+    assert ".cc" not in str(told.value) and "or less" in str(told.value)
+
+
+def test_too_many_characters_for_the_vocabulary_has_a_fix_that_exists():
+    rare = "".join(map(chr, range(0x4E00, 0x5200)))
+    text = rare + "the cat sat on the mat " * 5000
+    with pytest.raises(lm.UserError, match="--character_coverage"):
+        lm.train_tokenizer([text], 300)
+    assert lm.Tokenizer(lm.train_tokenizer([text], 300, 0.98)).vocab_size == 300
