@@ -15,24 +15,31 @@ Every command explains its flags with --help. `train @OUT/args.txt --max_steps 3
 run with one change; the same --out_dir resumes. Each room uses only what stands above it.
 
 Rooms
-  Ground       constants, errors a user can act on, safe writing, progress
-  Settings     every setting once: flags, checkpoint config and args.txt come from here
-  Machine      device, number format, seeds, signals, and everything distributed
-  Text         the tokenizer and the chat format
-  Prep         text in any packing becomes token files
-  Batches      which tokens make up which step
-  Model        the transformer; it touches no file and prints nothing
-  LoRA         low-rank adapters: attach, merge
-  Engine       sampling and cached generation; token ids only
-  Losses       tensors in, tensors out
-  Optimisers   parameter groups and schedules
-  Checkpoints  the only place that saves and loads
-  Gauges       metrics to files and services, and the progress line
-  Loop         the one training loop
-  Judges       how good is a model
-  Rollouts     generate, judge, advantage, update
-  Commands     one cmd_* for each subcommand: wiring only
-  Front door   the table of commands and main
+  Ground             constants, errors a user can act on, safe files, worker processes, progress
+  Flags              dataclass fields become flags, @FILE and args.txt; no flag is known by name
+  Settings           every setting once: name, type, default, help, choices and what it expands to
+  Machine            device, dtype, seeds, signals, and the collectives of torch.distributed
+  Sharding           one model trained on several devices
+  Tokenizers         text to token ids and back
+  Prep               text in any format becomes token files
+  Streams            which samples make up which step
+  Conversations      rows of every shape become turns, and turns become examples
+  Model              the transformer; it touches no file and prints nothing
+  LoRA               low-rank adapters: attach, merge
+  Engine             sampling and cached generation; token ids only
+  Losses             tensors in, tensors out
+  Optimisers         parameter groups and schedules
+  Checkpoints        the only place that saves and loads
+  Metrics            figures of a run to files and services, and the progress line
+  Trainer            the one training loop, given a loss
+  Evaluation         how good is a model
+  Tasks and rewards  rows made by rule, and functions that score completions
+  Rollouts           generate, score, advantage, update
+  Tuning             what sft, dpo, reward and grpo share
+  Planning           what a checkpoint is, what a run takes, the fastest flags
+  Commands           one cmd_* for each subcommand: wiring only
+  Demo               from the interpreter's own documentation to a small chat model
+  Front door         the table of commands and main
 
 Shape legend
   B batch   T query positions   S cached positions   V vocabulary   L layers
@@ -112,16 +119,25 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ==================================================================================================
-# Ground: constants, errors a user can act on, safe writing, progress
+# Ground: constants, errors a user can act on, safe files, worker processes, progress
 # ==================================================================================================
 
 PROGRAM = "standalone_transformer_lm.py"
+
 DATA_FORMAT = 1  # of meta.json; raised when an older reader would misread the folder
+
 CHECKPOINT_FORMAT = 1
+
 IGNORE = -100  # a target that is no target, torch's own convention
+
 OTHER_RANKS_WAIT_S = 2.0  # before they tell an error that rank 0 has told and ended the job for
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 LINE_EVERY_S = 10.0  # between two progress lines when stderr is no terminal
+
+FAULTS_SHOWN = 5  # bad rows named in full; all are counted
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 DISK_FAULTS = {  # that the user can mend, and how; the system says what is wrong
     errno.EFBIG: "raise `ulimit -f`",
     errno.EIO: "check the disk",
@@ -155,6 +171,20 @@ def disk_error(fault: OSError, path: str | Path = "") -> UserError | None:
 def raise_all(faults: list[tuple[str, str]]) -> None:
     if faults:
         raise UserError(*faults[0], *faults[1:])
+
+
+def refuse(wrong: bool, what: str) -> None:
+    if wrong:
+        raise ValueError(what)
+
+
+def need(module: str, package: str = ""):
+    """A module of an optional package; raises UserError that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as fault:
+        name = package or module.partition(".")[0]
+        raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
 
 
 def fsync_folder(folder: Path) -> None:
@@ -246,6 +276,10 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def either(options: Iterable) -> str:
+    return " or ".join(map(str, options))
+
+
 def printable(text: str, stream: typing.TextIO) -> str:
     """The text as this stream can show it: what its encoding lacks becomes an escape."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -319,11 +353,294 @@ class Progress:
             say_aside(self.line(note))
 
 
+def in_order(pool: ProcessPoolExecutor, work: Callable, jobs: Iterable, ahead: int) -> Iterator:
+    """(job, result) in the order of the jobs, never more than `ahead` of them in memory."""
+    waiting: deque[tuple[object, Future]] = deque()
+    for job in jobs:
+        waiting.append((job, pool.submit(work, job)))
+        if len(waiting) >= ahead:
+            job, future = waiting.popleft()
+            yield job, future.result()
+    for job, future in waiting:
+        yield job, future.result()
+
+
+def serve_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block: at once where it fails, when done where it does not."""
+    context = multiprocessing.get_context(start or ("fork" if sys.platform == "linux" else "spawn"))
+    pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
+    try:
+        yield pool
+        done = True
+    except BrokenProcessPool as fault:
+        raise UserError(
+            "a worker was killed, most likely because memory ran out",
+            "use fewer --workers, or a smaller --sample_mb",
+        ) from fault
+    finally:
+        for child in () if done else multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
 # ==================================================================================================
-# Settings: every setting once: flags, checkpoint config and args.txt come from here
+# Flags: dataclass fields become flags, @FILE and args.txt; no flag is known by name
+# ==================================================================================================
+
+FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
+
+NOT_REPEATED = ("preset", "resume", "profile")  # written out; and said of one start alone
+
+SWITCH = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+
+KINDS = {  # type of a flag -> its value in the help, what it is called, how argparse takes it
+    bool: ("0|1", "1 or 0", {"nargs": "?", "const": "1"}),
+    int: ("N", "a whole number", {}),
+    float: ("X", "a number", {}),
+    str: ("TEXT", "text", {}),
+    tuple[str, ...]: ("PATH", "paths", {"nargs": "+", "action": "extend"}),
+}
+
+
+def setting(
+    default,
+    help: str,
+    *,
+    choices: Iterable = (),
+    expands: dict[str, dict] | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    positional: bool = False,
+    flag: bool = True,
+):
+    """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument.
+
+    A value is the default or one of the `choices`; a number is at `least` 0 and stays `below`.
+    What a value `expands` to are values of other fields, which their own flags override.
+    """
+    if least is None and type(default) in (int, float):
+        least = 0
+    metadata = {
+        "help": help,
+        "choices": tuple(choices or expands or ()),
+        "expands": expands or {},
+        "least": least,
+        "below": below,
+        "positional": positional,
+        "flag": flag,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def with_defaults(kind: type, *hidden: str, **defaults) -> type:
+    """The same settings with other defaults; the hidden ones are no flags."""
+    made = [
+        (
+            f.name,
+            f.type,
+            field(
+                default=defaults.get(f.name, f.default),
+                metadata={**f.metadata, "flag": f.metadata["flag"] and f.name not in hidden},
+            ),
+        )
+        for f in fields(kind)
+    ]
+    return make_dataclass(kind.__name__, made, bases=(kind,), namespace={"__doc__": kind.__doc__})
+
+
+def flags(*groups) -> list[Field]:
+    return [f for group in groups for f in fields(group) if f.metadata["flag"]]
+
+
+def field_faults(settings) -> Iterator[tuple[str, str]]:
+    for f in flags(settings):
+        value, meta = getattr(settings, f.name), f.metadata
+        if meta["choices"] and value not in (f.default, *meta["choices"]):
+            near = difflib.get_close_matches(value, meta["choices"], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield f"--{f.name} {value} is not known", f"{hint}choose {either(meta['choices'])}"
+        if meta["least"] is not None and value < meta["least"]:
+            yield f"--{f.name} {value} is too small", f"use at least {meta['least']}"
+        if meta["below"] is not None and value >= meta["below"]:
+            yield f"--{f.name} {value} is too large", f"stay below {meta['below']}"
+
+
+def check(*groups) -> list[tuple[str, str]]:
+    return [
+        fault
+        for settings in groups
+        for fault in (*field_faults(settings), *getattr(settings, "faults", tuple)())
+    ]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse with flags read from @FILE, a line each, and errors as UserError."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The words of a line; # begins a comment where a word could begin."""
+        line = arg_line.removeprefix("\ufeff")  # a byte-order mark
+        return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", line))
+
+    def error(self, message: str):
+        raise UserError(message, f"see {self.prog} --help")
+
+
+def flag_help(f: Field) -> str:
+    choices = ": " * bool(f.metadata["choices"]) + " | ".join(f.metadata["choices"])
+    default = "none" if f.default in ("", ()) else f.default
+    return f"{f.metadata['help']}{choices} (default: {default})".replace("%", "%%")
+
+
+def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
+    """One command's parser: a group of flags a dataclass, a flag a field."""
+    parser = FlagParser(
+        prog=f"{PROGRAM} {command}",
+        description=about,
+        epilog=f"example:\n  {example}",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for group in groups:
+        topic = parser.add_argument_group(group.__doc__.rstrip("."))
+        for f in flags(group):
+            if f.metadata["positional"]:
+                topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
+            else:
+                metavar, _, arity = KINDS[f.type]
+                topic.add_argument(
+                    f"--{f.name}",
+                    help=flag_help(f),
+                    **arity,
+                    metavar="NAME" if f.metadata["choices"] else metavar,
+                )
+    return parser
+
+
+def settings_of(command: Callable) -> tuple[type, ...]:
+    return tuple(kind for name, kind in typing.get_type_hints(command).items() if name != "return")
+
+
+def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> Iterator[tuple[str, str]]:
+    names = [f"--{f.name}" for f in flags(*groups)]
+    for place, word in enumerate(unknown):
+        near = difflib.get_close_matches(word.split("=")[0], names, 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
+        if word.startswith("--") or place == 0:  # what follows an unknown flag is its value
+            yield f"{word} is not known here", hint
+
+
+def joined_values(argv: list[str], groups: tuple[type, ...]) -> list[str]:
+    """--flag VALUE as --flag=VALUE where the value begins with - or @, which argparse misreads."""
+    single = [f"--{f.name}" for f in flags(*groups) if f.type in (int, float, str)]
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] in single and re.match("-(?!-|h$)|@", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def parse_value(kind: type, given: str | list[str]):
+    """What argparse gave as a value of a field's type; KeyError or ValueError where it is none."""
+    given = "--" if given == [] else given  # argparse drops this value
+    if kind not in (bool, int, float):
+        return tuple(given) if isinstance(given, list) else given
+    if kind is bool:
+        return SWITCH[given.lower()]
+    value = float(given)  # 1e6 is a whole number too
+    if not math.isfinite(value) or (kind is int and value % 1):
+        raise ValueError(given)
+    return kind(given if re.fullmatch(r"[+-]?[\d_]+", given) else value)  # a float is less exact
+
+
+def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
+    """Settings of a command line: defaults, then presets, then flags; UserError has all faults."""
+    for word in argv:
+        if LONE_SURROGATE.search(word):
+            raise UserError(
+                f"the argument {ascii(word)} is not UTF-8",
+                "set the terminal's encoding to UTF-8, or rename the file",
+            )
+    try:
+        known, unknown = parser.parse_known_args(joined_values(argv, groups))
+    except ValueError as fault:  # it is not UTF-8, or a quote is open
+        raise UserError(
+            f"a file of flags cannot be read: {fault}",
+            "write a flag a line, as in the args.txt of a run",
+        ) from fault
+    given, found = vars(known), [*unknown_flags(unknown, groups)]
+    values: dict[str, object] = {}
+    for f in flags(*groups):
+        values |= f.metadata["expands"].get(given.get(f.name), {})
+    for f in flags(*groups):
+        if f.name in given:
+            try:
+                values[f.name] = parse_value(f.type, given[f.name])
+            except (KeyError, ValueError):
+                noun = KINDS[f.type][1]
+                found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
+    made = [
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for group in groups
+    ]
+    raise_all(found + check(*made))
+    return made
+
+
+def read_command(command: Callable, argv: list[str], about: str = "", example: str = "") -> list:
+    groups, name = settings_of(command), command.__name__.removeprefix("cmd_")
+    return read_flags(make_parser(name, about, example, groups), groups, argv)
+
+
+def settings_text(*groups) -> str:
+    """The settings as lines that @FILE reads back; what a preset gave is spelled out."""
+    lines = []
+    for settings in groups:
+        lines.append(f"# {type(settings).__doc__}")
+        for f in flags(settings):
+            value = getattr(settings, f.name)
+            value = int(value) if isinstance(value, bool) else value
+            # one word where it can be, so that a value may begin with - or @
+            words = [f"--{f.name}", *value] if isinstance(value, tuple) else [f"--{f.name}={value}"]
+            if f.name not in NOT_REPEATED and value not in ("", ()):
+                lines.append(shlex.join(words))
+    return "\n".join(lines) + "\n"
+
+
+def settings_dict(*groups) -> dict:
+    return {k: v for settings in groups for k, v in asdict(settings).items()}
+
+
+# ==================================================================================================
+# Settings: every setting once: name, type, default, help, choices and what it expands to
 # ==================================================================================================
 
 PURE = {"n_kv_head": 4, "qk_norm": True, "seq_len": 2048, "vocab_size": 50304}
+
 PRESETS = {  # name -> values of settings fields; a flag given beside --preset wins
     "138m": {"n_layer": 12, "d_model": 768, "n_head": 12, "ffn_mult": 4.0},
     "350m": {"n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_mult": 4.0},
@@ -359,52 +676,8 @@ PRESETS = {  # name -> values of settings fields; a flag given beside --preset w
         "vocab_size": 32000,
     },
 }
-FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
-NOT_REPEATED = ("preset", "resume", "profile")  # written out; and said of one start alone
-SWITCH = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
-KINDS = {  # type of a flag -> its value in the help, what it is called, how argparse takes it
-    bool: ("0|1", "1 or 0", {"nargs": "?", "const": "1"}),
-    int: ("N", "a whole number", {}),
-    float: ("X", "a number", {}),
-    str: ("TEXT", "text", {}),
-    tuple[str, ...]: ("PATH", "paths", {"nargs": "+", "action": "extend"}),
-}
+
 PART = re.compile(r"([\w-]+)=(.+):(\d*\.?\d+)")  # of a mixture
-
-
-def setting(
-    default,
-    help: str,
-    *,
-    choices: Iterable = (),
-    least: float | None = None,
-    below: float | None = None,
-    positional: bool = False,
-    flag: bool = True,
-):
-    """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument. A
-    value is the default or one of the `choices`; a number is at `least` 0 and stays `below`."""
-    least = 0 if least is None and type(default) in (int, float) else least
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": tuple(choices),
-            "least": least,
-            "below": below,
-            "positional": positional,
-            "flag": flag,
-        },
-    )
 
 
 @dataclass
@@ -499,7 +772,7 @@ class DeviceSettings:
 class StepSettings:
     """Size and price of a step."""
 
-    preset: str = setting("", "a published size by name", choices=PRESETS)
+    preset: str = setting("", "a published size by name", expands=PRESETS)
     batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
     grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
     grad_checkpoint: bool = setting(False, "recompute layers in the backward pass: far less memory")
@@ -552,10 +825,6 @@ class OptimSettings:
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def either(options: Iterable) -> str:
-    return " or ".join(map(str, options))
 
 
 @dataclass
@@ -751,7 +1020,7 @@ ALGORITHMS = {  # name -> values of settings fields; a flag given beside --algo 
 class PolicySettings:
     """Policy loss."""
 
-    algo: str = setting("grpo", "values for flags here and of rollouts", choices=ALGORITHMS)
+    algo: str = setting("grpo", "values for flags here and of rollouts", expands=ALGORITHMS)
     ratio: str = setting(
         "token",
         "what is clipped: each token's ratio, the sequence's mean one, "
@@ -878,22 +1147,6 @@ class DemoSettings:
     max_steps: int = setting(0, "training steps; 0 means as many as a few minutes hold")
 
 
-def with_defaults(kind: type, *hidden: str, **defaults) -> type:
-    """The same settings with other defaults; the hidden ones are no flags."""
-    made = [
-        (
-            f.name,
-            f.type,
-            field(
-                default=defaults.get(f.name, f.default),
-                metadata={**f.metadata, "flag": f.metadata["flag"] and f.name not in hidden},
-            ),
-        )
-        for f in fields(kind)
-    ]
-    return make_dataclass(kind.__name__, made, bases=(kind,), namespace={"__doc__": kind.__doc__})
-
-
 BenchSettings = with_defaults(
     InfoSettings,
     "path",
@@ -904,9 +1157,11 @@ BenchSettings = with_defaults(
     "tok_per_s",
     batch_size=4,
 )
+
 TuneRun = with_defaults(
     RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100, ckpt_interval=100
 )
+
 TuneOptim = with_defaults(
     OptimSettings,
     "z_loss",
@@ -916,8 +1171,11 @@ TuneOptim = with_defaults(
     warmup_steps=10,
     weight_decay=0.0,
 )
+
 DpoOptim = with_defaults(TuneOptim, lr=1e-5)
+
 GrpoOptim = with_defaults(TuneOptim, lr=1e-5, schedule="constant")
+
 GrpoRun = with_defaults(
     TuneRun,
     "log_interval",
@@ -929,175 +1187,11 @@ GrpoRun = with_defaults(
     eval_interval=20,
     ckpt_interval=20,
 )
+
 GrpoTune = with_defaults(TuneSettings, "dropout")  # without it the first ratio is exactly 1
 
-
-def flags(*groups) -> list[Field]:
-    return [f for group in groups for f in fields(group) if f.metadata["flag"]]
-
-
-def field_faults(settings) -> Iterator[tuple[str, str]]:
-    for f in flags(settings):
-        value, meta = getattr(settings, f.name), f.metadata
-        if meta["choices"] and value not in (f.default, *meta["choices"]):
-            near = difflib.get_close_matches(value, meta["choices"], 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            yield f"--{f.name} {value} is not known", f"{hint}choose {either(meta['choices'])}"
-        if meta["least"] is not None and value < meta["least"]:
-            yield f"--{f.name} {value} is too small", f"use at least {meta['least']}"
-        if meta["below"] is not None and value >= meta["below"]:
-            yield f"--{f.name} {value} is too large", f"stay below {meta['below']}"
-
-
-def check(*groups) -> list[tuple[str, str]]:
-    return [
-        fault
-        for settings in groups
-        for fault in (*field_faults(settings), *getattr(settings, "faults", tuple)())
-    ]
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse with flags read from @FILE, a line each, and errors as UserError."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The words of a line; # begins a comment where a word could begin."""
-        line = arg_line.removeprefix("\ufeff")  # a byte-order mark
-        return shlex.split(re.sub(FILE_COMMENT, lambda m: m[1] or "", line))
-
-    def error(self, message: str):
-        raise UserError(message, f"see {self.prog} --help")
-
-
-def flag_help(f: Field) -> str:
-    choices = ": " * bool(f.metadata["choices"]) + " | ".join(f.metadata["choices"])
-    default = "none" if f.default in ("", ()) else f.default
-    return f"{f.metadata['help']}{choices} (default: {default})".replace("%", "%%")
-
-
-def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
-    """One command's parser: a group of flags a dataclass, a flag a field."""
-    parser = FlagParser(
-        prog=f"{PROGRAM} {command}",
-        description=about,
-        epilog=f"example:\n  {example}",
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for group in groups:
-        topic = parser.add_argument_group(group.__doc__.rstrip("."))
-        for f in flags(group):
-            if f.metadata["positional"]:
-                topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
-            else:
-                metavar, _, arity = KINDS[f.type]
-                topic.add_argument(
-                    f"--{f.name}",
-                    help=flag_help(f),
-                    **arity,
-                    metavar="NAME" if f.metadata["choices"] else metavar,
-                )
-    return parser
-
-
-def settings_of(command: Callable) -> tuple[type, ...]:
-    return tuple(kind for name, kind in typing.get_type_hints(command).items() if name != "return")
-
-
-def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> Iterator[tuple[str, str]]:
-    names = [f"--{f.name}" for f in flags(*groups)]
-    for place, word in enumerate(unknown):
-        near = difflib.get_close_matches(word.split("=")[0], names, 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
-        if word.startswith("--") or place == 0:  # what follows an unknown flag is its value
-            yield f"{word} is not known here", hint
-
-
-def joined_values(argv: list[str], groups: tuple[type, ...]) -> list[str]:
-    """--flag VALUE as --flag=VALUE where the value begins with - or @, which argparse misreads."""
-    single = [f"--{f.name}" for f in flags(*groups) if f.type in (int, float, str)]
-    words: list[str] = []
-    for word in argv:
-        if words and words[-1] in single and re.match("-(?!-|h$)|@", word):
-            words[-1] += f"={word}"
-        else:
-            words.append(word)
-    return words
-
-
-def parse_value(kind: type, given: str | list[str]):
-    """What argparse gave as a value of a field's type; KeyError or ValueError where it is none."""
-    given = "--" if given == [] else given  # argparse drops this value
-    if kind not in (bool, int, float):
-        return tuple(given) if isinstance(given, list) else given
-    if kind is bool:
-        return SWITCH[given.lower()]
-    value = float(given)  # 1e6 is a whole number too
-    if not math.isfinite(value) or (kind is int and value % 1):
-        raise ValueError(given)
-    return kind(given if re.fullmatch(r"[+-]?[\d_]+", given) else value)  # a float is less exact
-
-
-def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
-    """Settings of a command line: defaults, then presets, then flags; UserError has all faults."""
-    for word in argv:
-        if LONE_SURROGATE.search(word):
-            raise UserError(
-                f"the argument {ascii(word)} is not UTF-8",
-                "set the terminal's encoding to UTF-8, or rename the file",
-            )
-    try:
-        known, unknown = parser.parse_known_args(joined_values(argv, groups))
-    except ValueError as fault:  # it is not UTF-8, or a quote is open
-        raise UserError(
-            f"a file of flags cannot be read: {fault}",
-            "write a flag a line, as in the args.txt of a run",
-        ) from fault
-    given, found = vars(known), [*unknown_flags(unknown, groups)]
-    values = PRESETS.get(given.get("preset"), {}) | ALGORITHMS.get(given.get("algo"), {})
-    for f in flags(*groups):
-        if f.name in given:
-            try:
-                values[f.name] = parse_value(f.type, given[f.name])
-            except (KeyError, ValueError):
-                noun = KINDS[f.type][1]
-                found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
-    made = [
-        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
-        for group in groups
-    ]
-    raise_all(found + check(*made))
-    return made
-
-
-def read_command(command: Callable, argv: list[str], about: str = "", example: str = "") -> list:
-    groups, name = settings_of(command), command.__name__.removeprefix("cmd_")
-    return read_flags(make_parser(name, about, example, groups), groups, argv)
-
-
-def settings_text(*groups) -> str:
-    """The settings as lines that @FILE reads back; what a preset gave is spelled out."""
-    lines = []
-    for settings in groups:
-        lines.append(f"# {type(settings).__doc__}")
-        for f in flags(settings):
-            value = getattr(settings, f.name)
-            value = int(value) if isinstance(value, bool) else value
-            # one word where it can be, so that a value may begin with - or @
-            words = [f"--{f.name}", *value] if isinstance(value, tuple) else [f"--{f.name}={value}"]
-            if f.name not in NOT_REPEATED and value not in ("", ()):
-                lines.append(shlex.join(words))
-    return "\n".join(lines) + "\n"
-
-
-def settings_dict(*groups) -> dict:
-    return {k: v for settings in groups for k, v in asdict(settings).items()}
-
-
 # ==================================================================================================
-# Machine: device, number format, seeds, signals, and everything distributed
+# Machine: device, dtype, seeds, signals, and the collectives of torch.distributed
 # ==================================================================================================
 
 PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of the device's name
@@ -1153,17 +1247,19 @@ class Machine:
         cuda = self.device.type == "cuda"
         return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
-    def total(self, *numbers: float, how: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+    def all_reduce_sum(
+        self, *numbers: float, how: dist.ReduceOp = dist.ReduceOp.SUM
+    ) -> list[float]:
         """Each number summed over all ranks, or what `how` says; on the CPU: no device waits."""
         found = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(found, how)
         return found.tolist()
 
-    def most(self, number: float) -> float:
-        return self.total(number, how=dist.ReduceOp.MAX)[0]
+    def all_reduce_max(self, number: float) -> float:
+        return self.all_reduce_sum(number, how=dist.ReduceOp.MAX)[0]
 
-    def from_main(self, value):
+    def broadcast(self, value):
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
@@ -1175,7 +1271,7 @@ class Machine:
             result = work(*args) if self.main else None
         except (OSError, UserError) as fault:
             result = fault
-        if isinstance(result := self.from_main(result), (OSError, UserError)):
+        if isinstance(result := self.broadcast(result), (OSError, UserError)):
             raise result
         return result
 
@@ -1257,20 +1353,6 @@ def peak_flops(device: torch.device) -> float | None:
     return flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def distribute(module: nn.Module, machine: Machine) -> nn.Module:
-    if machine.world == 1:
-        return module
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})
-
-
-def no_sync(module: nn.Module, last: bool):
-    """Hold the averaging of gradients back until the `last` micro-batch of a step."""
-    averages = last or not isinstance(module, DistributedDataParallel)
-    return contextlib.nullcontext() if averages else module.no_sync()
-
-
 class Signals:
     """Remembers SIGTERM, SIGINT or SIGUSR1 instead of dying of it, but for a second Ctrl-C a second
     or more later; SIGTERM is never taken for impatience, as schedulers send it several times."""
@@ -1298,14 +1380,38 @@ class Signals:
 
 
 # ==================================================================================================
-# Text: the tokenizer and the chat format
+# Sharding: one model trained on several devices
+# ==================================================================================================
+
+
+def distribute(module: nn.Module, machine: Machine) -> nn.Module:
+    if machine.world == 1:
+        return module
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})
+
+
+def no_sync(module: nn.Module, last: bool):
+    """Hold the averaging of gradients back until the `last` micro-batch of a step."""
+    averages = last or not isinstance(module, DistributedDataParallel)
+    return contextlib.nullcontext() if averages else module.no_sync()
+
+
+# ==================================================================================================
+# Tokenizers: text to token ids and back
 # ==================================================================================================
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
+
 ROLES = ("system", "user", "assistant")
+
 CONTROL = tuple(f"<|{role}|>" for role in ROLES) + tuple(f"<|reserved_{i}|>" for i in range(13))
+
 SPACE = "\u2581"  # how SentencePiece spells a space
+
 WORDS_CACHED = 1 << 18  # most words a WordEncoder remembers
+
 LONGEST_CACHED = 48  # characters
 
 
@@ -1478,25 +1584,20 @@ class WordEncoder(dict):
 
 
 # ==================================================================================================
-# Prep: text in any packing becomes token files
+# Prep: text in any format becomes token files
 # ==================================================================================================
 
 BLOCK = 4 << 20  # bytes read at once; a longer document is still read whole
+
 FILE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
 BLANK_LINES = re.compile(r"(?:^|\n)(?:[ \t\r]*\n)+")  # part the documents of --document blank
+
 SPLITS = ("train", "val")
+
 COUNTS = ("tokens", "documents", "bytes")  # of each split, in meta.json
+
 DATA_FILES = ("tokenizer.model", "train.bin", "val.bin", "meta.json")
-
-
-def need(module: str, package: str = ""):
-    """A module of an optional package; raises UserError that says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as fault:
-        name = package or module.partition(".")[0]
-        raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
-
 
 PACKINGS = {
     ".gz": gzip.open,
@@ -1615,11 +1716,6 @@ def numbered_lines(block: TextBlock, errors: str = "strict") -> Iterator[tuple[i
     return ((number, line) for number, line in lines if line.strip())
 
 
-def refuse(wrong: bool, what: str) -> None:
-    if wrong:
-        raise ValueError(what)
-
-
 def json_object(row: object) -> dict:
     """A row, parsed where it is still text; ValueError says what is wrong with it."""
     try:
@@ -1725,48 +1821,6 @@ def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str
         split["documents"] += 1
         split["bytes"] += len(data)
     return splits
-
-
-def in_order(pool: ProcessPoolExecutor, work: Callable, jobs: Iterable, ahead: int) -> Iterator:
-    """(job, result) in the order of the jobs, never more than `ahead` of them in memory."""
-    waiting: deque[tuple[object, Future]] = deque()
-    for job in jobs:
-        waiting.append((job, pool.submit(work, job)))
-        if len(waiting) >= ahead:
-            job, future = waiting.popleft()
-            yield job, future.result()
-    for job, future in waiting:
-        yield job, future.result()
-
-
-def serve_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@contextlib.contextmanager
-def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with the block: at once where it fails, when done where it does not."""
-    context = multiprocessing.get_context(start or ("fork" if sys.platform == "linux" else "spawn"))
-    pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
-    try:
-        yield pool
-        done = True
-    except BrokenProcessPool as fault:
-        raise UserError(
-            "a worker was killed, most likely because memory ran out",
-            "use fewer --workers, or a smaller --sample_mb",
-        ) from fault
-    finally:
-        for child in () if done else multiprocessing.active_children():
-            child.terminate()
-        pool.shutdown(cancel_futures=True)
 
 
 def encode_sources(sources: list[Source], settings: PrepSettings, out: Path) -> dict[str, dict]:
@@ -1931,10 +1985,12 @@ def prepare(settings: PrepSettings) -> dict:
 
 
 # ==================================================================================================
-# Batches: which tokens make up which step
+# Streams: which samples make up which step
 # ==================================================================================================
 
 MIXTURE_BLOCK = 1024  # samples in which each domain has its share
+
+LENGTHS = 8  # a padded batch has one of so many lengths, so that compiling comes to an end
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -1975,6 +2031,7 @@ class JudgedBatch(typing.NamedTuple):
 
 
 AnyBatch = Batch | JudgedBatch
+
 Batches = Iterator[tuple[AnyBatch, int]]  # micro-batches, and what the loss of each is counted in
 
 
@@ -2047,6 +2104,23 @@ def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 
         batch.ids[i, : len(ids)] = torch.from_numpy(ids)
         batch.targets[i, : len(ids)] = torch.from_numpy(targets)
     return batch
+
+
+def padded_length(longest: int, limit: int) -> int:
+    unit = -(-limit // LENGTHS)
+    return min(limit, -(-longest // unit) * unit)
+
+
+def pack_lengths(lengths: list[int], room: int) -> list[list[int]]:
+    """Indices of lengths in bins that hold `room`: longest first, each where it fits best."""
+    bins: list[tuple[int, list[int]]] = []  # (room left, indices), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(bins, (lengths[i], []))
+        left, chosen = room, []
+        if at < len(bins):
+            left, chosen = bins.pop(at)
+        bisect.insort(bins, (left - lengths[i], [*chosen, i]))
+    return [chosen for _, chosen in bins]
 
 
 class Windows(Stream):
@@ -2147,10 +2221,19 @@ def mixed(parts: list[Stream], weights: list[float]) -> Stream:
     return parts[0] if len(parts) == 1 else Mixture(parts, weights)
 
 
+# ==================================================================================================
+# Conversations: rows of every shape become turns, and turns become examples
+# ==================================================================================================
+
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
-FAULTS_SHOWN = 5  # bad rows named in full; all are counted
-LENGTHS = 8  # a padded batch has one of so many lengths, so that compiling comes to an end
+
 Turns = list[tuple[str, str]]
+
+Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
+
+Part = tuple[str, float, Stream]  # a domain's name, weight and encoded rows
+
+Prompt = tuple[Turns, object]  # what is to be answered, and the answer that a row gives, or None
 
 
 def clean(value: object, what: str) -> str:
@@ -2210,6 +2293,21 @@ def preference(row: dict) -> tuple[Turns, Turns]:
     return chosen, rejected
 
 
+def judged(row: dict) -> Row:
+    if "label" not in row:
+        return list(preference(row)), [0.0]
+    refuse(row["label"] not in (0, 1), f"label {row['label']!r} is not 0 or 1")
+    return [conversation(row)], [float(row["label"])]
+
+
+def row_prompt(row: dict) -> Prompt:
+    if {"messages", "conversations", "instruction", "response", "completion"} & set(row):
+        *turns, (_, answer) = conversation(row)
+        return turns, answer
+    asked = row.get("prompt", row.get("question"))
+    return check_turns(turns_of(asked, "user", "prompt")), row.get("answer")
+
+
 def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
     """(line, text still to be parsed) of a .jsonl, or (row, object) of a .json or .parquet."""
     text = source.path.read_text("utf-8-sig") if source.path.suffix == ".json" else ""
@@ -2245,92 +2343,6 @@ def read_rows(
     if not good:
         raise UserError(f"there is no row in {', '.join(paths)}", "give rows to learn from")
     return good
-
-
-OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
-
-
-def arithmetic(text: str) -> Fraction:
-    """The value of an expression of whole numbers, + - * / and brackets; else ValueError."""
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-        return OPERATIONS[type(node.op)](*map(value, parts))
-
-    refuse(not re.fullmatch(r"[\d\s()+*/-]*", text), "no arithmetic")  # 1_2 and # 3 are Python too
-    try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (
-        SyntaxError,
-        AttributeError,
-        KeyError,
-        ZeroDivisionError,
-        RecursionError,
-        MemoryError,
-    ) as fault:  # most are of nodes that have no place here
-        raise ValueError("no arithmetic") from fault
-
-
-def add_row(rng: random.Random, digits: int) -> dict:
-    """A sum of numbers of two (one, where --difficulty is 1) to so many digits."""
-    sizes = [rng.randint(min(2, digits), digits) for _ in "ab"]
-    a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in sizes)
-    return {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}
-
-
-def countdown_row(rng: random.Random, count: int) -> dict:
-    """Numbers that make a target; the response only shows the form, and is right by chance."""
-    numbers = [rng.randint(1, 12) for _ in range(max(2, count))]
-
-    def expression() -> str:
-        words = [str(n) for n in rng.sample(numbers, len(numbers))]
-        return words[0] + "".join(f" {rng.choice('+-*')} {word}" for word in words[1:])
-
-    target = next(n for _ in range(1000) if 0 < (n := arithmetic(expression())) < 100)
-    return {
-        "prompt": f"Make {target} from {', '.join(map(str, numbers))}.",
-        "response": expression(),
-        "answer": str(target),
-        "numbers": numbers,
-    }
-
-
-def sort_row(rng: random.Random, count: int) -> dict:
-    numbers = [rng.randrange(100) for _ in range(count + 1)]
-    return {
-        "prompt": f"Sort {' '.join(map(str, numbers))}.",
-        "answer": " ".join(map(str, sorted(numbers))),
-    }
-
-
-def copy_row(rng: random.Random, count: int) -> dict:
-    letters = " ".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(count + 1))
-    return {"prompt": f"Repeat {letters}.", "answer": letters}
-
-
-TASKS = {"add": add_row, "countdown": countdown_row, "sort": sort_row, "copy": copy_row}
-TASK_REWARDS = {"add": "number", "countdown": "countdown", "sort": "exact", "copy": "exact"}
-
-
-def task_rows(settings: TaskSettings, seed: int) -> list[dict]:
-    """Different rows of --task, the same for the same seed; fewer where there are not so many."""
-    rows = {}
-    for i in range(20 * settings.task_rows):
-        rng = random.Random(f"{seed}/{settings.task}/{settings.difficulty}/{i}")
-        row = TASKS[settings.task](rng, settings.difficulty)
-        rows.setdefault(row["prompt"], {"response": row["answer"], **row})
-        if len(rows) == settings.task_rows:
-            break
-    return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -2396,23 +2408,6 @@ def data_key(groups: Iterable[list[Example]]) -> str:
     for one in (one for group in groups for one in group):
         digest.update(one.ids.tobytes() + one.learned.tobytes())
     return digest.hexdigest()
-
-
-def padded_length(longest: int, limit: int) -> int:
-    unit = -(-limit // LENGTHS)
-    return min(limit, -(-longest // unit) * unit)
-
-
-def pack_lengths(lengths: list[int], room: int) -> list[list[int]]:
-    """Indices of lengths in bins that hold `room`: longest first, each where it fits best."""
-    bins: list[tuple[int, list[int]]] = []  # (room left, indices), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(bins, (lengths[i], []))
-        left, chosen = room, []
-        if at < len(bins):
-            left, chosen = bins.pop(at)
-        bisect.insort(bins, (left - lengths[i], [*chosen, i]))
-    return [chosen for _, chosen in bins]
 
 
 class Chats(Stream):
@@ -2609,7 +2604,7 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionMask:
     """What the queries of one forward pass may see.
 
     query (B, T) or (1, T) and key (1, S) are places in the sequence, counted from its first sink;
@@ -2621,7 +2616,7 @@ class Sight:
     documents: Tensor | None
     sinks: int
 
-    def rule(self, window: int) -> Callable[..., Tensor]:
+    def mask_mod(self, window: int) -> Callable[..., Tensor]:
         """True where, in row b and any head, a query sees a key."""
         documents, sinks = self.documents, self.sinks
 
@@ -2643,7 +2638,7 @@ class Sight:
             if self.documents is None
             else torch.arange(len(self.documents), device=key.device).view(-1, 1, 1, 1)
         )
-        return self.rule(window)(rows, None, query, key)
+        return self.mask_mod(window)(rows, None, query, key)
 
     def block_mask(self, window: int) -> BlockMask:
         """The same for flex_attention, which skips the blocks that nobody sees."""
@@ -2651,7 +2646,7 @@ class Sight:
         eager = self.key.device.type == "cpu" or torch.compiler.is_compiling()
         create = create_block_mask if eager else compiled(create_block_mask)  # no whole (T, S)
         return create(
-            self.rule(window),
+            self.mask_mod(window),
             rows,
             None,
             self.query.shape[1],
@@ -2792,9 +2787,9 @@ class MoE(nn.Module):
         if not self.training:
             self.usage += counts
         share = counts.float() / counts.sum()
-        side = self.balance_loss * self.E * (share * chances.mean(0)).sum()
-        side = side + self.router_z_loss * scores.logsumexp(-1).square().mean()
-        return y.view_as(x), side
+        aux_loss = self.balance_loss * self.E * (share * chances.mean(0)).sum()
+        aux_loss = aux_loss + self.router_z_loss * scores.logsumexp(-1).square().mean()
+        return y.view_as(x), aux_loss
 
     def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         dtype = matmul_dtype(rows)  # grouped_mm does not cast by itself
@@ -2816,8 +2811,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         x = x + self.drop(self.attn(self.norm1(x), context))
         y = self.mlp(self.norm2(x))
-        y, side = y if isinstance(y, tuple) else (y, None)
-        return x + self.drop(y), side
+        y, aux_loss = y if isinstance(y, tuple) else (y, None)
+        return x + self.drop(y), aux_loss
 
 
 class Transformer(nn.Module):
@@ -2891,14 +2886,14 @@ class Transformer(nn.Module):
         key = torch.arange(seen + length, device=x.device).unsqueeze(0)
         positions = cache.positions(length) if seen else key
         documents, places = self.documents(ids) if cache is None else (None, None)
-        sight = Sight(positions, key, documents, config.n_sink)
+        attention_mask = AttentionMask(positions, key, documents, config.n_sink)
         flex = (
             cache is None
             and x.device.type == "cuda"
             and config.head_size >= 16
             and not (self.training and config.dropout)
         )
-        make = sight.block_mask if flex else sight.mask
+        make = attention_mask.block_mask if flex else attention_mask.mask
         plain = documents is None and (seen == 0 or (length == 1 and len(set(cache.lengths)) == 1))
         masks = {False: None if plain else make(0)}
         if config.window:
@@ -2907,39 +2902,42 @@ class Transformer(nn.Module):
         turns = self.rotary(positions if places is None else places, x)
         return Context(*turns, cache, positions, masks)
 
-    def hidden_and_side(
+    def hidden_and_aux_loss(
         self, ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Final hidden states (B, T, d) of ids (B, T), and the mixture's side loss, if any. With
         a cache, ids follow what it holds; `lengths` says how many of a padded row count."""
-        x, sides = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0), []
+        x, aux_losses = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0), []
         context = self.context(ids, x, cache)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
-                x, side = recompute(block, x, context, use_reentrant=False)
+                x, aux_loss = recompute(block, x, context, use_reentrant=False)
             else:
-                x, side = block(x, context)
-            sides += [] if side is None else [side]
+                x, aux_loss = block(x, context)
+            aux_losses += [] if aux_loss is None else [aux_loss]
         extra = x.shape[1] - ids.shape[1]
         if cache is not None:
             new = lengths or [ids.shape[1]] * len(ids)
             cache.lengths = [old + extra + n for old, n in zip(cache.lengths, new, strict=True)]
-        return self.norm(x[:, extra:]), sum(sides) / len(sides) if sides else None
+        return self.norm(x[:, extra:]), sum(aux_losses) / len(aux_losses) if aux_losses else None
 
     def next_logits(self, ids: Tensor, positions: Tensor, cache: KVCache, end: int) -> Tensor:
         """Logits (B, V) after ids (B, 1), which lie at `positions` (B, 1), all before `end`. This
         is what is compiled: the cache's own lengths are neither read nor changed."""
         x = self.embed(ids, with_sinks=False)
         key = torch.arange(end, device=ids.device).unsqueeze(0)
-        sight = Sight(positions, key, None, self.config.n_sink)
-        masks = {windowed: sight.mask(self.config.window * windowed) for windowed in (False, True)}
+        attention_mask = AttentionMask(positions, key, None, self.config.n_sink)
+        masks = {
+            windowed: attention_mask.mask(self.config.window * windowed)
+            for windowed in (False, True)
+        }
         context = Context(*self.rotary(positions, x), cache, positions, masks, end)
         for block in self.blocks:
             x, _ = block(x, context)
         return self.logits(self.norm(x))[:, -1]
 
     def hidden(self, ids: Tensor, *args) -> Tensor:
-        return self.hidden_and_side(ids, *args)[0]
+        return self.hidden_and_aux_loss(ids, *args)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of final hidden states, bent by softcap (Gemma Team 2024, section 2)."""
@@ -3050,6 +3048,7 @@ def merge_lora(
 # ==================================================================================================
 
 DROP_WHEN = 0.25  # share of finished rows at which a batch takes in waiting ones, or shrinks
+
 LEAST_END = 64  # of the keys that a compiled step sees; further ends are powers of two
 
 
@@ -3276,23 +3275,23 @@ def token_losses(
     return by_parts(work, hidden, targets)
 
 
-def hidden_and_side(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_and_aux_loss(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Final hidden states (B, T, d) and, in training, a mixture's side loss a row, or else 0."""
-    hidden, side = model.hidden_and_side(ids)
-    return hidden, side if model.training and side is not None else hidden.new_zeros(())
+    hidden, aux_loss = model.hidden_and_aux_loss(ids)
+    return hidden, aux_loss if model.training and aux_loss is not None else hidden.new_zeros(())
 
 
 def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Summed cross-entropy of a micro-batch (B, T), in nats; in training with the side losses."""
-    hidden, side = hidden_and_side(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids)
     losses = token_losses(hidden, model.logits, targets, z_loss if model.training else 0.0)
-    return losses.sum() + side * (targets != IGNORE).sum()
+    return losses.sum() + aux_loss * (targets != IGNORE).sum()
 
 
 def sequence_logps(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each row's targets (B,), and the side loss a row."""
-    hidden, side = hidden_and_side(model, ids)
-    return -token_losses(hidden, model.logits, targets).view(targets.shape).sum(1), side
+    hidden, aux_loss = hidden_and_aux_loss(model, ids)
+    return -token_losses(hidden, model.logits, targets).view(targets.shape).sum(1), aux_loss
 
 
 def gap(pairs: Tensor) -> Tensor:  # (B, 2) -> (B,): the chosen less the rejected
@@ -3326,10 +3325,15 @@ PREFERENCE_LOSSES = {
     "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s.label_smoothing),
     "orpo": orpo_loss,
 }
+
 BY_LENGTH = ("ipo", "simpo", "orpo")  # rewards are means a token (Meng et al. 2024, section 2.2)
+
 REFERENCE_FREE = ("simpo", "orpo")
+
 PAIR_METRICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "length_bias")
+
 BINS = 10  # of calibration
+
 JUDGE_METRICS = ("loss", "margin", "accuracy") + ("bin",) * BINS
 
 
@@ -3338,11 +3342,11 @@ def preference_loss(
 ) -> Tensor:
     """PAIR_METRICS summed over pairs: ids, targets (2B, T), chosen and rejected in turn; reference:
     log-probs (B, 2). length_bias: by how many tokens the answer of higher reward is longer."""
-    logps, side = sequence_logps(model, ids, targets)
+    logps, aux_loss = sequence_logps(model, ids, targets)
     policy, lengths = logps.view(-1, 2), (targets != IGNORE).sum(1).view(-1, 2)
     ratios = policy if settings.loss in REFERENCE_FREE else policy - reference
     rewards = settings.beta * (ratios / lengths if settings.loss in BY_LENGTH else ratios)
-    losses = PREFERENCE_LOSSES[settings.loss](rewards, policy / lengths, settings) + side
+    losses = PREFERENCE_LOSSES[settings.loss](rewards, policy / lengths, settings) + aux_loss
     margin = gap(rewards.detach())
     metrics = margin, (margin > 0).float(), *policy.detach().unbind(1), margin.sign() * gap(lengths)
     return torch.stack([losses.sum(), *(m.sum() for m in metrics)])
@@ -3350,16 +3354,16 @@ def preference_loss(
 
 def reward_scores(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The scalar head at the end of each row's last target (B,), and the side loss a row."""
-    hidden, side = hidden_and_side(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids)
     rows, places = (torch.arange(n, device=ids.device) for n in ids.shape)
     ends = ((targets != IGNORE) * places).amax(1) + 1
-    return model.score(hidden[rows, ends]).squeeze(-1).float(), side
+    return model.score(hidden[rows, ends]).squeeze(-1).float(), aux_loss
 
 
-def judge_metrics(logits: Tensor, side: Tensor | float) -> Tensor:
+def judge_metrics(logits: Tensor, aux_loss: Tensor | float) -> Tensor:
     """JUDGE_METRICS summed, of logits (B,) in favour of what is right. A bin holds the confidence
     less the success of the judgements of such confidence (Guo et al. 2017, eq. 3)."""
-    loss, logits = (side - F.logsigmoid(logits)).sum(), logits.detach()
+    loss, logits = (aux_loss - F.logsigmoid(logits)).sum(), logits.detach()
     right, confidence = (logits > 0).float(), logits.abs().sigmoid()
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     error = torch.zeros(BINS, device=logits.device).scatter_add_(0, bins, confidence - right)
@@ -3369,13 +3373,14 @@ def judge_metrics(logits: Tensor, side: Tensor | float) -> Tensor:
 def judge_loss(model: Transformer, ids: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """JUDGE_METRICS of pairs, chosen and rejected in turn (Bradley and Terry 1952), or of single
     answers with labels (B, 1): a verifier (Cobbe et al. 2021)."""
-    scores, side = reward_scores(model, ids, targets)
+    scores, aux_loss = reward_scores(model, ids, targets)
     paired = len(scores) > len(labels)
     logits = gap(scores.view(-1, 2)) if paired else scores * (2 * labels.squeeze(1) - 1)
-    return judge_metrics(logits, side)
+    return judge_metrics(logits, aux_loss)
 
 
 SPREAD_FLOOR = 1e-4  # added to a group's standard deviation
+
 POLICY_METRICS = ("loss", "kl", "entropy", "clip_low", "clip_high", "ratio_most", "ratio_least")
 
 
@@ -3437,9 +3442,9 @@ def completion_logps(
         whole = logps if spread else logps.detach()
         return torch.stack((chosen, -(whole.exp() * whole).sum(-1)))
 
-    hidden, side = hidden_and_side(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids)
     both = by_parts(work, hidden, targets).view(2, *targets.shape) * (targets != IGNORE)
-    return *both, side
+    return *both, aux_loss
 
 
 def policy_loss(
@@ -3457,8 +3462,10 @@ def policy_loss(
     and the extreme ratios. ids, targets, old, advantages, reference: (B, T); where old log-probs
     are NaN the ratio is 1. weights (B, 2): what a token counts, and what its plain log-likelihood
     does. scalars (B, 2): sampling temperature and entropy bonus, the same in each row."""
-    heat, bonus = scalars[0]
-    logps, entropy, side = completion_logps(model, ids, targets, heat, settings.entropy_target > 0)
+    temperature, bonus = scalars[0]
+    logps, entropy, aux_loss = completion_logps(
+        model, ids, targets, temperature, settings.entropy_target > 0
+    )
     mask = targets != IGNORE
     log_ratio = (logps - torch.where(old.isnan(), logps.detach(), old)) * mask
     if settings.ratio == "sequence":  # Zheng et al. 2025 (GSPO), eq. 7
@@ -3474,7 +3481,7 @@ def policy_loss(
     loss = -gain - bonus * entropy
     if settings.kl:  # without a reference it may overflow, and 0 times that is no number
         loss = loss + settings.kl * kl
-    loss = (mask * (loss * weights[:, :1] - logps * weights[:, 1:])).sum() + side * len(ids)
+    loss = (mask * (loss * weights[:, :1] - logps * weights[:, 1:])).sum() + aux_loss * len(ids)
     low = (ratio < 1 - settings.clip_low) & (advantages < 0) & mask
     high = (ratio > 1 + settings.clip_high) & (advantages > 0) & mask
     metrics = kl.sum(), entropy.sum(), low.sum(), high.sum(), ratio.max(), ratio.min()
@@ -3521,9 +3528,13 @@ DESCENTS = {
     "wsd_sqrt": math.sqrt,  # Hagele et al. 2024, section 3
     "constant": lambda gone: 0.0,
 }
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
+
 NEWTON_SCHULZ_STEPS = 5
+
 MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
+
 MUON_SCALES = {
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "shape": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -3665,7 +3676,7 @@ def make_optimizers(
     return made
 
 
-class Average:
+class EMA:
     """An exponential moving average of a model's weights, which can stand in for them."""
 
     def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
@@ -3718,7 +3729,9 @@ def set_step(
 # ==================================================================================================
 
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile and DDP leave in names
+
 OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
+
 BROKEN = (  # whatever torch's reader runs into on bytes that lie
     RuntimeError,
     EOFError,
@@ -3938,7 +3951,7 @@ def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 
 
 # ==================================================================================================
-# Gauges: metrics to files and services, and the progress line
+# Metrics: figures of a run to files and services, and the progress line
 # ==================================================================================================
 
 
@@ -4015,7 +4028,7 @@ def curve(values: list[float], width: int = 60, height: int = 8) -> str:
     )
 
 
-class Gauges:
+class Metrics:
     """What a run tells its logs, services and progress line, read off the device when it does."""
 
     def __init__(
@@ -4050,7 +4063,9 @@ class Gauges:
     def totals(self) -> list[float]:
         """Losses and gradient norm summed since the last line; UserError where one is no number."""
         *losses, norm = self.sums.tolist()
-        totals = [total / self.machine.world for total in self.machine.total(*losses)] + [norm]
+        totals = [total / self.machine.world for total in self.machine.all_reduce_sum(*losses)] + [
+            norm
+        ]
         if not math.isfinite(sum(totals)):
             raise UserError(
                 f"the loss or its gradient is no longer a number at step {self.step}",
@@ -4125,13 +4140,13 @@ class Gauges:
 
 
 # ==================================================================================================
-# Loop: the one training loop
+# Trainer: the one training loop, given a loss
 # ==================================================================================================
 
-BENCH_STEPS = (2, 3)  # to warm up, and timed
-BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compile is worth its wait
+
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
+
 SAME_ON_RESUME = (
     "seed",
     "seq_len",
@@ -4146,6 +4161,7 @@ SAME_ON_RESUME = (
     "data_key",
     "reference",
 )
+
 NOT_SAME = {
     "data_key": "other rows in --data",
     "reference": "another reference, or none",
@@ -4225,7 +4241,7 @@ class Trainer:
         self.step, self.samples = saved.get("step", 0), saved.get("samples", 0)
         self.best_val = saved.get("best_val", math.inf)
         self.optimizers = make_optimizers(job.model, optim, machine.device)
-        self.ema = Average(job.model, optim.ema, saved.get("ema")) if optim.ema else None
+        self.ema = EMA(job.model, optim.ema, saved.get("ema")) if optim.ema else None
         self.averaged = self.ema.in_place if self.ema else contextlib.nullcontext
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.dtype == torch.float16
@@ -4242,7 +4258,7 @@ class Trainer:
         if self.compiled:
             objective = torch.compile(objective, dynamic=False)
         self.objective, self.wrapped = objective, distribute(objective, machine)
-        self.gauges = Gauges(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
+        self.metrics = Metrics(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
 
     def checkpoint(self) -> dict:
         model, lora = self.job.model, self.job.lora
@@ -4261,7 +4277,7 @@ class Trainer:
             "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
             "args": {**self.args, "step_samples": self.step_samples},
-            "gauges": self.gauges.state(),
+            "gauges": self.metrics.state(),
             "tokenizer": self.job.tokenizer.data,
         }
 
@@ -4274,7 +4290,7 @@ class Trainer:
         batch = self.job.stream.step(
             self.samples, run.batch_size, run.grad_accum_steps, machine.rank, machine.world
         )
-        targets, tokens, stops = machine.total(batch.targets, batch.tokens, stop)
+        targets, tokens, stops = machine.all_reduce_sum(batch.targets, batch.tokens, stop)
         seed_step(self.args["seed"], self.step, machine.rank)
         lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
         losses = sum(self.accumulate(self.wrapped, batch.micros, machine.world / targets))
@@ -4283,11 +4299,11 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         self.samples += batch.samples
-        self.gauges.add(self.step, losses, norm, int(tokens))
-        row = self.gauges.row(lr) if self.due(run.log_interval) else {}
+        self.metrics.add(self.step, losses, norm, int(tokens))
+        row = self.metrics.row(lr) if self.due(run.log_interval) else {}
         if self.due(run.eval_interval):
             row |= self.evaluate()
-        self.gauges.write(row)
+        self.metrics.write(row)
         return bool(stops)
 
     def accumulate(
@@ -4320,13 +4336,13 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics; a new best is saved at once."""
-        self.gauges.totals()  # refuses a model whose loss is no number
-        with self.gauges.aside(), self.averaged():
+        self.metrics.totals()  # refuses a model whose loss is no number
+        with self.metrics.aside(), self.averaged():
             self.objective.eval()
             with torch.no_grad(), self.machine.autocast():
                 row = self.job.evaluate(self.objective)
                 if self.job.samples and self.machine.main:
-                    self.gauges.write_samples(self.job.samples(self.job.model))
+                    self.metrics.write_samples(self.job.samples(self.job.model))
             self.objective.train()
             if not math.isfinite(sum(row.values())):
                 raise UserError(
@@ -4336,13 +4352,13 @@ class Trainer:
             if row.get(self.job.best, math.inf) < self.best_val:
                 self.best_val = row[self.job.best]
                 self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
-        if self.machine.main and not self.gauges.progress.bar and row:
+        if self.machine.main and not self.metrics.progress.bar and row:
             figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
             say_aside(f"step {self.step}: {figures}")
         return row
 
     def save(self) -> None:
-        with self.gauges.aside():
+        with self.metrics.aside():
             self.machine.on_main(save_step, self.out, self.checkpoint(), self.run.keep_last)
 
     def fit(self) -> int:
@@ -4357,7 +4373,7 @@ class Trainer:
                     watched.step()
                 if stop or self.due(self.run.ckpt_interval):
                     self.save()
-        self.gauges.progress.close()
+        self.metrics.progress.close()
         if self.step < self.run.max_steps:
             world = self.machine.world
             launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
@@ -4420,79 +4436,72 @@ def check_same_run(
         )
 
 
-def time_steps(
-    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, run: RunSettings
-) -> dict:
-    """The gauges' row of a few steps on random tokens, after others that warm up."""
-    machine, network = open_machine(device), Transformer(config)
-    network.init_weights(device.seed)
-    network.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    size = sum(BENCH_STEPS) * run.batch_size * config.seq_len + 1
-    ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
-    job = Job(
-        "bench",
-        network,
-        functools.partial(pretrain_loss, z_loss=optim.z_loss),
-        Windows(ids, config.seq_len, device.seed),
-        lambda module: {},
-        None,
+def train_job(
+    job: Job,
+    machine: Machine,
+    run: RunSettings,
+    optim: OptimSettings,
+    groups: tuple,
+    told: dict,
+    epochs: float = 1.0,
+    make: Callable[..., Trainer] = Trainer,
+) -> int:
+    """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
+    model, stream, out = job.model, job.stream, Path(run.out_dir)
+    args, args_text = settings_dict(*groups) | told, settings_text(*groups)
+    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
+    if saved := read_checkpoint(newest) if newest else None:
+        check_same_run(saved, job.kind, model.config, job.tokenizer, args, out)
+        if not stream.per_step:
+            keep_step_size(run, saved, machine.world)
+        model.load_state_dict(saved["model"], strict=not job.lora)
+    model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
+    step_tokens = samples * job.sample_tokens
+    run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
+
+    def begin() -> None:  # OSError here costs no paid hour
+        with atomic_write(out / "args.txt", "w") as file:
+            file.write(args_text)
+        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
+            half.unlink()
+
+    machine.on_main(begin)
+    trained = sum(w.numel() for w in trained_weights(model).values()) / total
+    say(
+        f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
+        f"{f'{trained:.1%} of them trained, ' if job.lora else ''}"
+        f"{model.config.n_layer} layers, context {model.config.seq_len}",
+        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
+        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
+        f"the run {short(step_tokens * run.max_steps)} "
+        f"({samples * run.max_steps / stream.count:.2g} epochs)",
+        *([f"resuming {out} after step {saved['step']}"] if saved else []),
     )
-    with contextlib.redirect_stderr(io.StringIO()):
-        trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
-        for count in BENCH_STEPS:
-            for _ in range(count):
-                trainer.train_step(0)
-            row = trainer.gauges.row(0.0)  # of the time since the row before
-    return row
-
-
-def trial(
-    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, flags: dict
-) -> float:
-    """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
-    process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
-    step = {name: value for name, value in flags.items() if name != "dtype"}
-    device, told = replace(device, dtype=flags["dtype"]), "does not fit in memory"
-    with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
-        run = RunSettings(out_dir=out, **step)  # too few steps for a log or an evaluation
-        try:
-            row = pool.submit(time_steps, config, optim, device, run).result()
-            told = f"{short(row['perf/tok_per_s'])} tokens a second"
-            told += f", mfu {row['perf/mfu']:.1%}" if row["perf/mfu"] else ", mfu unknown"
-            told += f", {row['gpu/memory_gb']:.2f} GB" if "gpu/memory_gb" in row else ""
-        except RuntimeError as fault:  # killed, or told so by torch
-            row = {"perf/tok_per_s": 0.0}
-            if not isinstance(fault, BrokenProcessPool) and "allocate" not in str(fault):
-                raise
-    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + f": {told}")
-    return row["perf/tok_per_s"]
-
-
-def fastest(
-    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict]
-) -> tuple[dict, float]:
-    """The flags of most speed, and that: each change is made to the best so far, and the batch
-    doubled for as long as it pays; layers are recomputed where memory ended that."""
-    most, full = 0.0, False
-    for change in (*changes, {"grad_checkpoint": 1}):
-        tried = flags | change
-        if tried["grad_checkpoint"]:
-            if not full:
-                break
-            tried["batch_size"] *= 2 if most else 1
-        while found := speed(tried):
-            before = most
-            if found > most:
-                flags, most = tried, found
-            if found < BENCH_GAIN * before:
-                break
-            tried = tried | {"batch_size": 2 * tried["batch_size"]}
-        full = full or not found
-    return flags, most
+    trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
+    if code := trainer.fit():
+        return code
+    folder, newest = (shlex.quote(str(p)) for p in (out, checkpoint_path(out)))
+    chat, best = "" if job.kind == "train" else " --chat", trainer.best_val
+    more = (
+        [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
+        if job.kind == "reward"
+        else [
+            f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
+            f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
+        ]
+    )
+    say(
+        f"done after {trainer.step} steps in {duration(trainer.metrics.elapsed())}; "
+        + (f"best {job.best} {best:.4f}; " if best < math.inf else "")
+        + "next:",
+        *(f"  python {line}" for line in more),
+    )
+    return 0
 
 
 # ==================================================================================================
-# Judges: how good is a model
+# Evaluation: how good is a model
 # ==================================================================================================
 
 
@@ -4502,7 +4511,7 @@ def expert_usage(model: Transformer, machine: Machine) -> dict[str, float]:
     for block in model.blocks:
         if not isinstance(block.mlp, MoE):
             continue
-        usage = machine.total(*block.mlp.usage.tolist())
+        usage = machine.all_reduce_sum(*block.mlp.usage.tolist())
         shares += [share / max(1.0, sum(usage)) * len(usage) for share in usage]
         block.mlp.usage.zero_()
     if not shares:
@@ -4527,7 +4536,7 @@ def validate(
             targets += size
 
         sums = torch.stack([part.cpu() for part in found]).double().sum(0)
-        *sums, targets = machine.total(*sums.tolist(), targets)
+        *sums, targets = machine.all_reduce_sum(*sums.tolist(), targets)
         if not targets:
             continue
         means.append([total / targets for total in sums])
@@ -4581,7 +4590,7 @@ def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Mach
         result[places] = logps.view(len(places), -1).cpu()
         progress.update(min(len(mine), i + batch_size))
     progress.close()
-    return np.array(machine.total(*result.flatten())).reshape(result.shape)
+    return np.array(machine.all_reduce_sum(*result.flatten())).reshape(result.shape)
 
 
 @torch.inference_mode()
@@ -4622,17 +4631,110 @@ def open_judge(path: str, spm: str, machine: Machine) -> tuple[Transformer, Toke
     return build_model(saved, machine.device), tokenizer_of(saved, spm, path)
 
 
+# ==================================================================================================
+# Tasks and rewards: rows made by rule, and functions that score completions
+# ==================================================================================================
+
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def arithmetic(text: str) -> Fraction:
+    """The value of an expression of whole numbers, + - * / and brackets; else ValueError."""
+
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return OPERATIONS[type(node.op)](*map(value, parts))
+
+    refuse(not re.fullmatch(r"[\d\s()+*/-]*", text), "no arithmetic")  # 1_2 and # 3 are Python too
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (
+        SyntaxError,
+        AttributeError,
+        KeyError,
+        ZeroDivisionError,
+        RecursionError,
+        MemoryError,
+    ) as fault:  # most are of nodes that have no place here
+        raise ValueError("no arithmetic") from fault
+
+
+def add_row(rng: random.Random, digits: int) -> dict:
+    """A sum of numbers of two (one, where --difficulty is 1) to so many digits."""
+    sizes = [rng.randint(min(2, digits), digits) for _ in "ab"]
+    a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in sizes)
+    return {"prompt": f"What is {a} + {b}?", "answer": str(a + b)}
+
+
+def countdown_row(rng: random.Random, count: int) -> dict:
+    """Numbers that make a target; the response only shows the form, and is right by chance."""
+    numbers = [rng.randint(1, 12) for _ in range(max(2, count))]
+
+    def expression() -> str:
+        words = [str(n) for n in rng.sample(numbers, len(numbers))]
+        return words[0] + "".join(f" {rng.choice('+-*')} {word}" for word in words[1:])
+
+    target = next(n for _ in range(1000) if 0 < (n := arithmetic(expression())) < 100)
+    return {
+        "prompt": f"Make {target} from {', '.join(map(str, numbers))}.",
+        "response": expression(),
+        "answer": str(target),
+        "numbers": numbers,
+    }
+
+
+def sort_row(rng: random.Random, count: int) -> dict:
+    numbers = [rng.randrange(100) for _ in range(count + 1)]
+    return {
+        "prompt": f"Sort {' '.join(map(str, numbers))}.",
+        "answer": " ".join(map(str, sorted(numbers))),
+    }
+
+
+def copy_row(rng: random.Random, count: int) -> dict:
+    letters = " ".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(count + 1))
+    return {"prompt": f"Repeat {letters}.", "answer": letters}
+
+
+TASKS = {"add": add_row, "countdown": countdown_row, "sort": sort_row, "copy": copy_row}
+
+TASK_REWARDS = {"add": "number", "countdown": "countdown", "sort": "exact", "copy": "exact"}
+
+
+def task_rows(settings: TaskSettings, seed: int) -> list[dict]:
+    """Different rows of --task, the same for the same seed; fewer where there are not so many."""
+    rows = {}
+    for i in range(20 * settings.task_rows):
+        rng = random.Random(f"{seed}/{settings.task}/{settings.difficulty}/{i}")
+        row = TASKS[settings.task](rng, settings.difficulty)
+        rows.setdefault(row["prompt"], {"response": row["answer"], **row})
+        if len(rows) == settings.task_rows:
+            break
+    return list(rows.values())
+
+
 NUMBER = re.compile(  # a minus behind a number or a word subtracts
     r"(?P<minus>(?<![\w.)])(?<![\d)%]\s)[-−]\s?|[$€£]-)?[$€£]?"
     r"(?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}"
     r"|(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<over>\d+))?)"
     r"\s?(?P<percent>\\?%)?"
 )
+
 MARKED = re.compile(
     r"####\s*([^\n]+)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)</answer>"
     r"|\banswer(?: is\b:?|:)\s*(?=([^\n]+))",
     re.I | re.S,
 )
+
 CHOICE = re.compile(r"^\W*(?![AI]\s+[\w'])([A-Z])(?![\w'])|\(([A-Z])\)|\b([A-Z])(?=[).:,]|\W*$)")
 
 
@@ -4697,7 +4799,9 @@ REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completi
     "length": lambda prompt, text, row: -len(text) / 1000,  # a point for 1,000 characters
     "countdown": countdown_reward,
 }
+
 REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
+
 RUN_FILE = functools.cache(runpy.run_path)  # once in each process
 
 
@@ -4798,7 +4902,7 @@ class Rewards:
 
 
 # ==================================================================================================
-# Rollouts: generate, judge, advantage, update
+# Rollouts: generate, score, advantage, update
 # ==================================================================================================
 
 ENTROPY_STEP = 0.005  # by which the bonus moves a step (He et al. 2025, Skywork-OR1, section 5)
@@ -4896,7 +5000,9 @@ class Sampler:
                 np.mean([one.reward for one in group]),
                 np.mean([len(one.ids) for one in group]),
             )
-        first, some, reward, length = (total / len(places) for total in machine.total(*sums))
+        first, some, reward, length = (
+            total / len(places) for total in machine.all_reduce_sum(*sums)
+        )
         return {
             "val/pass@1": first,
             f"val/pass@{s.eval_samples}": some,
@@ -4940,7 +5046,7 @@ class PolicyTrainer(Trainer):
         self.sampler, self.policy, self.value, saved = sampler, policy, value, saved or {}
         self.share = sampler.settings.prompts // machine.world  # of the prompts
         self.bonus, self.entropy = saved.get("entropy", (0.0, math.inf))
-        self.reference = Average(job.model, 0.0, saved.get("reference")) if policy.kl else None
+        self.reference = EMA(job.model, 0.0, saved.get("reference")) if policy.kl else None
         self.critic, self.critic_model, self.critic_optimizers = None, critic, []
         if critic is not None:
             loss = Objective(critic, functools.partial(value_loss, clip=value.value_clip))
@@ -4971,11 +5077,13 @@ class PolicyTrainer(Trainer):
         dynamic sampling groups without a spread are replaced while draws are left; all ranks draw
         equally often, and each has the same number in the end."""
         s, machine = self.sampler.settings, self.machine
-        kept, dull, draws, missing = [], [], 0, self.share
+        kept, zero_variance, draws, missing = [], [], 0, self.share
         while draws < (s.max_draws if s.dynamic_sampling else 1) and missing:
             first = self.samples + machine.rank * self.share
             lacking = max(0, self.share - len(kept))
-            own = first + np.arange(min(self.share, 2 * lacking))  # some of these may be dull too
+            own = first + np.arange(
+                min(self.share, 2 * lacking)
+            )  # some of these may be zero_variance too
             groups = (
                 self.sampler.draw(
                     self.job.stream.samples(own),
@@ -4988,12 +5096,12 @@ class PolicyTrainer(Trainer):
                 else []
             )
             for group in groups:
-                (kept if len({one.reward for one in group}) > 1 else dull).append(group)
+                (kept if len({one.reward for one in group}) > 1 else zero_variance).append(group)
             self.samples += s.prompts
             draws += 1
-            [missing] = machine.total(max(0, self.share - len(kept)))
-        drawn, alike = machine.total(len(kept) + len(dull), len(dull))
-        rows = [one for group in (kept + dull)[: self.share] for one in group]
+            [missing] = machine.all_reduce_sum(max(0, self.share - len(kept)))
+        drawn, alike = machine.all_reduce_sum(len(kept) + len(zero_variance), len(zero_variance))
+        rows = [one for group in (kept + zero_variance)[: self.share] for one in group]
         return rows, {"train/zero_spread": alike / drawn, "train/draws": draws}
 
     def micros(self, rows: list[Completion]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
@@ -5032,8 +5140,10 @@ class PolicyTrainer(Trainer):
         return found
 
     def logps(self, rows: list[Completion]) -> Tensor:
-        heat = torch.tensor(self.temperature(), device=self.machine.device)
-        return self.measure(rows, lambda *both: completion_logps(self.job.model, *both, heat)[0])
+        temperature = torch.tensor(self.temperature(), device=self.machine.device)
+        return self.measure(
+            rows, lambda *both: completion_logps(self.job.model, *both, temperature)[0]
+        )
 
     def advantages(self, rows: list[Completion], values: Tensor) -> tuple[Tensor, Tensor]:
         """The advantages of the completions' tokens (n,) and the returns that the values (n,),
@@ -5053,7 +5163,7 @@ class PolicyTrainer(Trainer):
         lam = torch.full_like(rewards, s.lam)
         lams = lam, length_adaptive(lengths.double(), s.length_alpha) if s.length_alpha else lam
         critic, own = (gae(paid, before, mask, s.gamma, lam)[mask] for lam in lams)
-        count, total, squares = self.machine.total(len(own), own.sum(), own.square().sum())
+        count, total, squares = self.machine.all_reduce_sum(len(own), own.sum(), own.square().sum())
         deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
         return (own - total / count) / (deviation + SPREAD_FLOOR), critic + values
 
@@ -5061,7 +5171,7 @@ class PolicyTrainer(Trainer):
         """What a token of each row counts in the policy loss and as plain likelihood (n, 2), and
         the step's rows and tokens on all ranks."""
         lengths, right = torch.tensor([(float(len(one.ids)), one.right) for one in rows]).T
-        count, tokens, right_tokens = self.machine.total(
+        count, tokens, right_tokens = self.machine.all_reduce_sum(
             len(rows), lengths.sum(), (lengths * right).sum()
         )
         own = row_weights(
@@ -5095,8 +5205,11 @@ class PolicyTrainer(Trainer):
             norm = self.update(self.job.model, self.optimizers)
         table = torch.stack(found).cpu() / scale  # (updates and micro-batches, metrics)
         loss, *sums = table[:, :-2].sum(0) / policy.updates
-        values = [total / tokens for total in machine.total(*sums)]
-        values += [machine.most(table[:, -2].max()), -machine.most(-table[:, -1].min())]
+        values = [total / tokens for total in machine.all_reduce_sum(*sums)]
+        values += [
+            machine.all_reduce_max(table[:, -2].max()),
+            -machine.all_reduce_max(-table[:, -1].min()),
+        ]
         row = report("train", POLICY_METRICS[1:], values)
         if not self.reference:
             del row["train/kl"]  # nothing to diverge from
@@ -5116,7 +5229,7 @@ class PolicyTrainer(Trainer):
             micros = self.laid_out(rows, [values, returns])
             found = self.accumulate(self.critic, micros, machine.world / tokens)
             self.update(self.critic_model, self.critic_optimizers)
-        loss, clipped, *sums = machine.total(
+        loss, clipped, *sums = machine.all_reduce_sum(
             *sum(found),
             *(
                 power.sum()
@@ -5140,14 +5253,14 @@ class PolicyTrainer(Trainer):
             [(*one.scores, one.reward, len(one.ids), not one.ended, one.right) for one in rows],
             axis=0,
         )
-        means = (total / count for total in self.machine.total(*sums))
+        means = (total / count for total in self.machine.all_reduce_sum(*sums))
         return report("train", names, means) | {"train/temperature": self.temperature()}
 
     def train_step(self, stop: int) -> bool:
         """Complete, judge and learn; whether any rank was told to stop."""
         if self.step == 0:
-            self.gauges.write(self.evaluate())
-        [stops] = self.machine.total(stop)
+            self.metrics.write(self.evaluate())
+        [stops] = self.machine.all_reduce_sum(stop)
         seed_step(self.args["seed"], self.step, self.machine.rank)
         lr = set_step(self.optimizers, self.optim, self.step, self.run.max_steps)
         times = [time.monotonic()]
@@ -5173,135 +5286,22 @@ class PolicyTrainer(Trainer):
         if self.ema:
             self.ema.update(self.step)
         if self.reference and self.step % (self.policy.reference_steps or math.inf) == 0:
-            self.reference = Average(self.job.model, 0.0, None)
-        self.gauges.add(self.step, loss, norm, int(tokens))
-        row |= self.gauges.row(lr)
+            self.reference = EMA(self.job.model, 0.0, None)
+        self.metrics.add(self.step, loss, norm, int(tokens))
+        row |= self.metrics.row(lr)
         row["perf/rollout_tok_per_s"], row["perf/update_tok_per_s"] = tokens / np.diff(times)
-        self.gauges.note = f"reward {row['train/reward']:.3f} {self.gauges.note}"
+        self.metrics.note = f"reward {row['train/reward']:.3f} {self.metrics.note}"
         if self.machine.main:
-            self.gauges.write_samples(self.sampler.shown(), aloud=False)
+            self.metrics.write_samples(self.sampler.shown(), aloud=False)
         if self.due(self.run.eval_interval):
             row |= self.evaluate()
-        self.gauges.write(row)
+        self.metrics.write(row)
         return bool(stops)
 
 
 # ==================================================================================================
-# Commands: one cmd_* for each subcommand: wiring only
+# Tuning: what sft, dpo, reward and grpo share
 # ==================================================================================================
-
-
-def cmd_prep(settings: PrepSettings) -> int:
-    began = time.monotonic()
-    meta = prepare(settings)
-    seconds = max(time.monotonic() - began, 1e-9)
-    total = sum(counts["bytes"] for counts in meta["splits"].values())
-    say(
-        *(
-            f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)"
-            for name, counts in meta["splits"].items()
-        ),
-        f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
-        f"{total / 1e6 / seconds:.1f} MB/s",
-        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}",
-    )
-    return 0
-
-
-def train_job(
-    job: Job,
-    machine: Machine,
-    run: RunSettings,
-    optim: OptimSettings,
-    groups: tuple,
-    told: dict,
-    epochs: float = 1.0,
-    make: Callable[..., Trainer] = Trainer,
-) -> int:
-    """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
-    model, stream, out = job.model, job.stream, Path(run.out_dir)
-    args, args_text = settings_dict(*groups) | told, settings_text(*groups)
-    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
-    if saved := read_checkpoint(newest) if newest else None:
-        check_same_run(saved, job.kind, model.config, job.tokenizer, args, out)
-        if not stream.per_step:
-            keep_step_size(run, saved, machine.world)
-        model.load_state_dict(saved["model"], strict=not job.lora)
-    model.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
-    step_tokens = samples * job.sample_tokens
-    run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
-
-    def begin() -> None:  # OSError here costs no paid hour
-        with atomic_write(out / "args.txt", "w") as file:
-            file.write(args_text)
-        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
-            half.unlink()
-
-    machine.on_main(begin)
-    trained = sum(w.numel() for w in trained_weights(model).values()) / total
-    say(
-        f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
-        f"{f'{trained:.1%} of them trained, ' if job.lora else ''}"
-        f"{model.config.n_layer} layers, context {model.config.seq_len}",
-        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
-        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
-        f"the run {short(step_tokens * run.max_steps)} "
-        f"({samples * run.max_steps / stream.count:.2g} epochs)",
-        *([f"resuming {out} after step {saved['step']}"] if saved else []),
-    )
-    trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
-    if code := trainer.fit():
-        return code
-    folder, newest = (shlex.quote(str(p)) for p in (out, checkpoint_path(out)))
-    chat, best = "" if job.kind == "train" else " --chat", trainer.best_val
-    more = (
-        [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
-        if job.kind == "reward"
-        else [
-            f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
-            f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
-        ]
-    )
-    say(
-        f"done after {trainer.step} steps in {duration(trainer.gauges.elapsed())}; "
-        + (f"best {job.best} {best:.4f}; " if best < math.inf else "")
-        + "next:",
-        *(f"  python {line}" for line in more),
-    )
-    return 0
-
-
-def cmd_train(
-    run: RunSettings,
-    data: DataSettings,
-    model: ModelSettings,
-    optim: OptimSettings,
-    device: DeviceSettings,
-) -> int:
-    machine, domains = open_machine(device), open_domains(data)
-    tokenizer = domains[0][1].tokenizer
-    config = replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
-    network = Transformer(config)
-    network.init_weights(device.seed)
-    windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
-    job = Job(
-        "train",
-        network,
-        functools.partial(pretrain_loss, z_loss=optim.z_loss),
-        mixed(windows, [weight for *_, weight in domains]),
-        lambda module: perplexity(
-            module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
-        ),
-        tokenizer,
-    )
-    return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
-
-
-Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
-Part = tuple[str, float, Stream]  # a domain's name, weight and encoded rows
-Prompt = tuple[Turns, object]  # what is to be answered, and the answer that a row gives, or None
 
 
 class Tuning:
@@ -5369,13 +5369,15 @@ class Tuning:
             return name, weight, stream(groups, known, self.config.seq_len, self.seed)
 
         for name, files, weight in tune.domains():
-            sides: tuple[list[Row], list[Row]] = [], []
+            aux_losses: tuple[list[Row], list[Row]] = [], []
             for row in map(parse, task_rows(self.task, self.seed)) if self.task else read(files):
-                sides[held_out(row[0][0], 0.0 if tune.val_data else tune.val_split)].append(row)
-            if not sides[0]:
+                aux_losses[held_out(row[0][0], 0.0 if tune.val_data else tune.val_split)].append(
+                    row
+                )
+            if not aux_losses[0]:
                 raise UserError("--val_split leaves no row to train on", "use a smaller one")
-            train.append(part(name, weight, sides[0]))
-            val += [part(name, weight, sides[1], "held-out ")] if sides[1] else []
+            train.append(part(name, weight, aux_losses[0]))
+            val += [part(name, weight, aux_losses[1], "held-out ")] if aux_losses[1] else []
         if tune.val_data:
             val = [part("", 1.0, read(tune.val_data), "validation ")]
         self.told["data_key"] = data_key(learned)
@@ -5443,40 +5445,13 @@ class Tuning:
         return code
 
 
-def cmd_sft(
-    run: TuneRun,
-    tune: TuneSettings,
-    task: TaskSettings,
-    sft: SftSettings,
-    lora: LoraSettings,
-    optim: TuneOptim,
-    device: DeviceSettings,
-) -> int:
-    tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
-    train, val = tuning.parts(
-        lambda row: ([conversation(row)], None),
-        example,
-        lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, sft.pack),
-    )
-    samples = None
-    if questions := tuning.questions[: sft.samples]:
-        samples = functools.partial(
-            sample_answers,
-            tokenizer=tuning.tokenizer,
-            questions=questions,
-            most=sft.sample_tokens,
-            dtype=tuning.machine.dtype,
-        )
-    return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
-
-
 def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -> None:
     """Give every pair the starting model's log-probs, which are kept in a file in --out_dir."""
     machine = tuning.machine
     everything = [group for stream in streams for group in stream.groups]
     key = f"{tuning.key}/{data_key(everything)}/{machine.dtype}"
     path = Path(tuning.run.out_dir) / f"reference_{sha256(key.encode())[:16]}.npy"
-    if machine.from_main(path.exists()):
+    if machine.broadcast(path.exists()):
         logps = np.load(path)
     else:
         pairs = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
@@ -5484,30 +5459,6 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
         machine.on_main(save_array, path, logps)
     for stream in streams:
         stream.numbers, logps = logps[: stream.count], logps[stream.count :]
-
-
-def cmd_dpo(
-    run: TuneRun,
-    tune: TuneSettings,
-    dpo: DpoSettings,
-    lora: LoraSettings,
-    optim: DpoOptim,
-    device: DeviceSettings,
-) -> int:
-    tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
-    train, val = tuning.parts(lambda row: (list(preference(row)), [0.0]), last_answer)
-    network, loss = tuning.network(), functools.partial(preference_loss, settings=dpo)
-    if dpo.loss not in REFERENCE_FREE:
-        tuning.told["reference"] = tuning.key
-        add_reference(tuning, network, [stream for *_, stream in train + val])
-    return tuning.start(network, train, val, loss, PAIR_METRICS)
-
-
-def judged(row: dict) -> Row:
-    if "label" not in row:
-        return list(preference(row)), [0.0]
-    refuse(row["label"] not in (0, 1), f"label {row['label']!r} is not 0 or 1")
-    return [conversation(row)], [float(row["label"])]
 
 
 def score_rows(
@@ -5542,225 +5493,13 @@ def score_rows(
     return 0
 
 
-def cmd_reward(
-    run: TuneRun,
-    tune: TuneSettings,
-    reward: RewardSettings,
-    lora: LoraSettings,
-    optim: DpoOptim,
-    device: DeviceSettings,
-) -> int:
-    if reward.score:
-        return score_rows(reward, run, tune, device)
-    tuning = Tuning("reward", run, tune, lora, optim, device, scalar_head=True)
-    train, val = tuning.parts(judged, last_answer)
-    sizes = {len(group) for *_, stream in train + val for group in stream.groups}
-    if len(sizes) > 1:
-        raise UserError("--data holds both pairs and labelled answers", "train on one kind")
-    return tuning.start(tuning.network(), train, val, judge_loss, JUDGE_METRICS)
+# ==================================================================================================
+# Planning: what a checkpoint is, what a run takes, the fastest flags
+# ==================================================================================================
 
+BENCH_STEPS = (2, 3)  # to warm up, and timed
 
-def row_prompt(row: dict) -> Prompt:
-    if {"messages", "conversations", "instruction", "response", "completion"} & set(row):
-        *turns, (_, answer) = conversation(row)
-        return turns, answer
-    asked = row.get("prompt", row.get("question"))
-    return check_turns(turns_of(asked, "user", "prompt")), row.get("answer")
-
-
-def read_prompts(settings: GenerateSettings) -> list[Prompt]:
-    """What --prompt or --prompt_file asks, behind --system where it has no system turn itself."""
-    path, prompts = settings.prompt_file, [([("user", settings.prompt)], None)]
-    if path.endswith((".jsonl", ".json", ".parquet")):
-        prompts = read_rows([path], row_prompt, "error", "--prompt_file")
-    elif path:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as fault:
-            raise UserError(f"{path} is not UTF-8 text ({fault})", "save it as such") from fault
-        prompts = [([("user", line)], None) for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"{path} holds no prompt", "write one a line")
-    system = [("system", settings.system)] if settings.system else []
-    return [
-        (turns if turns[0][0] == "system" else system + turns, expected)
-        for turns, expected in prompts
-    ]
-
-
-def cmd_grpo(
-    run: GrpoRun,
-    tune: GrpoTune,
-    task: TaskSettings,
-    rollout: RolloutSettings,
-    policy: PolicySettings,
-    value: ValueSettings,
-    lora: LoraSettings,
-    optim: GrpoOptim,
-    device: DeviceSettings,
-) -> int:
-    tuning = Tuning("grpo", run, tune, lora, optim, device, task, rollout, policy, value)
-    machine, most = tuning.machine, rollout.max_new_tokens
-    if rollout.prompts % machine.world:
-        raise UserError(
-            f"--prompts {rollout.prompts} cannot be shared by {machine.world} ranks",
-            f"use a multiple of {machine.world}",
-        )
-    if most >= (room := tuning.config.seq_len):
-        raise UserError(
-            f"--max_new_tokens {most} leaves a prompt no room in a context of {room}",
-            "use fewer, or a longer --seq_len",
-        )
-    rewards = Rewards(
-        rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
-        rollout.reward_timeout,
-        run.batch_size,
-        machine,
-    )
-    say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
-
-    def parse(row: dict) -> Row:
-        turns, answer = row_prompt(row)
-        row = {"pattern": rollout.pattern or None, "answer": answer} | row
-        row = {key: value for key, value in row.items() if value is not None}
-        return [turns], (turns, rewards.check(row))
-
-    def stream(groups: list[list[Example]], known: list, _: int, seed: int) -> Prompts:
-        problems = [Problem(one.ids, *told) for (one,), told in zip(groups, known, strict=True)]
-        return Prompts(problems, seed, rollout.prompts, rollout.group_size * most)
-
-    train, val = tuning.parts(parse, lambda *args, limit: question(*args, limit - most), stream)
-    network = tuning.network()
-    critic = tuning.network(scalar_head=True) if policy.advantage == "gae" else None
-    sampler = Sampler(
-        network,
-        tuning.tokenizer,
-        rewards,
-        rollout,
-        machine,
-        run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda"),
-    )
-    held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
-    if policy.kl:  # a run begun without has no reference to go on with
-        tuning.told["reference"] = tuning.key
-    loss, make = (
-        functools.partial(policy_loss, settings=policy),
-        functools.partial(
-            PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic
-        ),
-    )
-    return tuning.start(
-        network,
-        train,
-        val,
-        loss,
-        make=make,
-        samples=lambda _: sampler.shown(),
-        best="val/error",
-        evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {},
-    )
-
-
-def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
-
-
-def print_stream(
-    stream: Iterator[tuple[int, int]], prompt: str, ids: list[int], tokenizer: Tokenizer
-) -> None:
-    """Print a continuation as it comes; a character cut in the middle waits for its rest."""
-    print(prompt, end="", flush=True)
-    new, shown = [], ""
-    for _, token in stream:
-        new.append(token)
-        text = continuation(ids, new, tokenizer)
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(continuation(ids, new, tokenizer)[len(shown) :])
-
-
-def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
-    """All completions, to the terminal or as rows of a .jsonl, and a count of how they fare."""
-    if settings.out:
-        write_jsonl(settings.out, rows)
-        say(f"{len(rows)} completions in {settings.out}")
-    else:
-        between = "\n> " if settings.chat else ""
-        say(
-            *(
-                f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
-                for i, row in enumerate(rows, 1)
-            )
-        )
-    same = [
-        row["completion"].strip() == str(row["expected"]).strip()
-        for row in rows
-        if "expected" in row
-    ]
-    say(
-        f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
-        + (f"; {sum(same) / len(same):.1%} are the expected answer" if same else "")
-    )
-
-
-def cmd_generate(
-    settings: GenerateSettings, sampling: SamplingSettings, device: DeviceSettings
-) -> int:
-    machine, saved = open_machine(device), load_checkpoint(settings.ckpt)
-    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
-    count = settings.num_samples * settings.best_of
-    prompts = [prompt for prompt in read_prompts(settings) for _ in range(count)]
-    asked = [turns[-1][1] for turns, _ in prompts]
-    ids = (
-        [encode_chat(tokenizer, turns, reply=True)[0] for turns, _ in prompts]
-        if settings.chat
-        else [[tokenizer.bos, *tokenizer.encode(text)] for text in asked]
-    )
-    behind = [[]] * len(ids) if settings.chat else ids  # what a completion continues
-    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
-    stream = generate(
-        build_model(saved, machine.device),
-        ids,
-        sampling,
-        device.seed,
-        stop,
-        machine.dtype,
-        at_once=settings.batch_size,
-    )
-    with machine.autocast():
-        if len(prompts) == 1 and not settings.out:
-            print_stream(stream, "" if settings.chat else asked[0], behind[0], tokenizer)
-            return 0
-        found, progress = [[] for _ in ids], Progress("writing", len(ids), "completions")
-        for row, token in stream:
-            found[row].append(token)
-            ended = token in stop or len(found[row]) == sampling.max_new_tokens
-            progress.update(progress.done + ended)
-        progress.close()
-    rows = [
-        {
-            "prompt": text,
-            "completion": continuation(old, new, tokenizer),
-            "ended": new[-1:] == [tokenizer.eos],
-        }
-        for text, old, new in zip(asked, behind, found, strict=True)
-    ]
-    for row, (_, expected) in zip(rows, prompts, strict=True):
-        row |= {} if expected is None else {"expected": expected}
-    if settings.best_of > 1:
-        judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
-        chats = [
-            [*turns, ("assistant", row["completion"])]
-            for (turns, _), row in zip(prompts, rows, strict=True)
-        ]
-        scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
-        rows = [
-            rows[max(range(i, i + settings.best_of), key=scores.__getitem__)]
-            for i in range(0, len(rows), settings.best_of)
-        ]
-    write_samples(settings, rows)
-    return 0
+BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 
 
 def describe_data(path: Path) -> Iterator[str]:
@@ -5851,6 +5590,383 @@ def planned(settings: InfoSettings, model: ModelSettings) -> ModelSettings:
     return replace(model, vocab_size=vocab)
 
 
+def time_steps(
+    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, run: RunSettings
+) -> dict:
+    """The gauges' row of a few steps on random tokens, after others that warm up."""
+    machine, network = open_machine(device), Transformer(config)
+    network.init_weights(device.seed)
+    network.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    size = sum(BENCH_STEPS) * run.batch_size * config.seq_len + 1
+    ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
+    job = Job(
+        "bench",
+        network,
+        functools.partial(pretrain_loss, z_loss=optim.z_loss),
+        Windows(ids, config.seq_len, device.seed),
+        lambda module: {},
+        None,
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
+        for count in BENCH_STEPS:
+            for _ in range(count):
+                trainer.train_step(0)
+            row = trainer.metrics.row(0.0)  # of the time since the row before
+    return row
+
+
+def trial(
+    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, flags: dict
+) -> float:
+    """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
+    process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
+    step = {name: value for name, value in flags.items() if name != "dtype"}
+    device, told = replace(device, dtype=flags["dtype"]), "does not fit in memory"
+    with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
+        run = RunSettings(out_dir=out, **step)  # too few steps for a log or an evaluation
+        try:
+            row = pool.submit(time_steps, config, optim, device, run).result()
+            told = f"{short(row['perf/tok_per_s'])} tokens a second"
+            told += f", mfu {row['perf/mfu']:.1%}" if row["perf/mfu"] else ", mfu unknown"
+            told += f", {row['gpu/memory_gb']:.2f} GB" if "gpu/memory_gb" in row else ""
+        except RuntimeError as fault:  # killed, or told so by torch
+            row = {"perf/tok_per_s": 0.0}
+            if not isinstance(fault, BrokenProcessPool) and "allocate" not in str(fault):
+                raise
+    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + f": {told}")
+    return row["perf/tok_per_s"]
+
+
+def fastest(
+    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict]
+) -> tuple[dict, float]:
+    """The flags of most speed, and that: each change is made to the best so far, and the batch
+    doubled for as long as it pays; layers are recomputed where memory ended that."""
+    most, full = 0.0, False
+    for change in (*changes, {"grad_checkpoint": 1}):
+        tried = flags | change
+        if tried["grad_checkpoint"]:
+            if not full:
+                break
+            tried["batch_size"] *= 2 if most else 1
+        while found := speed(tried):
+            before = most
+            if found > most:
+                flags, most = tried, found
+            if found < BENCH_GAIN * before:
+                break
+            tried = tried | {"batch_size": 2 * tried["batch_size"]}
+        full = full or not found
+    return flags, most
+
+
+# ==================================================================================================
+# Commands: one cmd_* for each subcommand: wiring only
+# ==================================================================================================
+
+
+def read_prompts(settings: GenerateSettings) -> list[Prompt]:
+    """What --prompt or --prompt_file asks, behind --system where it has no system turn itself."""
+    path, prompts = settings.prompt_file, [([("user", settings.prompt)], None)]
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        prompts = read_rows([path], row_prompt, "error", "--prompt_file")
+    elif path:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as fault:
+            raise UserError(f"{path} is not UTF-8 text ({fault})", "save it as such") from fault
+        prompts = [([("user", line)], None) for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"{path} holds no prompt", "write one a line")
+    system = [("system", settings.system)] if settings.system else []
+    return [
+        (turns if turns[0][0] == "system" else system + turns, expected)
+        for turns, expected in prompts
+    ]
+
+
+def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
+
+
+def print_stream(
+    stream: Iterator[tuple[int, int]], prompt: str, ids: list[int], tokenizer: Tokenizer
+) -> None:
+    """Print a continuation as it comes; a character cut in the middle waits for its rest."""
+    print(prompt, end="", flush=True)
+    new, shown = [], ""
+    for _, token in stream:
+        new.append(token)
+        text = continuation(ids, new, tokenizer)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(continuation(ids, new, tokenizer)[len(shown) :])
+
+
+def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
+    """All completions, to the terminal or as rows of a .jsonl, and a count of how they fare."""
+    if settings.out:
+        write_jsonl(settings.out, rows)
+        say(f"{len(rows)} completions in {settings.out}")
+    else:
+        between = "\n> " if settings.chat else ""
+        say(
+            *(
+                f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
+                for i, row in enumerate(rows, 1)
+            )
+        )
+    same = [
+        row["completion"].strip() == str(row["expected"]).strip()
+        for row in rows
+        if "expected" in row
+    ]
+    say(
+        f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
+        + (f"; {sum(same) / len(same):.1%} are the expected answer" if same else "")
+    )
+
+
+def cmd_prep(settings: PrepSettings) -> int:
+    began = time.monotonic()
+    meta = prepare(settings)
+    seconds = max(time.monotonic() - began, 1e-9)
+    total = sum(counts["bytes"] for counts in meta["splits"].values())
+    say(
+        *(
+            f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)"
+            for name, counts in meta["splits"].items()
+        ),
+        f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
+        f"{total / 1e6 / seconds:.1f} MB/s",
+        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}",
+    )
+    return 0
+
+
+def cmd_train(
+    run: RunSettings,
+    data: DataSettings,
+    model: ModelSettings,
+    optim: OptimSettings,
+    device: DeviceSettings,
+) -> int:
+    machine, domains = open_machine(device), open_domains(data)
+    tokenizer = domains[0][1].tokenizer
+    config = replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
+    network = Transformer(config)
+    network.init_weights(device.seed)
+    windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
+    job = Job(
+        "train",
+        network,
+        functools.partial(pretrain_loss, z_loss=optim.z_loss),
+        mixed(windows, [weight for *_, weight in domains]),
+        lambda module: perplexity(
+            module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
+        ),
+        tokenizer,
+    )
+    return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
+
+
+def cmd_sft(
+    run: TuneRun,
+    tune: TuneSettings,
+    task: TaskSettings,
+    sft: SftSettings,
+    lora: LoraSettings,
+    optim: TuneOptim,
+    device: DeviceSettings,
+) -> int:
+    tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
+    train, val = tuning.parts(
+        lambda row: ([conversation(row)], None),
+        example,
+        lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, sft.pack),
+    )
+    samples = None
+    if questions := tuning.questions[: sft.samples]:
+        samples = functools.partial(
+            sample_answers,
+            tokenizer=tuning.tokenizer,
+            questions=questions,
+            most=sft.sample_tokens,
+            dtype=tuning.machine.dtype,
+        )
+    return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
+
+
+def cmd_dpo(
+    run: TuneRun,
+    tune: TuneSettings,
+    dpo: DpoSettings,
+    lora: LoraSettings,
+    optim: DpoOptim,
+    device: DeviceSettings,
+) -> int:
+    tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
+    train, val = tuning.parts(lambda row: (list(preference(row)), [0.0]), last_answer)
+    network, loss = tuning.network(), functools.partial(preference_loss, settings=dpo)
+    if dpo.loss not in REFERENCE_FREE:
+        tuning.told["reference"] = tuning.key
+        add_reference(tuning, network, [stream for *_, stream in train + val])
+    return tuning.start(network, train, val, loss, PAIR_METRICS)
+
+
+def cmd_reward(
+    run: TuneRun,
+    tune: TuneSettings,
+    reward: RewardSettings,
+    lora: LoraSettings,
+    optim: DpoOptim,
+    device: DeviceSettings,
+) -> int:
+    if reward.score:
+        return score_rows(reward, run, tune, device)
+    tuning = Tuning("reward", run, tune, lora, optim, device, scalar_head=True)
+    train, val = tuning.parts(judged, last_answer)
+    sizes = {len(group) for *_, stream in train + val for group in stream.groups}
+    if len(sizes) > 1:
+        raise UserError("--data holds both pairs and labelled answers", "train on one kind")
+    return tuning.start(tuning.network(), train, val, judge_loss, JUDGE_METRICS)
+
+
+def cmd_grpo(
+    run: GrpoRun,
+    tune: GrpoTune,
+    task: TaskSettings,
+    rollout: RolloutSettings,
+    policy: PolicySettings,
+    value: ValueSettings,
+    lora: LoraSettings,
+    optim: GrpoOptim,
+    device: DeviceSettings,
+) -> int:
+    tuning = Tuning("grpo", run, tune, lora, optim, device, task, rollout, policy, value)
+    machine, most = tuning.machine, rollout.max_new_tokens
+    if rollout.prompts % machine.world:
+        raise UserError(
+            f"--prompts {rollout.prompts} cannot be shared by {machine.world} ranks",
+            f"use a multiple of {machine.world}",
+        )
+    if most >= (room := tuning.config.seq_len):
+        raise UserError(
+            f"--max_new_tokens {most} leaves a prompt no room in a context of {room}",
+            "use fewer, or a longer --seq_len",
+        )
+    rewards = Rewards(
+        rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
+        rollout.reward_timeout,
+        run.batch_size,
+        machine,
+    )
+    say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
+
+    def parse(row: dict) -> Row:
+        turns, answer = row_prompt(row)
+        row = {"pattern": rollout.pattern or None, "answer": answer} | row
+        row = {key: value for key, value in row.items() if value is not None}
+        return [turns], (turns, rewards.check(row))
+
+    def stream(groups: list[list[Example]], known: list, _: int, seed: int) -> Prompts:
+        problems = [Problem(one.ids, *told) for (one,), told in zip(groups, known, strict=True)]
+        return Prompts(problems, seed, rollout.prompts, rollout.group_size * most)
+
+    train, val = tuning.parts(parse, lambda *args, limit: question(*args, limit - most), stream)
+    network = tuning.network()
+    critic = tuning.network(scalar_head=True) if policy.advantage == "gae" else None
+    sampler = Sampler(
+        network,
+        tuning.tokenizer,
+        rewards,
+        rollout,
+        machine,
+        run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda"),
+    )
+    held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
+    if policy.kl:  # a run begun without has no reference to go on with
+        tuning.told["reference"] = tuning.key
+    loss, make = (
+        functools.partial(policy_loss, settings=policy),
+        functools.partial(
+            PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic
+        ),
+    )
+    return tuning.start(
+        network,
+        train,
+        val,
+        loss,
+        make=make,
+        samples=lambda _: sampler.shown(),
+        best="val/error",
+        evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {},
+    )
+
+
+def cmd_generate(
+    settings: GenerateSettings, sampling: SamplingSettings, device: DeviceSettings
+) -> int:
+    machine, saved = open_machine(device), load_checkpoint(settings.ckpt)
+    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    count = settings.num_samples * settings.best_of
+    prompts = [prompt for prompt in read_prompts(settings) for _ in range(count)]
+    asked = [turns[-1][1] for turns, _ in prompts]
+    ids = (
+        [encode_chat(tokenizer, turns, reply=True)[0] for turns, _ in prompts]
+        if settings.chat
+        else [[tokenizer.bos, *tokenizer.encode(text)] for text in asked]
+    )
+    behind = [[]] * len(ids) if settings.chat else ids  # what a completion continues
+    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
+    stream = generate(
+        build_model(saved, machine.device),
+        ids,
+        sampling,
+        device.seed,
+        stop,
+        machine.dtype,
+        at_once=settings.batch_size,
+    )
+    with machine.autocast():
+        if len(prompts) == 1 and not settings.out:
+            print_stream(stream, "" if settings.chat else asked[0], behind[0], tokenizer)
+            return 0
+        found, progress = [[] for _ in ids], Progress("writing", len(ids), "completions")
+        for row, token in stream:
+            found[row].append(token)
+            ended = token in stop or len(found[row]) == sampling.max_new_tokens
+            progress.update(progress.done + ended)
+        progress.close()
+    rows = [
+        {
+            "prompt": text,
+            "completion": continuation(old, new, tokenizer),
+            "ended": new[-1:] == [tokenizer.eos],
+        }
+        for text, old, new in zip(asked, behind, found, strict=True)
+    ]
+    for row, (_, expected) in zip(rows, prompts, strict=True):
+        row |= {} if expected is None else {"expected": expected}
+    if settings.best_of > 1:
+        judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
+        chats = [
+            [*turns, ("assistant", row["completion"])]
+            for (turns, _), row in zip(prompts, rows, strict=True)
+        ]
+        scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
+        rows = [
+            rows[max(range(i, i + settings.best_of), key=scores.__getitem__)]
+            for i in range(0, len(rows), settings.best_of)
+        ]
+    write_samples(settings, rows)
+    return 0
+
+
 def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
     path = Path(settings.path)
     if bool(settings.path) == bool(settings.preset):
@@ -5896,6 +6012,11 @@ def cmd_bench(
         *plan(settings, config, optim),
     )
     return 0
+
+
+# ==================================================================================================
+# Demo: from the interpreter's own documentation to a small chat model
+# ==================================================================================================
 
 
 def demo_rows(out: Path) -> None:

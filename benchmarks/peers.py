@@ -671,19 +671,22 @@ def trl_child(job: dict) -> None:
 
 def cmd_grpo(args: argparse.Namespace) -> None:
     """This program cannot forbid </s>, drawn about once in a vocabulary, so tokens/s says more."""
-    sides = {OURS: grpo_ours} | ({"TRL": grpo_trl} if args.trl else {})
-    found = {name: [] for name in sides}
+    aux_losses = {OURS: grpo_ours} | ({"TRL": grpo_trl} if args.trl else {})
+    found = {name: [] for name in aux_losses}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_run(folder, args.shape)
-        for side, work in list(sides.items()) * args.rounds:
-            found[side] += work(folder, args)
-    rates = {side: [tokens / seconds for seconds, tokens in steps] for side, steps in found.items()}
+        for aux_loss, work in list(aux_losses.items()) * args.rounds:
+            found[aux_loss] += work(folder, args)
+    rates = {
+        aux_loss: [tokens / seconds for seconds, tokens in steps]
+        for aux_loss, steps in found.items()
+    }
     notes = {
-        side: "{:.2f} s a step, {:.2f} tokens a completion".format(
+        aux_loss: "{:.2f} s a step, {:.2f} tokens a completion".format(
             *np.median(steps, 0) / (1, PROMPTS * GROUP)
         )
-        for side, steps in found.items()
+        for aux_loss, steps in found.items()
     }
     show(f"grpo {args.shape}, new tokens/s", rates, notes)
 

@@ -138,10 +138,10 @@ def test_z_loss_and_side_losses_are_in_training_and_not_in_evaluation():
     logs = model(ids).detach().double()
     real = targets != lm.IGNORE
     plain = F.cross_entropy(logs[real], targets[real], reduction="sum").item()
-    _, side = model.hidden_and_side(ids)
+    _, aux_loss = model.hidden_and_aux_loss(ids)
     z = logs[real].logsumexp(-1).square().sum().item()
-    want = plain + 0.25 * z + 20 * side.item()  # a side loss weighs as much as a token's
-    assert side.item() > 0.009 and z > 100  # an even balance loss is 0.01
+    want = plain + 0.25 * z + 20 * aux_loss.item()  # a side loss weighs as much as a token's
+    assert aux_loss.item() > 0.009 and z > 100  # an even balance loss is 0.01
     assert lm.pretrain_loss(model, ids, targets, 0.25).item() == pytest.approx(plain, rel=1e-5)
     model.train()
     assert lm.pretrain_loss(model, ids, targets, 0.25).item() == pytest.approx(want, rel=1e-5)

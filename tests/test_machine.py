@@ -178,7 +178,7 @@ def test_one_rank_needs_no_process_group():
     machine = lm.Machine(CPU, torch.float32)
     module = torch.nn.Linear(2, 2)
     assert machine.main and not lm.Machine(CPU, torch.float32, rank=1, world=2).main
-    assert machine.total(1.5, 2) == [1.5, 2] and machine.from_main("x") == "x"
+    assert machine.all_reduce_sum(1.5, 2) == [1.5, 2] and machine.broadcast("x") == "x"
     assert lm.distribute(module, machine) is module
     with lm.no_sync(module, last=False):
         module(torch.ones(1, 2)).sum().backward()

@@ -372,7 +372,7 @@ def test_a_weight_without_a_gradient_is_left_alone():
 
 def test_average_equals_its_formula_and_has_no_bias():
     weight = torch.nn.Linear(3, 2, bias=False)
-    average, want = lm.Average(weight, 0.6, None), weight.weight.detach().double().clone()
+    average, want = lm.EMA(weight, 0.6, None), weight.weight.detach().double().clone()
     for step in range(1, 30):
         with torch.no_grad():
             weight.weight.normal_()
@@ -385,7 +385,7 @@ def test_average_equals_its_formula_and_has_no_bias():
 def test_average_stands_in_for_the_weights_and_leaves():
     model, ids = build(), torch.randint(0, 61, (2, 16))
     other = build(dry=True)
-    average = lm.Average(model, 0.9, [w.detach() for w in other.parameters()])
+    average = lm.EMA(model, 0.9, [w.detach() for w in other.parameters()])
     live, kept = model(ids), [w.clone() for w in average.weights]
     with torch.no_grad(), average.in_place():
         assert torch.equal(model(ids), other(ids)) and not torch.equal(model(ids), live)
@@ -399,13 +399,13 @@ def test_average_stands_in_for_the_weights_and_leaves():
 
 def test_average_starts_at_the_weights_or_where_it_was():
     model = build()
-    fresh = lm.Average(model, 0.9, None)
+    fresh = lm.EMA(model, 0.9, None)
     assert all(
         torch.equal(a, w) and a.data_ptr() != w.data_ptr() and not a.requires_grad
         for a, w in zip(fresh.weights, model.parameters(), strict=True)
     )
     stored = [torch.randn_like(w) for w in model.parameters()]
-    again = lm.Average(model, 0.9, stored)
+    again = lm.EMA(model, 0.9, stored)
     assert all(
         torch.equal(a, w) and a.data_ptr() != w.data_ptr()
         for a, w in zip(again.weights, stored, strict=True)

@@ -190,13 +190,13 @@ def test_masks_equal_the_definition_written_out(name):
     length = config.n_sink + ids.shape[1]
     documents, _ = model.documents(ids)
     places = torch.arange(length).unsqueeze(0)
-    sight = lm.Sight(places, places, documents, config.n_sink)
+    attention_mask = lm.AttentionMask(places, places, documents, config.n_sink)
     q, k, v = (torch.randn(2, 4, length, 8, dtype=torch.float64) for _ in range(3))
     for layer in range(config.n_layer):
         window = config.window if config.windowed(layer) else 0
-        dense = lm.attend(q, k, v, sight.mask(window), 0.0)
+        dense = lm.attend(q, k, v, attention_mask.mask(window), 0.0)
         flex = lm.flex_attention(
-            q.float(), k.float(), v.float(), block_mask=sight.block_mask(window)
+            q.float(), k.float(), v.float(), block_mask=attention_mask.block_mask(window)
         )
         for row in range(2):
             seen = visible(config, ids[row].tolist(), layer)
@@ -245,7 +245,7 @@ def test_mixture_of_experts_equals_a_loop_over_tokens():
     for weight in moe.parameters():
         torch.nn.init.normal_(weight)
     x = torch.randn(2, 7, config.d_model)
-    y, side = moe(x)
+    y, aux_loss = moe(x)
     w1, w2, w3 = (w.double() for w in (moe.w1, moe.w2, moe.w3))
     counts, chances = torch.zeros(5).double(), []
     for b in range(2):
@@ -268,7 +268,7 @@ def test_mixture_of_experts_equals_a_loop_over_tokens():
         [(moe.router.weight.double() @ t.double()).logsumexp(0) ** 2 for t in x.flatten(0, 1)]
     ).mean()
     want = config.balance_loss * balance + config.router_z_loss * z
-    torch.testing.assert_close(side.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aux_loss.double(), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(moe.usage.double(), counts)
 
 

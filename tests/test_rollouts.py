@@ -266,11 +266,11 @@ def test_dynamic_sampling_draws_again_until_groups_have_a_spread(ran, drawn, mos
         mine, calls = calls[: row["train/draws"]], calls[row["train/draws"] :]
         groups = [group for call in mine for group in call]
         spread = [g for g in groups if len({one.reward for one in g}) > 1]
-        dull = [g for g in groups if len({one.reward for one in g}) == 1]
+        zero_variance = [g for g in groups if len({one.reward for one in g}) == 1]
         before = [g for call in mine[:-1] for g in call if len({one.reward for one in g}) > 1]
         assert len(before) < 3 and (len(spread) >= 3 or len(mine) == most)
-        assert row["train/zero_spread"] == len(dull) / len(groups)
-        used = (spread + dull)[:3]
+        assert row["train/zero_spread"] == len(zero_variance) / len(groups)
+        used = (spread + zero_variance)[:3]
         assert row["train/reward"] == pytest.approx(
             statistics.mean(one.reward for group in used for one in group)
         )

@@ -380,7 +380,7 @@ MOMENTS = [  # in turn; each run goes on where the one before was killed
     (signal_at, "os.link", 1),
     (signal_at, "fsync_folder", 3),
     (kill_in_save, 2),
-    (signal_at, "Gauges.write", 6),
+    (signal_at, "Metrics.write", 6),
     (signal_at, "os.replace", 3),
     (signal_at, "save_weights", 1),
 ]

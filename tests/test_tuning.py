@@ -213,14 +213,14 @@ def test_side_losses_are_in_the_training_of_pairs_alone():
     model = build(dry=True, n_expert=4, scalar_head=True)
     ids, targets, reference = some_pairs()
     with torch.no_grad():
-        side = 5 * model.hidden_and_side(ids)[1].item()
+        aux_loss = 5 * model.hidden_and_aux_loss(ids)[1].item()
         for loss, *more in (
             (lm.preference_loss, reference, lm.DpoSettings()),
             (lm.judge_loss, reference),
         ):
             still = loss(model.eval(), ids, targets, *more)[0].item()
             moving = loss(model.train(), ids, targets, *more)[0].item()
-            assert moving - still == pytest.approx(side, rel=1e-3) and side > 0.01
+            assert moving - still == pytest.approx(aux_loss, rel=1e-3) and aux_loss > 0.01
 
 
 # ---- Losses of judges ----
@@ -497,13 +497,13 @@ def test_one_first_question_is_on_one_side(tokenizer):
     turns = [
         lm.conversation({"prompt": question(i % 40), "response": answer(i)}) for i in range(400)
     ]
-    sides = {}
+    aux_losses = {}
     for one in turns:
-        sides.setdefault(one[0][1], set()).add(lm.held_out(one, 0.2))
+        aux_losses.setdefault(one[0][1], set()).add(lm.held_out(one, 0.2))
         assert lm.held_out([("system", "Be brief."), *one], 0.2) == lm.held_out(one, 0.2)
         assert not lm.held_out(one, 0.0)
-    assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
-    held = sum(True in side for side in sides.values())
+    assert len(aux_losses) == 40 and all(len(aux_loss) == 1 for aux_loss in aux_losses.values())
+    held = sum(True in aux_loss for aux_loss in aux_losses.values())
     assert 2 <= held <= 16
 
 
@@ -522,7 +522,7 @@ def test_rows_held_out_are_not_trained_on(tune, tmp_path, monkeypatch):
     assert len(train) + len(val) == 60 and val and not set(train) & set(val)
     held = write_rows(tmp_path / "held.jsonl", chat_rows(3))
     assert tune("sft", chat_rows(9), "--val_data", held, "--out_dir", tmp_path / "b")[0] == 0
-    assert [len(side) for side in seen[2:]] == [9, 3]
+    assert [len(aux_loss) for aux_loss in seen[2:]] == [9, 3]
 
 
 @pytest.mark.parametrize("kind", KINDS)

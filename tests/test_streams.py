@@ -1,4 +1,4 @@
-"""Room Batches: which tokens make up which step."""
+"""Room Streams: which tokens make up which step."""
 
 import itertools
 import random

@@ -103,13 +103,13 @@ def test_resume_repeats_and_loses_no_line(train, trained, tmp_path):
 # ---- Speed and money ----
 
 
-def gauges(tmp_path, device="cpu", **flags):
+def metrics(tmp_path, device="cpu", **flags):
     run = lm.RunSettings(out_dir=str(tmp_path), **flags)
-    return lm.Gauges(tmp_path, run, lm.Machine(torch.device(device), torch.float32), 1000, {})
+    return lm.Metrics(tmp_path, run, lm.Machine(torch.device(device), torch.float32), 1000, {})
 
 
 def test_mfu_says_unknown_where_it_is(tmp_path):
-    gauge = gauges(tmp_path)
+    gauge = metrics(tmp_path)
     gauge.add(1, torch.tensor(2.0), torch.tensor(1.0), 64)
     row = gauge.row(1e-3)
     assert row["perf/mfu"] is None and "mfu unknown" in gauge.note
@@ -117,7 +117,7 @@ def test_mfu_says_unknown_where_it_is(tmp_path):
 
 
 def test_mfu_is_flops_over_peak(tmp_path, monkeypatch):
-    gauge = gauges(tmp_path)
+    gauge = metrics(tmp_path)
     monkeypatch.setattr(lm, "peak_flops", lambda device: 1e6)
     gauge.add(1, torch.tensor(2.0), torch.tensor(1.0), 64)
     row = gauge.row(1e-3)
@@ -154,7 +154,7 @@ def test_cost_is_time_times_price_and_goes_on_over_a_resume(train, tmp_path):
 def test_time_aside_is_not_training_time(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(lm.time, "monotonic", lambda: clock.now)
-    gauge = gauges(tmp_path)
+    gauge = metrics(tmp_path)
     clock.now += 2
     with gauge.aside():
         clock.now += 50

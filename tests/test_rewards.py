@@ -57,7 +57,7 @@ def test_ranks_share_every_target_once(objective, folder):
     whole, parts = [], []
 
     class Lone(lm.Machine):
-        def total(self, *numbers):
+        def all_reduce_sum(self, *numbers):
             (whole if self.world == 1 else parts).append(numbers)
             return list(numbers)
 
@@ -669,7 +669,7 @@ def test_a_reward_model_is_a_part_beside_others(judge):
     for one, text, found in zip(asked, texts, scores[:, 1], strict=True):
         ids, _ = lm.encode_chat(tokenizer, [*one.turns, ("assistant", text)])
         assert ids[-1] == tokenizer.eos and (len(ids) > 48) == (len(text) > 50)
-        hidden, _ = model.hidden_and_side(torch.tensor([ids[-48:]]))
+        hidden, _ = model.hidden_and_aux_loss(torch.tensor([ids[-48:]]))
         assert found == pytest.approx(float(model.score(hidden[0, -1])), abs=1e-5)
     assert len(set(scores[:, 1].round(4))) == 4
 
