@@ -595,7 +595,8 @@ def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) ->
     given, found = vars(known), [*unknown_flags(unknown, groups)]
     values: dict[str, object] = {}
     for f in flags(*groups):
-        values |= f.metadata["expands"].get(given.get(f.name), {})
+        if f.name in given and f.metadata["expands"]:
+            values |= f.metadata["expands"].get(given[f.name], {})
     for f in flags(*groups):
         if f.name in given:
             try:
