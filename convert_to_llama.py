@@ -677,13 +677,24 @@ FOLDER_FILES = frozenset(
     """config.json generation_config.json model.safetensors pytorch_model.bin tokenizer.model
     tokenizer.json tokenizer_config.json""".split()
 )
+CALL_TEMPLATE = (
+    "{% for call in message['tool_calls'] or [] %}{% set function = call['function'] or call %}"
+    f"{{{{ '{lm.TOOL_CALL}' }}}}"
+    "{{ '{\"name\": ' + (function['name'] | tojson) + ', \"arguments\": ' }}"
+    "{% if function['arguments'] is string %}{{ function['arguments'] }}"
+    "{% else %}{{ function['arguments'] | tojson }}{% endif %}{{ '}' }}{% endfor %}"
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    f"{{% if message['role'] not in {list(lm.ROLES)} %}}"
+    f"{{% if message['role'] not in {[*lm.ROLES, 'tool']} %}}"
     "{{ raise_exception('there is no role ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    f"{{% if message['role'] == 'tool' %}}{{{{ '{lm.TOOL_RESULT}' }}}}"
+    "{% else %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] or '' }}"
+    + CALL_TEMPLATE
+    + "{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ (message['content'] or '') + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 

@@ -1407,6 +1407,7 @@ UNK, BOS, EOS, PAD = 0, 1, 2, 3
 
 ROLES = ("system", "user", "assistant")
 
+TOOL_RESULT, TOOL_CALL = "<|reserved_0|>", "<|reserved_1|>"
 CONTROL = tuple(f"<|{role}|>" for role in ROLES) + tuple(f"<|reserved_{i}|>" for i in range(13))
 
 SPACE = "\u2581"  # how SentencePiece spells a space
@@ -1432,7 +1433,10 @@ class Tokenizer:
         if min(self.bos, self.eos) < 0:
             raise UserError(f"{name} has no <s> or no </s>", "use a tokenizer with both")
         roles = {role: self.sp.piece_to_id(f"<|{role}|>") for role in ROLES}
-        self.roles = roles if all(map(self.sp.is_control, roles.values())) else {}
+        roles |= {"tool": self.sp.piece_to_id(TOOL_RESULT), "call": self.sp.piece_to_id(TOOL_CALL)}
+        self.roles: dict[str, int] = {}
+        if all(self.sp.is_control(marker) for marker in roles.values()):
+            self.roles = roles
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -1452,15 +1456,34 @@ class Tokenizer:
         return [self.roles[role]] if self.roles else self.sp.encode(f"<|{role}|>")
 
 
+class Turn(typing.NamedTuple):
+    """What one speaker says: role is system, user, assistant or tool (the result of a call)."""
+
+    role: str
+    text: str
+    learned: bool = True  # an assistant's turn may be context alone
+    calls: tuple[str, ...] = ()  # JSON of the tools that an assistant calls, behind its text
+
+
 def encode_chat(
-    tokenizer: Tokenizer, turns: Iterable[tuple[str, str]], reply: bool = False
+    tokenizer: Tokenizer, turns: Iterable[Turn | tuple[str, str]], reply: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """ids of the turns (role, text), and which are learned (the assistant's); reply opens one."""
+    """ids of the turns, and which are learned: what the assistant says, its calls and its </s>.
+
+    `reply` opens an answer, or leaves the last turn open where that is the assistant's.
+    """
     ids, learned = [tokenizer.bos], [False]
-    for role, text in turns:
-        marker, body = tokenizer.marker(role), [*tokenizer.encode(text), tokenizer.eos]
+    role = ""
+    for turn in turns:
+        role, text, wanted, calls = Turn(*turn)
+        marker, body = tokenizer.marker(role), tokenizer.encode(text)
+        for call in calls:
+            body += tokenizer.marker("call") + tokenizer.encode(call)
+        body.append(tokenizer.eos)
         ids += marker + body
-        learned += [False] * len(marker) + [role == "assistant"] * len(body)
+        learned += [False] * len(marker) + [role == "assistant" and wanted] * len(body)
+    if reply and role == "assistant":
+        return ids[:-1], learned[:-1]
     if reply:
         ids += tokenizer.marker("assistant")
         learned += [False] * (len(ids) - len(learned))
@@ -1705,6 +1728,11 @@ def decode_block(block: TextBlock, errors: str) -> str:
     try:
         return block.data.decode("utf-8", errors)
     except UnicodeDecodeError as fault:
+        if block.data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(
+                f"{block.source.shown} is UTF-16 text",
+                "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+            ) from fault
         line = block.line + block.data.count(b"\n", 0, fault.start)
         raise UserError(
             f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
@@ -2226,9 +2254,20 @@ def mixed(parts: list[Stream], weights: list[float]) -> Stream:
 # Conversations: rows of every shape become turns, and turns become examples
 # ==================================================================================================
 
-ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+ROLE_NAMES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model"), "assistant"
+    ),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+}
+CHAT_KEYS = ("messages", "conversations", "conversation")
+ANSWER_KEYS = ("response", "completion", "output")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
-Turns = list[tuple[str, str]]
+Turns = list[Turn]
 
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
@@ -2237,64 +2276,216 @@ Part = tuple[str, float, Stream]  # a domain's name, weight and encoded rows
 Prompt = tuple[Turns, object]  # what is to be answered, and the answer that a row gives, or None
 
 
+def present(row: dict) -> dict:
+    """The row without its nulls: where data sets were merged, null means absent."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def first_of(row: dict, keys: Iterable[str]) -> object:
+    """The value under the first of these keys that the row has, else None."""
+    return next((row[key] for key in keys if key in row), None)
+
+
+def whole_text(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+
+
 def clean(value: object, what: str) -> str:
     refuse(not isinstance(value, str) or not value.strip(), f"{what} is missing, empty or no text")
-    return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
+    return whole_text(value)
+
+
+def joined_parts(value: object, what: str) -> object:
+    """The text of a list of parts, {"type": "text", "text": …} or strings; else the value."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if isinstance(part, dict):
+            kind = part.get("type", "text")
+            refuse(kind != "text", f"{what} has a part of type {kind!r}, and only text is known")
+            part = part.get("text")
+        texts.append(clean(part, f"a part of {what}"))
+    return "\n".join(texts)
+
+
+def call_text(call: object) -> str:
+    """A tool call as JSON, {"name": …, "arguments": …}, whatever its arguments are spelled in."""
+    refuse(not isinstance(call, dict), "a tool call is no object")
+    function = present(call.get("function") or call)
+    refuse(not isinstance(function.get("name"), str), "a tool call has no name")
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(function["name"], ensure_ascii=False)
+    return whole_text(f'{{"name": {name}, "arguments": {arguments}}}')
+
+
+def is_learned(message: dict) -> bool:
+    """Whether a message is to be learned, by its `weight` or `train`; ValueError for others."""
+    weight = message.get("weight", message.get("train", 1))
+    refuse(weight not in (0, 1), f"weight {weight!r} is neither 0 nor 1")
+    return bool(weight)
+
+
+def message_turn(message: object, what: str) -> Turn | None:
+    """One message of whatever shape as a turn; None for a system message that says nothing."""
+    refuse(not isinstance(message, dict), f"{what} holds something else than messages")
+    message = present(message)
+    named = message.get("role", message.get("from"))
+    role = ROLE_NAMES.get(str(named).lower())
+    refuse(role is None, f"{what} has the unknown role {named!r}")
+    text = joined_parts(first_of(message, ("content", "value", "text")), f"a {named} message")
+    calls = tuple(call_text(call) for call in message.get("tool_calls") or ())
+    if role == "system" and text in (None, ""):
+        return None
+    if role == "tool" or calls:
+        text = whole_text(str("" if text is None else text))
+    else:
+        text = clean(text, f"a {named} message")
+    reasoning = first_of(message, REASONING_KEYS)
+    if role == "assistant" and isinstance(reasoning, str) and reasoning.strip():
+        text = f"<think>\n{clean(reasoning, 'reasoning')}\n</think>\n\n{text}"
+    return Turn(role, text, is_learned(message), calls)
+
+
+def messages_of(value: object, what: str) -> list:
+    """A list of messages from a list, from one message, or from a dict of lists."""
+    if not isinstance(value, dict):
+        return value
+    lists = present(value)
+    if not lists or not all(isinstance(column, list) for column in lists.values()):
+        return [value]
+    sizes = {len(column) for column in lists.values()}
+    refuse(len(sizes) > 1, f"{what} has lists of unequal length")
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def turns_of(value: object, role: str, what: str) -> Turns:
-    """Turns from a text, which `role` says, or from a list of messages."""
-    if not isinstance(value, list):
-        return [(role, clean(value, what))]
-    turns = []
-    for message in value:
-        refuse(not isinstance(message, dict), f"{what} holds something else than messages")
-        named = message.get("role", message.get("from"))
-        refuse(str(named) not in ROLE_NAMES, f"{what} has the unknown role {named!r}")
-        text = clean(message.get("content", message.get("value")), f"a {named} message")
-        turns.append((ROLE_NAMES[named], text))
-    return turns
+    """Turns from a text, which `role` says, or from messages in any published shape."""
+    if not isinstance(value, (list, dict)):
+        return [Turn(role, clean(value, what))]
+    turns = [message_turn(message, what) for message in messages_of(value, what)]
+    return [turn for turn in turns if turn is not None]
+
+
+def merged_turns(turns: Turns) -> Turns:
+    """The turns with neighbours of one speaker joined by a blank line."""
+    merged: Turns = []
+    for turn in turns:
+        last = merged[-1] if merged else None
+        alike = last and last.role == turn.role and last.learned == turn.learned
+        if alike and turn.role in ("user", "assistant") and not last.calls:
+            merged[-1] = turn._replace(text=f"{last.text}\n\n{turn.text}")
+        else:
+            merged.append(turn)
+    return merged
 
 
 def check_turns(turns: Turns, answered: bool = False) -> Turns:
-    """A conversation: a system turn or none, then user and assistant in turn; else ValueError."""
-    roles = "".join(role[0] for role, _ in turns)  # s, u and a
-    refuse(not re.fullmatch("s?u(au)*a?", roles), "user and assistant do not speak in turn")
+    """A conversation that can be trained on: a system turn or none, then user and assistant, whose
+    calls may have results. An assistant's greeting before any question is not learned. ValueError
+    where roles make no conversation, or nothing is said by the assistant at the end."""
+    turns = merged_turns(turns)
+    roles = "".join(turn.role[0] for turn in turns)  # s, u, a and t
+    refuse(not re.fullmatch("s?a?u[aut]*", roles), "user and assistant do not speak in turn")
+    refuse(bool(re.search("[su]t", roles)), "a tool's result stands behind no call")
     refuse(answered and roles[-1] != "a", "the last message is not the assistant's")
+    greeting = roles.index("u") - 1
+    if greeting >= 0 and turns[greeting].role == "assistant":
+        turns[greeting] = turns[greeting]._replace(learned=False)
     return turns
 
 
-def conversation(row: dict) -> Turns:
-    """The turns of a row: messages, or prompt and response, or instruction, input and output."""
-    if key := next((k for k in ("messages", "conversations") if k in row), None):
-        turns = turns_of(row[key], "user", key)
-    elif "instruction" in row:
+def with_system(row: dict, turns: Turns) -> Turns:
+    """The turns behind the system prompt of the row's own column, and its history."""
+    before: Turns = []
+    for pair in row.get("history") or []:
+        refuse(not isinstance(pair, list) or len(pair) != 2, "history holds no pairs of texts")
+        before.append(Turn("user", clean(pair[0], "history")))
+        before.append(Turn("assistant", clean(pair[1], "history")))
+    system = first_of(row, ("system", "system_prompt"))
+    if isinstance(system, str) and system.strip() and not (turns and turns[0].role == "system"):
+        before.insert(0, Turn("system", clean(system, "system")))
+    return before + turns
+
+
+def asked_turns(row: dict) -> Turns:
+    """The question of a row: instruction with input or context, prompt, question or problem."""
+    if "instruction" in row:
         text = clean(row["instruction"], "instruction")
-        if isinstance(row.get("input"), str) and row["input"].strip():
-            text += "\n\n" + clean(row["input"], "input")
-        turns = [("user", text), *turns_of(row.get("output"), "assistant", "output")]
-    elif "prompt" in row:
-        turns = turns_of(row["prompt"], "user", "prompt")
-        turns += turns_of(row.get("response", row.get("completion")), "assistant", "response")
+        more = first_of(row, ("input", "context"))
+        if isinstance(more, str) and more.strip():
+            text += "\n\n" + clean(more, "input")
+        return [Turn("user", text)]
+    key = next((key for key in ("prompt", "question", "problem") if key in row), None)
+    refuse(key is None, "it has neither messages nor prompt nor instruction")
+    return turns_of(row[key], "user", key)
+
+
+def conversation(row: dict) -> Turns:
+    """The turns of a row of sft in any published shape: messages, or a question and its answer,
+    with a system prompt and a history of its own. ValueError says what is wrong."""
+    row = present(row)
+    key = next((key for key in CHAT_KEYS if key in row), None)
+    if key:
+        turns = turns_of(row[key], "user", key)
     else:
-        raise ValueError("it has neither messages nor prompt nor instruction")
-    return check_turns(turns, answered=True)
+        turns = asked_turns(row)
+        answer = first_of(row, ANSWER_KEYS)
+        if answer is None and "question" in row:
+            answer = row.get("answer")
+        turns += turns_of(answer, "assistant", "output" if "instruction" in row else "response")
+    turns = check_turns(with_system(row, turns), answered=True)
+    learned = any(turn.role == "assistant" and turn.learned for turn in turns)
+    refuse(not learned, "no message of the assistant is to be learned")
+    return turns
+
+
+def hh_turns(text: object) -> Turns | None:
+    """The turns of a text that spells them, "Human: …", "Assistant: …"; None for any other."""
+    if not isinstance(text, str) or not text.lstrip("\n").startswith("Human:"):
+        return None
+    _, *pieces = HH_TURN.split(text)
+    names = {"Human": "user", "Assistant": "assistant"}
+    speakers, texts = pieces[::2], pieces[1::2]
+    return [
+        Turn(names[speaker], clean(said.strip(), f"what {speaker} says"))
+        for speaker, said in zip(speakers, texts, strict=True)
+    ]
+
+
+def behind_prompt(prompt: Turns, answer: Turns) -> Turns:
+    """The conversation of a prompt and an answer, which may repeat the prompt."""
+    if answer[: len(prompt)] == prompt:
+        return answer
+    asked = [turn for turn in prompt if turn.role != "system"]
+    if asked and answer[: len(asked)] == asked:
+        return prompt[: len(prompt) - len(asked)] + answer
+    return prompt + answer
 
 
 def preference(row: dict) -> tuple[Turns, Turns]:
     """The conversations that end in the chosen and in the rejected answer."""
-    prompt = turns_of(row["prompt"], "user", "prompt") if "prompt" in row else []
-    answers = [turns_of(row.get(key), "assistant", key) for key in ("chosen", "rejected")]
-    chosen, rejected = (
-        check_turns(turns if turns[: len(prompt)] == prompt else prompt + turns, answered=True)
-        for turns in answers
-    )
+    row = present(row)
+    prompt: Turns = []
+    if key := next((key for key in CHAT_KEYS if key in row), None):
+        prompt = turns_of(row[key], "user", key)
+    elif {"instruction", "prompt", "question", "problem"} & set(row):
+        prompt = asked_turns(row)
+    prompt = with_system(row, prompt)
+    sides = []
+    for key in ("chosen", "rejected"):
+        answer = hh_turns(row.get(key)) or turns_of(row.get(key), "assistant", key)
+        sides.append(check_turns(behind_prompt(prompt, answer), answered=True))
+    chosen, rejected = sides
     refuse(chosen == rejected, "chosen and rejected are identical")
     refuse(chosen[:-1] != rejected[:-1], "chosen and rejected answer different prompts")
     return chosen, rejected
 
 
 def judged(row: dict) -> Row:
+    row = present(row)
     if "label" not in row:
         return list(preference(row)), [0.0]
     refuse(row["label"] not in (0, 1), f"label {row['label']!r} is not 0 or 1")
@@ -2302,16 +2493,39 @@ def judged(row: dict) -> Row:
 
 
 def row_prompt(row: dict) -> Prompt:
-    if {"messages", "conversations", "instruction", "response", "completion"} & set(row):
-        *turns, (_, answer) = conversation(row)
-        return turns, answer
-    asked = row.get("prompt", row.get("question"))
-    return check_turns(turns_of(asked, "user", "prompt")), row.get("answer")
+    """What a row asks, and the answer it gives; a prompt's last assistant turn is continued."""
+    row = present(row)
+    if {*CHAT_KEYS, *ANSWER_KEYS, "instruction"} & set(row):
+        *turns, last = conversation(row)
+        return turns, last.text
+    turns = check_turns(with_system(row, asked_turns(row)))
+    return turns, first_of(row, ("answer", "solution"))
+
+
+def row_command(row: object) -> str:
+    """Which command such rows are for, in words; empty where it is none."""
+    if not isinstance(row, dict):
+        return ""
+    for parse, told in (
+        (preference, "dpo (prompt, chosen, rejected)"),
+        (conversation, "sft (messages, or prompt and response)"),
+        (row_prompt, "grpo (prompt and answer)"),
+    ):
+        with contextlib.suppress(ValueError):
+            parse(row)
+            return told
+    return ""
 
 
 def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
     """(line, text still to be parsed) of a .jsonl, or (row, object) of a .json or .parquet."""
-    text = source.path.read_text("utf-8-sig") if source.path.suffix == ".json" else ""
+    suffixes = [suffix.lower() for suffix in source.path.suffixes]
+    packing = PACKINGS.get((suffixes or [""])[-1])
+    text = ""
+    if ".json" in suffixes[-2:]:
+        with open(source.path, "rb") as raw:
+            file = packing(raw) if packing else raw
+            text = file.read().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         yield from enumerate(json.loads(text), 1)
     elif source.kind == "parquet":
@@ -2321,20 +2535,40 @@ def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
             yield from numbered_lines(block)
 
 
+def row_sources(paths: Iterable[str], flag: str) -> list[Source]:
+    sources = find_sources(paths, "jsonl", flag=flag)
+    for source in sources:
+        if {".csv", ".tsv"} & {suffix.lower() for suffix in source.path.suffixes}:
+            raise UserError(
+                f"{source.shown}: rows are read from .jsonl, .json and .parquet alone",
+                "convert it with pandas: read_csv(FILE).to_json(OUT, orient='records', lines=True)",
+            )
+    return sources
+
+
 def read_rows(
     paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str, flag: str = "--data"
 ) -> list:
     """Every row of the files, parsed; bad ones are counted and raise, or warn where "skip" says."""
     good, bad = [], []
-    for source in find_sources(paths, "jsonl", flag=flag):
+    for_another = ""
+    for source in row_sources(paths, flag):
         try:
             for number, row in numbered_rows(source):
                 try:
-                    good.append(parse(json_object(row)))
+                    row = json_object(row)
+                    good.append(parse(row))
                 except ValueError as fault:
+                    if not bad:
+                        for_another = row_command(row)
                     bad.append(f"{source.shown}, line {number}: {fault}")
         except (ValueError, RecursionError) as fault:
             raise UserError(f"{source.shown} is not JSON ({fault})", "mend the file") from fault
+    if bad and not good and for_another:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: these are rows of {for_another}",
+            f"use that command, or give other rows; the first says: {bad[0]}",
+        )
     if bad:
         shown = "; ".join(bad[:FAULTS_SHOWN])
         what = f"{len(bad)} of {len(bad) + len(good)} rows are bad, the first: {shown}"
@@ -2380,7 +2614,7 @@ def question(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
 
 def held_out(turns: Turns, share: float) -> bool:
     """Whether a conversation is for validation: by its first question, so none is on both sides."""
-    first = next(text for role, text in turns if role == "user")
+    first = next(turn.text for turn in turns if turn.role == "user")
     return content_hash(first.encode(), b"rows") < share
 
 
@@ -4895,7 +5129,7 @@ class Rewards:
         for part in self.parts.values():
             pairs = zip(asked, texts, strict=True)
             if isinstance(part, tuple):
-                chats = [[*one.turns, ("assistant", text)] for one, text in pairs]
+                chats = [[*one.turns, Turn("assistant", text)] for one, text in pairs]
                 columns.append(score_answers(*part, chats, self.batch_size, self.machine))
             else:
                 columns.append([part(one.turns[-1][1], text, one.row) for one, text in pairs])
@@ -5669,7 +5903,7 @@ def fastest(
 
 def read_prompts(settings: GenerateSettings) -> list[Prompt]:
     """What --prompt or --prompt_file asks, behind --system where it has no system turn itself."""
-    path, prompts = settings.prompt_file, [([("user", settings.prompt)], None)]
+    path, prompts = settings.prompt_file, [([Turn("user", settings.prompt)], None)]
     if path.endswith((".jsonl", ".json", ".parquet")):
         prompts = read_rows([path], row_prompt, "error", "--prompt_file")
     elif path:
@@ -5677,10 +5911,10 @@ def read_prompts(settings: GenerateSettings) -> list[Prompt]:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as fault:
             raise UserError(f"{path} is not UTF-8 text ({fault})", "save it as such") from fault
-        prompts = [([("user", line)], None) for line in lines if line.strip()]
+        prompts = [([Turn("user", line)], None) for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"{path} holds no prompt", "write one a line")
-    system = [("system", settings.system)] if settings.system else []
+    system = [Turn("system", settings.system)] if settings.system else []
     return [
         (turns if turns[0][0] == "system" else system + turns, expected)
         for turns, expected in prompts
@@ -5956,7 +6190,7 @@ def cmd_generate(
     if settings.best_of > 1:
         judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
         chats = [
-            [*turns, ("assistant", row["completion"])]
+            [*turns, Turn("assistant", row["completion"])]
             for (turns, _), row in zip(prompts, rows, strict=True)
         ]
         scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)

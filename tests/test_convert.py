@@ -504,9 +504,25 @@ def test_chat_template_gives_the_conversations_ids(auto, tokenizer, turns, promp
     assert (got["input_ids"], got["assistant_masks"]) == wanted
 
 
-def test_chat_template_knows_three_roles(auto):
-    with pytest.raises(Exception, match="there is no role tool"):
-        auto.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+def test_chat_template_refuses_an_unknown_role(auto):
+    with pytest.raises(Exception, match="there is no role narrator"):
+        auto.apply_chat_template([{"role": "narrator", "content": "Once"}])
+
+
+def test_chat_template_spells_tools_as_training_does(auto, tiny_tokenizer):
+    call = {"function": {"name": "f", "arguments": {"x": "é"}}}
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+    told = auto.apply_chat_template(
+        chat, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+    )
+    ids, learned = lm.encode_chat(lm.Tokenizer(tiny_tokenizer), lm.conversation({"messages": chat}))
+    assert told["input_ids"] == ids
+    assert [bool(mark) for mark in told["assistant_masks"]] == learned
 
 
 def test_tokenizer_without_roles_has_no_template(tmp_path):

@@ -428,7 +428,7 @@ def shut(rewards):
 
 
 def problem(row, prompt="?"):
-    return lm.Problem(np.array([1]), [("system", "Be brief."), ("user", prompt)], row)
+    return lm.Problem(np.array([1]), [lm.Turn("system", "Be brief."), lm.Turn("user", prompt)], row)
 
 
 def test_parts_are_scored_one_by_one_and_weighed():
@@ -662,12 +662,12 @@ def judge(tiny_tokenizer, tmp_path_factory):
 def test_a_reward_model_is_a_part_beside_others(judge):
     folder, model, tokenizer = judge
     texts = ["a quiet harbour", "", "7", "the village and the river " * 20]
-    asked = [lm.Problem(np.array([1]), [("user", q)], {"answer": "7"}) for q in "abcd"]
+    asked = [lm.Problem(np.array([1]), [lm.Turn("user", q)], {"answer": "7"}) for q in "abcd"]
     rewards = opened("exact", f"{folder}:0.25")
     scores = rewards.score(asked, texts)
     assert rewards.weights == [1, 0.25] and scores[:, 0].tolist() == [0, 0, 1, 0]
     for one, text, found in zip(asked, texts, scores[:, 1], strict=True):
-        ids, _ = lm.encode_chat(tokenizer, [*one.turns, ("assistant", text)])
+        ids, _ = lm.encode_chat(tokenizer, [*one.turns, lm.Turn("assistant", text)])
         assert ids[-1] == tokenizer.eos and (len(ids) > 48) == (len(text) > 50)
         hidden, _ = model.hidden_and_aux_loss(torch.tensor([ids[-48:]]))
         assert found == pytest.approx(float(model.score(hidden[0, -1])), abs=1e-5)

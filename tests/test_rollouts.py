@@ -369,7 +369,7 @@ def test_it_learns_to_say_nothing(ran, terse, tmp_path):
 
 
 def prompt_ids(tokenizer, row):
-    return lm.encode_chat(tokenizer, [("user", row["prompt"])], reply=True)[0]
+    return lm.encode_chat(tokenizer, [lm.Turn("user", row["prompt"])], reply=True)[0]
 
 
 def test_prompts_leave_room_for_the_answer_or_are_left_out(rl, tmp_path, tiny_tokenizer, drawn):
@@ -505,7 +505,7 @@ def test_a_reward_model_judges(ran, judges, drawn, tiny_tokenizer):
     every = [one for group in of_training(drawn)[0] for one in group]
     judge, tokenizer = policy(judges[0]), lm.Tokenizer(tiny_tokenizer)
     for one in every:
-        chat = [("user", one.problem.row["prompt"]), ("assistant", one.text)]
+        chat = [lm.Turn("user", one.problem.row["prompt"]), lm.Turn("assistant", one.text)]
         ids = torch.tensor([lm.encode_chat(tokenizer, chat)[0]])
         with torch.no_grad():
             want = judge.score(judge.hidden(ids))[0, -1, 0].item()

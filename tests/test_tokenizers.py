@@ -1,4 +1,4 @@
-"""Room Tokenizers: every string comes back, control symbols stay out of reach, words encode alike."""
+"""Room Tokenizers: every string comes back, control symbols stay out of reach."""
 
 import functools
 import io

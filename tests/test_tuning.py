@@ -315,16 +315,18 @@ def encoded(tokenizer, row, limit=10**6):
 
 def test_labels_are_the_assistants_text_and_its_end(tokenizer):
     turns = [
-        ("system", "Be brief."),
-        ("user", "Why?"),
-        ("assistant", "The river."),
-        ("user", "And the café 🙂?"),
-        ("assistant", "It cost 2.50.\n\nNo."),
+        lm.Turn("system", "Be brief."),
+        lm.Turn("user", "Why?"),
+        lm.Turn("assistant", "The river."),
+        lm.Turn("user", "And the café 🙂?"),
+        lm.Turn("assistant", "It cost 2.50.\n\nNo."),
     ]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    row = {"messages": [{"role": role, "content": text} for role, text, *_ in turns]}
     one = encoded(tokenizer, row)
     targets = one.targets()
-    want = [[*tokenizer.encode(text), tokenizer.eos] for role, text in turns if role == "assistant"]
+    want = [
+        [*tokenizer.encode(text), tokenizer.eos] for role, text, *_ in turns if role == "assistant"
+    ]
     assert [t for t in targets if t != lm.IGNORE] == want[0] + want[1]
     at = np.flatnonzero(targets != lm.IGNORE)
     assert (targets[at] == one.ids[at + 1]).all() and (one.ids == tokenizer.bos).sum() == 1
@@ -336,7 +338,12 @@ def test_labels_are_the_assistants_text_and_its_end(tokenizer):
 
 
 def test_rows_are_cut_behind_a_turn_or_left_out(tokenizer):
-    turns = [("user", "Why?"), ("assistant", "The river."), ("user", "And?"), ("assistant", "No.")]
+    turns = [
+        lm.Turn("user", "Why?"),
+        lm.Turn("assistant", "The river."),
+        lm.Turn("user", "And?"),
+        lm.Turn("assistant", "No."),
+    ]
     whole = lm.encode_chat(tokenizer, turns)[0]
     first = lm.encode_chat(tokenizer, turns[:2])[0]
     for limit in range(1, len(whole) + 2):
@@ -377,6 +384,7 @@ def test_cut_and_left_out_rows_are_counted(tune, tmp_path):
 
 
 TURN = "do not speak in turn"
+LAST = "the last message"
 BAD_CHATS = {
     "{": "not JSON",
     "[1]": "no JSON object",
@@ -389,12 +397,12 @@ BAD_CHATS = {
     '{"messages": [{"role": "user", "content": 3}]}': "a user message is missing, empty or no text",
     '{"messages": [{"role": "user", "content": "a"}]}': "not the assistant's",
     '{"messages": [{"role": "assistant", "content": "a"}]}': TURN,
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}': TURN,
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}': LAST,
     '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}': TURN,
     '{"prompt": "a"}': "response is missing",
     '{"prompt": " ", "response": "a"}': "prompt is miss",
     '{"prompt": "a", "response": ""}': "response is missing, empty or no text",
-    '{"prompt": null, "response": "a"}': "prompt is missing",
+    '{"prompt": null, "response": "a"}': "neither messages nor prompt",
     '{"instruction": "a", "output": null}': "output is missing",
 }
 BAD_PAIRS = {
@@ -409,7 +417,7 @@ BAD_PAIRS = {
 BAD_JUDGED = {
     '{"prompt": "a", "response": "b", "label": "yes"}': "label 'yes' is not 0 or 1",
     '{"prompt": "a", "response": "b", "label": [1]}': "is not 0 or 1",
-    '{"prompt": "a", "response": "b", "label": null}': "label None is not 0 or 1",
+    '{"prompt": "a", "response": "b", "label": null}': "chosen is missing",
 }
 
 
@@ -443,7 +451,7 @@ def test_bad_rows_are_all_counted_and_may_be_passed_over(tune, tmp_path):
 
 
 def test_every_shape_of_a_row_is_the_same_conversation():
-    want = [("user", "a\n\nb"), ("assistant", "c")]
+    want = [lm.Turn("user", "a\n\nb"), lm.Turn("assistant", "c")]
     shapes = [
         {"prompt": "a\n\nb", "response": "c"},
         {"prompt": "a\n\nb", "completion": "c"},
@@ -470,7 +478,10 @@ def test_every_shape_of_a_row_is_the_same_conversation():
         {"prompt": "q", "chosen": asked + said, "rejected": asked + other},
         {"chosen": asked + said, "rejected": asked + other},
     ]
-    wanted = ([("user", "q"), ("assistant", "y")], [("user", "q"), ("assistant", "n")])
+    wanted = (
+        [lm.Turn("user", "q"), lm.Turn("assistant", "y")],
+        [lm.Turn("user", "q"), lm.Turn("assistant", "n")],
+    )
     assert all(lm.preference(row) == wanted for row in pairs)
 
 
@@ -497,13 +508,13 @@ def test_one_first_question_is_on_one_side(tokenizer):
     turns = [
         lm.conversation({"prompt": question(i % 40), "response": answer(i)}) for i in range(400)
     ]
-    aux_losses = {}
+    sides = {}
     for one in turns:
-        aux_losses.setdefault(one[0][1], set()).add(lm.held_out(one, 0.2))
-        assert lm.held_out([("system", "Be brief."), *one], 0.2) == lm.held_out(one, 0.2)
+        sides.setdefault(one[0][1], set()).add(lm.held_out(one, 0.2))
+        assert lm.held_out([lm.Turn("system", "Be brief."), *one], 0.2) == lm.held_out(one, 0.2)
         assert not lm.held_out(one, 0.0)
-    assert len(aux_losses) == 40 and all(len(aux_loss) == 1 for aux_loss in aux_losses.values())
-    held = sum(True in aux_loss for aux_loss in aux_losses.values())
+    assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
+    held = sum(True in side for side in sides.values())
     assert 2 <= held <= 16
 
 
@@ -522,7 +533,7 @@ def test_rows_held_out_are_not_trained_on(tune, tmp_path, monkeypatch):
     assert len(train) + len(val) == 60 and val and not set(train) & set(val)
     held = write_rows(tmp_path / "held.jsonl", chat_rows(3))
     assert tune("sft", chat_rows(9), "--val_data", held, "--out_dir", tmp_path / "b")[0] == 0
-    assert [len(aux_loss) for aux_loss in seen[2:]] == [9, 3]
+    assert [len(side) for side in seen[2:]] == [9, 3]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -530,7 +541,7 @@ def test_every_row_held_out_is_a_sentence(tune, kind):
     row = next(
         r
         for r in rows_of(kind, 50)
-        if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.05)
+        if lm.held_out([lm.Turn("user", r["prompt"]), lm.Turn("assistant", "x")], 0.05)
     )
     complaint(tune(kind, [row]), "--val_split")
 
@@ -626,7 +637,9 @@ def test_weighted_parts(tune, tmp_path, kind):
 
 def test_a_part_whose_rows_are_all_held_out_is_a_sentence(tune, tmp_path):
     lone = next(
-        r for r in chat_rows(50) if lm.held_out([("user", r["prompt"]), ("assistant", "x")], 0.1)
+        r
+        for r in chat_rows(50)
+        if lm.held_out([lm.Turn("user", r["prompt"]), lm.Turn("assistant", "x")], 0.1)
     )
     a = write_rows(tmp_path / "a.jsonl", chat_rows(24))
     b = write_rows(tmp_path / "b.jsonl", [lone])
@@ -937,7 +950,9 @@ def test_best_of_shows_what_the_judge_likes_best(base, reward_model, run, tmp_pa
     best = drawn("best.jsonl", "--best_of", 3, "--reward_ckpt", reward_model)
     every = drawn("all.jsonl", "--num_samples", 6)
     assert [row["prompt"] for row in best] == ["Why?"] * 2 + ["Who was it?"] * 2
-    chats = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in every]
+    chats = [
+        [lm.Turn("user", row["prompt"]), lm.Turn("assistant", row["completion"])] for row in every
+    ]
     model = lm.build_model(lm.load_checkpoint(reward_model), torch.device("cpu"))
     for i, row in enumerate(best):
         group, scores = every[3 * i : 3 * i + 3], []
@@ -978,7 +993,7 @@ def test_a_system_turn_reaches_the_model(base, run, monkeypatch, tmp_path):
     ):
         asked.clear()
         assert run([*flags, *where])[0] == 0
-        assert asked == [[("system", "Be brief."), ("user", "Why?")]], where
+        assert asked == [[lm.Turn("system", "Be brief."), lm.Turn("user", "Why?")]], where
 
 
 # ---- Mistakes ----
