@@ -4022,12 +4022,23 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
     )
 
 
+def numbered(out: Path) -> list[Path]:
+    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+
+
 def checkpoint_path(path: str | Path) -> Path:
     """A checkpoint's file; for the folder of a run its best one, or else its last."""
-    best, last = Path(path, "ckpt_best.pt"), Path(path, "ckpt_last.pt")
-    if not Path(path).is_dir():
-        return Path(path)
-    return best if best.exists() else last
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / "ckpt_best.pt").exists():
+        return path / "ckpt_best.pt"
+    if (path / "config.json").exists() and not numbered(path):
+        raise UserError(
+            f"{path} holds a model of another program, in Hugging Face's form or as plain weights",
+            f"import it: python convert_to_llama.py --reverse {path} --out imported.pt",
+        )
+    return path / "ckpt_last.pt"
 
 
 def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelSettings:
@@ -4041,6 +4052,13 @@ def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelS
     width = weights["blocks.0.mlp.w2"].shape[2] if up is None else len(up)
     config |= {"vocab_size": len(embedding), "ffn_hidden": width, "rope_layout": "half"}
     settings = ModelSettings(**config)
+    # Before a model is built, which takes memory and time by what the config says.
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if settings.n_layer != len(layers):
+        raise UserError(
+            f"{path}: its config says n_layer {settings.n_layer}, its weights have {len(layers)}",
+            "name another",
+        )
     if settings.tie:
         weights.setdefault("lm_head.weight", embedding)
     with torch.device("meta"):
@@ -4068,7 +4086,7 @@ def with_base(checkpoint: dict, base: dict, path: Path) -> dict:
     if model_key(base) != lora["key"]:
         raise UserError(
             f"{lora['base']} is no longer the model that {path} adapts",
-            "put the model of that time back",
+            "restore the original base checkpoint",
         )
     weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
     if not checkpoint["config"]["scalar_head"]:
@@ -4077,21 +4095,45 @@ def with_base(checkpoint: dict, base: dict, path: Path) -> dict:
     return {**checkpoint, "model": weights, "original": False, "key": sha256(parts.encode())}
 
 
+def find_base(lora: dict, path: Path) -> Path:
+    """The checkpoint that the adapters in `path` belong to: where it was, or moved with them."""
+    if not isinstance(lora, dict) or not isinstance(lora.get("base"), str):
+        raise UserError(f"{path} is damaged (its field lora)", "use an earlier checkpoint")
+    base = Path(lora["base"])
+    places = [base, path.parent / str(lora.get("relative", base.name)), path.with_name(base.name)]
+    found = [place for place in places if place.exists() and place.resolve() != path.resolve()]
+    if not found:
+        raise UserError(
+            f"{base}, which {path} adapts, is not there",
+            "put it back, or keep the folders of both side by side",
+        )
+    return found[0]
+
+
+def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError where a weight is no tensor, or NaN or infinite."""
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise UserError(f"{path} is damaged (its weight {name})", "use an earlier checkpoint")
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(
+                f"{path} holds weights that are NaN or infinite (in {name})",
+                "use an earlier checkpoint, and train on with a lower --lr",
+            )
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of any age, ready to build from: with plain names, rotary pairs half-split and
     adapters merged; its tokenizer may be None. UserError where it cannot be used."""
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
     if lora := checkpoint.get("lora"):
-        base = Path(lora["base"])
-        places = [p for p in (base, path.with_name(base.name)) if p.exists() and p != path]
-        if not places:
-            raise UserError(f"{base}, which {path} adapts, is not there", "put it back")
-        return with_base(checkpoint, load_checkpoint(places[0]), path)
+        return with_base(checkpoint, load_checkpoint(find_base(lora, path)), path)
     original = "rope_layout" not in checkpoint["config"]
     weights = {WRAPPERS.sub("", str(name)): w for name, w in checkpoint["model"].items()}
     if original:  # it saved buffers too
         weights = {n: w for n, w in weights.items() if n.endswith((".weight", ".bias"))}
+    refuse_broken_weights(weights, path)
     try:
         config = whole_config(checkpoint["config"], weights, path)
     except BROKEN as fault:
@@ -4135,10 +4177,6 @@ def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
             "name the tokenizer.model that this model was trained with",
         )
     return tokenizer
-
-
-def numbered(out: Path) -> list[Path]:
-    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
 
 
 def save_step(out: Path, checkpoint: dict, keep_last: int) -> None:
@@ -4275,14 +4313,22 @@ class Metrics:
         state: dict,
         names: tuple[str, ...] = ("loss",),
     ):
-        self.out, self.run, self.machine, self.flops, self.names = out, run, machine, flops, names
+        self.out = out
+        self.run = run
+        self.machine = machine
+        self.flops = flops
+        self.names = names
         zeros = (0.0,) * (len(names) + 1)
         self.sums = torch.tensor(state.get("sums", zeros), device=machine.device)
-        self.step, self.steps, self.tokens = (state.get(k, 0) for k in ("step", "steps", "tokens"))
-        self.stopwatch, self.timed_tokens = time.monotonic(), 0
+        self.step = state.get("step", 0)
+        self.steps = state.get("steps", 0)  # since the last line
+        self.tokens = state.get("tokens", 0)
+        self.stopwatch = time.monotonic()
+        self.timed_tokens = 0
         self.began = self.stopwatch - state.get("seconds", 0.0)  # earlier sessions included
         self.progress = Progress("training", run.max_steps, "steps", self.step, machine.main)
-        self.note, self.sinks = "", []
+        self.note = ""
+        self.sinks: list[Callable[[dict], None]] = []
         if machine.main:
             for log in ("metrics.jsonl", "samples.jsonl"):
                 cut_log(out / log, self.step or -1)
@@ -4325,11 +4371,11 @@ class Metrics:
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
-        used = "unknown" if mfu is None else f"{mfu:.1%}"
-        cost = f" ${row['cost/usd']:.2f}" if "cost/usd" in row else ""
-        self.note = (
-            f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s mfu {used}{cost}"
-        )
+        self.note = f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s"
+        if mfu is not None:
+            self.note += f" mfu {mfu:.1%}"
+        if "cost/usd" in row:
+            self.note += f" ${row['cost/usd']:.2f}"
         self.sums.zero_()
         self.steps, self.timed_tokens, self.stopwatch = 0, 0, time.monotonic()
         return row
@@ -4404,6 +4450,9 @@ NOT_SAME = {
 }  # where no flag of the name tells it
 
 
+NOT_TOLD_AS_CHANGED = ("resume", "profile", "preset", "threads", "step_samples", "data_key")
+
+
 @dataclass
 class Job:
     """What one trainer gives the loop: evaluate(module) runs on every rank, samples(model) on rank
@@ -4437,19 +4486,17 @@ def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
     """Whether to compile: as told, or by the estimated length of the run, alike on a resume."""
     if choice != "auto":
         return choice == "1"
+    # A guess good enough to choose by, too rough to be told: a run's first steps tell the time.
     key = (machine.device.type, machine.dtype)
     speed = ASSUMED_FLOPS.get(key) or 0.3 * (peak_flops(machine.device) or 1e14)
-    seconds = flops / speed / machine.world
-    worth, able = seconds >= COMPILE_REPAYS_S, can_compile(machine.device)
-    say(
-        f"about {duration(seconds)} of training if not compiled: "
-        + (
-            "compiling first (--compile 0 skips it)"
-            if worth and able
-            else "not compiling" + (", no C++ compiler is found" if worth else "")
-        )
-    )
-    return worth and able
+    if flops / speed / machine.world < COMPILE_REPAYS_S:
+        say("not compiling: the run is short (--compile 1 compiles)")
+        return False
+    if not can_compile(machine.device):
+        say("not compiling: no C++ compiler is found")
+        return False
+    say("compiling first, which a run of this length repays (--compile 0 skips it)")
+    return True
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
@@ -4671,6 +4718,78 @@ def check_same_run(
         )
 
 
+def changed_flags(old: dict, new: dict) -> list[str]:
+    """Flags that differ between the arguments of a run and those of its resumption, in words."""
+    names = [name for name in new if name in old and name not in NOT_TOLD_AS_CHANGED]
+    return [f"{name} {old[name]} → {new[name]}" for name in names if old[name] != new[name]]
+
+
+def resume(job: Job, machine: Machine, run: RunSettings, args: dict) -> dict | None:
+    """What the run in --out_dir goes on from, its weights in the model; None where none is."""
+    out = Path(run.out_dir)
+    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
+    if not newest:
+        return None
+    saved = read_checkpoint(newest)
+    check_same_run(saved, job.kind, job.model.config, job.tokenizer, args, out)
+    if changed := changed_flags(saved["args"], args):
+        say(f"changed since step {saved['step']}: {', '.join(changed)}")
+    if not job.stream.per_step:
+        keep_step_size(run, saved, machine.world)
+    try:
+        job.model.load_state_dict(saved["model"], strict=not job.lora)
+    except (RuntimeError, AttributeError, TypeError) as fault:
+        raise UserError(
+            f"{newest} is damaged (its weights do not fit its config)",
+            "remove it: the one before it is used then",
+        ) from fault
+    return saved
+
+
+def describe_run(job: Job, machine: Machine, run: RunSettings, saved: dict | None) -> None:
+    """Say what is trained, where, and on how much."""
+    config, stream = job.model.config, job.stream
+    total = parameter_counts(config)["total"]
+    samples = job.step_samples(run, machine.world)
+    step_tokens = samples * job.sample_tokens
+    model = f"{short(total)} parameters"
+    if run.preset:
+        model = f"{run.preset}, {model}"
+    if job.lora:
+        trained = sum(weight.numel() for weight in trained_weights(job.model).values())
+        model += f", {trained / total:.1%} of them trained"
+    epochs = samples * run.max_steps / stream.count
+    say(
+        f"model: {model}, {config.n_layer} layers, context {config.seq_len}",
+        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
+        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
+        f"the run {short(step_tokens * run.max_steps)} ({epochs:.2g} epochs)",
+    )
+    if saved:
+        say(f"resuming {run.out_dir} after step {saved['step']}")
+
+
+def say_what_next(trainer: Trainer) -> None:
+    """Say that the run is done, and the commands that use its model."""
+    job = trainer.job
+    folder = shlex.quote(str(trainer.out))
+    newest = shlex.quote(str(checkpoint_path(trainer.out)))
+    chat = "" if job.kind == "train" else " --chat"
+    commands = [
+        f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
+        f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
+    ]
+    if job.kind == "reward":
+        commands = [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
+    best = ""
+    if trainer.best_val < math.inf:
+        best = f"best {job.best} {trainer.best_val:.4f}; "
+    say(
+        f"done after {trainer.step} steps in {duration(trainer.metrics.elapsed())}; {best}next:",
+        *(f"  python {command}" for command in commands),
+    )
+
+
 def train_job(
     job: Job,
     machine: Machine,
@@ -4682,18 +4801,13 @@ def train_job(
     make: Callable[..., Trainer] = Trainer,
 ) -> int:
     """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
-    model, stream, out = job.model, job.stream, Path(run.out_dir)
+    out = Path(run.out_dir)
     args, args_text = settings_dict(*groups) | told, settings_text(*groups)
-    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
-    if saved := read_checkpoint(newest) if newest else None:
-        check_same_run(saved, job.kind, model.config, job.tokenizer, args, out)
-        if not stream.per_step:
-            keep_step_size(run, saved, machine.world)
-        model.load_state_dict(saved["model"], strict=not job.lora)
-    model.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    samples, total = job.step_samples(run, machine.world), parameter_counts(model.config)["total"]
-    step_tokens = samples * job.sample_tokens
-    run.max_steps = run.max_steps or max(1, math.ceil(epochs * stream.count / samples))
+    saved = resume(job, machine, run, args)
+    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    if not run.max_steps:
+        samples = job.step_samples(run, machine.world)
+        run.max_steps = max(1, math.ceil(epochs * job.stream.count / samples))
 
     def begin() -> None:  # OSError here costs no paid hour
         with atomic_write(out / "args.txt", "w") as file:
@@ -4702,37 +4816,12 @@ def train_job(
             half.unlink()
 
     machine.on_main(begin)
-    trained = sum(w.numel() for w in trained_weights(model).values()) / total
-    say(
-        f"model: {run.preset}{', ' * bool(run.preset)}{short(total)} parameters, "
-        f"{f'{trained:.1%} of them trained, ' if job.lora else ''}"
-        f"{model.config.n_layer} layers, context {model.config.seq_len}",
-        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
-        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
-        f"the run {short(step_tokens * run.max_steps)} "
-        f"({samples * run.max_steps / stream.count:.2g} epochs)",
-        *([f"resuming {out} after step {saved['step']}"] if saved else []),
-    )
+    describe_run(job, machine, run, saved)
     trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
-    if code := trainer.fit():
-        return code
-    folder, newest = (shlex.quote(str(p)) for p in (out, checkpoint_path(out)))
-    chat, best = "" if job.kind == "train" else " --chat", trainer.best_val
-    more = (
-        [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
-        if job.kind == "reward"
-        else [
-            f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
-            f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
-        ]
-    )
-    say(
-        f"done after {trainer.step} steps in {duration(trainer.metrics.elapsed())}; "
-        + (f"best {job.best} {best:.4f}; " if best < math.inf else "")
-        + "next:",
-        *(f"  python {line}" for line in more),
-    )
-    return 0
+    code = trainer.fit()
+    if code == 0:
+        say_what_next(trainer)
+    return code
 
 
 # ==================================================================================================
@@ -5644,6 +5733,7 @@ class Tuning:
             attach_lora(network, self.lora, self.seed)
             lora = {
                 "base": str(self.path.resolve()),
+                "relative": os.path.relpath(self.path, run.out_dir),  # so that both may be moved
                 "key": self.key,
                 "scale": self.lora.scale,
                 **asdict(self.lora),

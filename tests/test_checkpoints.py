@@ -578,3 +578,35 @@ def test_a_disk_that_gives_invalid_bytes_is_a_sentence(trained, monkeypatch, run
 
     monkeypatch.setattr(torch, "load", fail)
     complaint(run(["info", trained / "ckpt_last.pt"]), "is damaged")
+
+
+def test_more_layers_than_weights_are_refused_before_a_model_is_built(trained, tmp_path, run):
+    saved = read_pt(trained / "ckpt_last.pt")
+    saved["config"]["n_layer"] = 1_000_000
+    torch.save(saved, tmp_path / "odd.pt")
+    complaint(run(["info", tmp_path / "odd.pt"]), "n_layer 1000000", "weights have 2")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "text"])
+def test_weights_that_are_no_numbers_are_a_sentence(trained, tmp_path, run, value):
+    saved = read_pt(trained / "ckpt_last.pt")
+    if value == "text":
+        saved["model"]["norm.weight"] = value
+    else:
+        saved["model"]["norm.weight"][0] = value
+    torch.save(saved, tmp_path / "odd.pt")
+    complaint(run(["generate", "--ckpt", tmp_path / "odd.pt", "--prompt", "x"]), "norm.weight")
+
+
+def test_a_folder_of_another_program_says_how_it_comes_in(tmp_path, run):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    complaint(run(["generate", "--ckpt", tmp_path, "--prompt", "x"]), "--reverse", "Hugging Face")
+
+
+def test_changed_flags_are_told_on_a_resume(trained, data_dir, tmp_path, run):
+    shutil.copytree(trained, tmp_path / "run")
+    flags = [*TINY, *SHORT, "--data_dir", data_dir, "--out_dir", tmp_path / "run"]
+    code, told, err = run(["train", *flags, "--max_steps", 13, "--lr", 5e-3])
+    assert code == 0, err
+    (line,) = [line for line in told.split("\n") if line.startswith("changed since step 12:")]
+    assert "lr 0.01 → 0.005" in line and "max_steps 12 → 13" in line

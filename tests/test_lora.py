@@ -302,6 +302,7 @@ def test_the_merged_file_stands_alone(adapted, tmp_path):
 def test_a_missing_model_is_a_sentence(adapted, tmp_path, run):
     shutil.copytree(adapted[0].parent, tmp_path / "copy")
     folder, own = tmp_path / "copy" / "run", adapted[1]
+    (tmp_path / "copy" / own.name).unlink()  # which would be found beside the run
     other = own.rename(own.with_suffix(".away"))
     try:
         complaint(run(["generate", "--ckpt", folder, "--prompt", "x"]), str(own), "is not there")
@@ -477,3 +478,17 @@ def test_an_unknown_target_is_a_sentence(base, tmp_path, run):
     )
     complaint(result, "--lora_targets w9", "qkv,proj,w1,w2,w3")
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_may_be_moved_together_with_their_base(tmp_path, tiny_tokenizer, run):
+    """Both files are called ckpt_best.pt, each in the folder of its run."""
+    base = tmp_path / "old" / "base" / "ckpt_best.pt"
+    base.parent.mkdir(parents=True)
+    save_base(base, tiny_tokenizer)
+    rows = write_rows(tmp_path / "rows.jsonl", chat_rows(12))
+    words = ["sft", *TUNE, "--ckpt", base.parent, "--data", rows, "--lora_rank", 2]
+    code, _, err = run([*words, "--max_steps", 2, "--out_dir", tmp_path / "old" / "adapters"])
+    assert code == 0, err
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = lm.load_checkpoint(tmp_path / "new" / "adapters")
+    assert set(moved["model"]) == set(lm.load_checkpoint(tmp_path / "new" / "base")["model"])
