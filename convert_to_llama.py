@@ -805,17 +805,32 @@ def write_folder(
     write_weights(folder, to_family(weights, model, family))
 
 
+def indexed_files(folder: Path, index: Path) -> list[Path]:
+    """The files that an index names, all in its own folder. Raises UserError for any other."""
+    weight_map = lm.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise lm.UserError(f"{index} has no weight_map", "download the folder again")
+    names = list(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise lm.UserError(
+                f"{index} names {name!r}, which is no file of its folder",
+                "use a folder from a source that you trust",
+            )
+    return [folder / name for name in sorted(set(names))]
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a Hugging Face folder, from safetensors or .bin, one file or several."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        files = []
         if index.exists():
-            names = sorted(set(lm.read_json(index)["weight_map"].values()))
-            files = [folder / name for name in names]
-        else:
-            files = [single] if single.exists() else []
+            files = indexed_files(folder, index)
+        elif single.exists():
+            files = [single]
         if files:
-            return {k: w for path in files for k, w in read_tensors(path).items()}
+            return {name: w for path in files for name, w in read_tensors(path).items()}
     raise lm.UserError(
         f"{folder} has no weights",
         "it needs model.safetensors, pytorch_model.bin or an index of several such files",
@@ -827,13 +842,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     is_bin = path.suffix == ".bin"
     damage = lm.BROKEN if is_bin else lm.need("safetensors").SafetensorError
     try:
-        if is_bin:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return lm.need("safetensors.torch").load_file(path)
+        if not is_bin:
+            return lm.need("safetensors.torch").load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as fault:
         raise lm.disk_error(fault, path) or fault from fault
     except damage as fault:
         raise lm.UserError(f"{path} is damaged", "download it again") from fault
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise lm.UserError(f"{path} is no dict of tensors", "download it again")
+    return weights
 
 
 # ==================================================================================================

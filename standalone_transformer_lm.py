@@ -95,6 +95,7 @@ import tempfile
 import threading
 import time
 import typing
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -247,6 +248,13 @@ def json_line(row: dict) -> str:
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     with atomic_write(path, "w") as file:
         file.writelines(json_line(row) for row in rows)
+
+
+def check_writable(path: Path) -> None:
+    """OSError where a file cannot be written there: before hours of work, not after."""
+    with atomic_write(path.with_name(f".{path.name}.probe")):
+        pass
+    path.with_name(f".{path.name}.probe").unlink()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -1490,6 +1498,35 @@ def encode_chat(
     return ids, learned
 
 
+class TextStream:
+    """Ids become text as they come, at a cost that does not grow with what was said before.
+
+    Text that ends in the middle of a character waits for its rest. `context` are ids that stand
+    before the first one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]):
+        self.tokenizer = tokenizer
+        self.ids = list(context)
+        self.start = 0  # decoding begins here, so that a space is where it belongs
+        self.told = len(context)  # ids whose text is out
+
+    def push(self, token: int) -> str:
+        """The text that this id completes; empty where a character is still open."""
+        self.ids.append(token)
+        text = self.waiting()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.start = self.told
+        self.told = len(self.ids)
+        return text
+
+    def waiting(self) -> str:
+        """The text of the ids that are not out yet, whole or not."""
+        before = self.tokenizer.decode(self.ids[self.start : self.told])
+        return self.tokenizer.decode(self.ids[self.start :])[len(before) :]
+
+
 class Watched:
     """An iterator that keeps the exception it ended with, for callers that hide it."""
 
@@ -2268,6 +2305,8 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 Turns = list[Turn]
+
+UNTAUGHT_KINDS = ("train",)  # checkpoints that have seen no conversation
 
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
@@ -3295,16 +3334,26 @@ def banned(history: list[int], n: int) -> list[int]:
     ]
 
 
-def penalise(logits: Tensor, histories: list[list[int]], settings: SamplingSettings) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019, section 4.1) and banned n-grams, on (B, V)."""
+def penalise(
+    logits: Tensor,
+    histories: list[list[int]],
+    settings: SamplingSettings,
+    stop: frozenset[int] = frozenset(),
+) -> Tensor:
+    """Repetition penalty (Keskar et al. 2019, section 4.1) and banned n-grams, on (B, V); a stop id
+    is never banned, for a text must be able to end."""
     penalty, n = settings.repetition_penalty, settings.no_repeat_ngram_size
-    for row, history in zip(logits, histories, strict=True) if penalty != 1.0 or n else ():
+    if penalty == 1.0 and not n:
+        return logits
+    for row, history in zip(logits, histories, strict=True):
         seen = torch.tensor(sorted(set(history)), device=logits.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-        ids = banned(history, n) if n else []
-        if len(set(ids)) < len(row):  # where every id is banned, none is
-            row[ids] = -math.inf
+        if not n:
+            continue
+        ids = set(banned(history, n)) - stop
+        if len(ids) < len(row):  # where every id is banned, none is
+            row[list(ids)] = -math.inf
     return logits
 
 
@@ -3430,7 +3479,8 @@ def generate(
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
     At most `at_once` rows are under way (0: all); as rows end, waiting ones take their places.
-    A row draws the same ids alone as in any batch, where `first` counts the rows before it.
+    In fp32 a row draws the same ids alone as in any batch, where `first` counts the rows before
+    it; in bf16 the size of a batch changes the rounding of its matmuls.
     Beyond the context the oldest half is forgotten.
     """
     most, waiting = settings.max_new_tokens, deque(range(len(prompts)))
@@ -3454,7 +3504,7 @@ def generate(
                 kept += idle[: slots // 2 - len(kept)]
             decoder.keep(kept)
             rows, chance, slots = [rows[slot] for slot in kept], chance[kept], len(kept)
-        logits = penalise(decoder.logits.clone(), decoder.histories, settings)
+        logits = penalise(decoder.logits.clone(), decoder.histories, settings, stop)
         drawn = [len(decoder.histories[slot]) - len(prompts[rows[slot]]) for slot in range(slots)]
         point = chance[range(slots), drawn].unsqueeze(1).to(logits.device)
         tokens = draw(logits, point, settings).tolist()
@@ -5140,7 +5190,7 @@ class UserReward:
     def __init__(self, path: str, name: str, seconds: float):
         self.path, self.name, self.seconds = path, name, seconds
         self.pool, self.told = None, set()
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
         if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
             raise UserError(
                 f"{path} has no function {name}",
@@ -5791,6 +5841,7 @@ def score_rows(
 ) -> int:
     """Write the rows of --score again, with the reward model's score of each answer."""
     machine, out = open_machine(device), reward.out or "scored.jsonl"
+    check_writable(Path(out))
     model, tokenizer = open_judge(tune.ckpt, tune.spm, machine)
     found = read_rows(
         reward.score,
@@ -5991,43 +6042,99 @@ def fastest(
 # ==================================================================================================
 
 
+@dataclass(frozen=True)
+class Request:
+    """One continuation that generate is asked for, and the answer that its row expects."""
+
+    turns: Turns
+    ids: list[int]
+    context: list[int]  # ids whose text stands before the completion's
+    expected: object = None
+
+    @property
+    def asked(self) -> str:
+        return self.turns[-1].text
+
+
 def read_prompts(settings: GenerateSettings) -> list[Prompt]:
     """What --prompt or --prompt_file asks, behind --system where it has no system turn itself."""
     path, prompts = settings.prompt_file, [([Turn("user", settings.prompt)], None)]
-    if path.endswith((".jsonl", ".json", ".parquet")):
+    if {".jsonl", ".ndjson", ".json", ".parquet"} & {s.lower() for s in Path(path).suffixes}:
         prompts = read_rows([path], row_prompt, "error", "--prompt_file")
     elif path:
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as fault:
             raise UserError(f"{path} is not UTF-8 text ({fault})", "save it as such") from fault
         prompts = [([Turn("user", line)], None) for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"{path} holds no prompt", "write one a line")
-    system = [Turn("system", settings.system)] if settings.system else []
-    return [
-        (turns if turns[0][0] == "system" else system + turns, expected)
-        for turns, expected in prompts
-    ]
+    elif settings.chat and not settings.prompt.strip():
+        raise UserError("--chat has no question", "give --prompt or --prompt_file")
+    several = any(len(turns) > 1 for turns, _ in prompts)
+    if several and not settings.chat:
+        raise UserError(
+            f"{path} holds conversations, of which plain text would keep the last turn alone",
+            "add --chat",
+        )
+    if not settings.system:
+        return prompts
+    system = Turn("system", settings.system)
+    found = []
+    for turns, expected in prompts:
+        if turns[0].role != "system":
+            turns = [system, *turns]
+        found.append((turns, expected))
+    return found
 
 
-def continuation(ids: list[int], new: list[int], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
+def make_requests(settings: GenerateSettings, tokenizer: Tokenizer, saved: dict) -> list[Request]:
+    """The requests of the prompts, --num_samples and --best_of times each; says on stderr what the
+    model cannot do well."""
+    requests = []
+    for turns, expected in read_prompts(settings):
+        if settings.chat:
+            ids, context = encode_chat(tokenizer, turns, reply=True)[0], []
+        else:
+            ids = [tokenizer.bos, *tokenizer.encode(turns[-1].text)]
+            context = ids
+        request = Request(turns, ids, context, expected)
+        requests += [request] * (settings.num_samples * settings.best_of)
+
+    limit = saved["config"]["seq_len"]
+    longest = max(len(request.ids) for request in requests)
+    if longest > limit:
+        say_aside(
+            f"warning: a prompt has {longest} tokens, the context {limit}: "
+            f"only its last {limit // 2} are read"
+        )
+    if settings.chat and saved.get("kind") in UNTAUGHT_KINDS:
+        say_aside("warning: this model was never taught to chat; teach it with sft")
+    return requests
 
 
-def print_stream(
-    stream: Iterator[tuple[int, int]], prompt: str, ids: list[int], tokenizer: Tokenizer
-) -> None:
-    """Print a continuation as it comes; a character cut in the middle waits for its rest."""
-    print(prompt, end="", flush=True)
-    new, shown = [], ""
+def best_rows(
+    settings: GenerateSettings, requests: list[Request], rows: list[dict], machine: Machine
+) -> list[dict]:
+    """Of each --best_of rows the one that the reward model scores highest."""
+    judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
+    chats = []
+    for request, row in zip(requests, rows, strict=True):
+        chats.append([*request.turns, Turn("assistant", row["completion"])])
+    scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
+    best = []
+    for first in range(0, len(rows), settings.best_of):
+        places = range(first, first + settings.best_of)
+        best.append(rows[max(places, key=scores.__getitem__)])
+    return best
+
+
+def print_stream(stream: Iterator[tuple[int, int]], prompt: str, text: TextStream) -> None:
+    """Print a continuation as it comes."""
+    print(printable(prompt, sys.stdout), end="", flush=True)
     for _, token in stream:
-        new.append(token)
-        text = continuation(ids, new, tokenizer)
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(continuation(ids, new, tokenizer)[len(shown) :])
+        print(printable(text.push(token), sys.stdout), end="", flush=True)
+    print(printable(text.waiting(), sys.stdout))
 
 
 def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
@@ -6238,56 +6345,45 @@ def cmd_generate(
 ) -> int:
     machine, saved = open_machine(device), load_checkpoint(settings.ckpt)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
-    count = settings.num_samples * settings.best_of
-    prompts = [prompt for prompt in read_prompts(settings) for _ in range(count)]
-    asked = [turns[-1][1] for turns, _ in prompts]
-    ids = (
-        [encode_chat(tokenizer, turns, reply=True)[0] for turns, _ in prompts]
-        if settings.chat
-        else [[tokenizer.bos, *tokenizer.encode(text)] for text in asked]
-    )
-    behind = [[]] * len(ids) if settings.chat else ids  # what a completion continues
+    requests = make_requests(settings, tokenizer, saved)
+    if settings.out:
+        check_writable(Path(settings.out))
     stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
     stream = generate(
         build_model(saved, machine.device),
-        ids,
+        [request.ids for request in requests],
         sampling,
         device.seed,
         stop,
         machine.dtype,
         at_once=settings.batch_size,
     )
+    if len(requests) == 1 and not settings.out:
+        (one,) = requests
+        prompt = "" if settings.chat else one.asked
+        with machine.autocast():
+            print_stream(stream, prompt, TextStream(tokenizer, one.context))
+        return 0
+
+    found: list[list[int]] = [[] for _ in requests]
+    progress = Progress("writing", len(requests), "completions")
     with machine.autocast():
-        if len(prompts) == 1 and not settings.out:
-            print_stream(stream, "" if settings.chat else asked[0], behind[0], tokenizer)
-            return 0
-        found, progress = [[] for _ in ids], Progress("writing", len(ids), "completions")
         for row, token in stream:
             found[row].append(token)
             ended = token in stop or len(found[row]) == sampling.max_new_tokens
             progress.update(progress.done + ended)
-        progress.close()
-    rows = [
-        {
-            "prompt": text,
-            "completion": continuation(old, new, tokenizer),
-            "ended": new[-1:] == [tokenizer.eos],
-        }
-        for text, old, new in zip(asked, behind, found, strict=True)
-    ]
-    for row, (_, expected) in zip(rows, prompts, strict=True):
-        row |= {} if expected is None else {"expected": expected}
+    progress.close()
+
+    rows = []
+    for request, new in zip(requests, found, strict=True):
+        text = tokenizer.decode(request.context + new)[len(tokenizer.decode(request.context)) :]
+        ended = new[-1:] == [tokenizer.eos]
+        row = {"prompt": request.asked, "completion": text, "ended": ended}
+        if request.expected is not None:
+            row["expected"] = request.expected
+        rows.append(row)
     if settings.best_of > 1:
-        judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
-        chats = [
-            [*turns, Turn("assistant", row["completion"])]
-            for (turns, _), row in zip(prompts, rows, strict=True)
-        ]
-        scores = score_answers(judge, tokenizer, chats, settings.batch_size, machine)
-        rows = [
-            rows[max(range(i, i + settings.best_of), key=scores.__getitem__)]
-            for i in range(0, len(rows), settings.best_of)
-        ]
+        rows = best_rows(settings, requests, rows, machine)
     write_samples(settings, rows)
     return 0
 
@@ -6344,14 +6440,26 @@ def cmd_bench(
 # ==================================================================================================
 
 
+def docstrings(code: str) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions; SyntaxError where it is no Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old escapes in other people's strings
+        tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
 def demo_rows(out: Path) -> None:
     """The docstrings of the interpreter's own library; and sums, answered in two styles, one of
     which is preferred."""
     texts: dict[str, None] = {}  # in order, each once
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if not {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
+        if {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
+            continue
+        with contextlib.suppress(SyntaxError, ValueError):  # of templates and odd encodings
             code = path.read_text(encoding="utf-8", errors="replace")
-            texts |= dict.fromkeys(map(inspect.cleandoc, re.findall('"""(.+?)"""', code, re.S)))
+            texts |= dict.fromkeys(docstrings(code))
     prose = [{"text": text} for text in texts if len(text) >= 200]
     if sum(len(row["text"]) for row in prose) < 200_000:
         raise UserError(
@@ -6428,7 +6536,7 @@ def cmd_demo(settings: DemoSettings) -> int:
             f"--data {out}/pairs.jsonl --epochs 3 --batch_size 8 --lr 0.0001 --beta 0.3",
         ),
         (
-            "And, by trial and reward, to be right, for its sums have suffered:",
+            "And, by reinforcement learning, to give the right sum, which dpo made it forget:",
             cmd_grpo,
             "dpo",
             f"--data {out}/pairs.jsonl --max_steps {30 if settings.quick else 80} --prompts 25 "

@@ -203,7 +203,8 @@ def test_streamed_characters_come_whole_and_give_the_text(tiny_tokenizer, monkey
     for tokens in (new, by_bytes):
         spy = Spy()
         monkeypatch.setattr(sys, "stdout", spy)
-        lm.print_stream(iter([(0, t) for t in [*tokens, tokenizer.eos]]), "So", ids, tokenizer)
+        drawn = iter([(0, t) for t in [*tokens, tokenizer.eos]])
+        lm.print_stream(drawn, "So", lm.TextStream(tokenizer, ids))
         monkeypatch.undo()
         assert "".join(spy.pieces) == "So" + text + "\n"
         assert not any("\ufffd" in piece for piece in spy.pieces)
@@ -213,9 +214,8 @@ def test_streamed_characters_come_whole_and_give_the_text(tiny_tokenizer, monkey
 def test_a_character_never_finished_is_shown_at_the_end(tiny_tokenizer, capsys):
     tokenizer = lm.Tokenizer(tiny_tokenizer)
     broken = [tokenizer.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "東".encode()[:2]]
-    lm.print_stream(
-        iter([(0, t) for t in broken]), "So", [tokenizer.bos, *tokenizer.encode("So")], tokenizer
-    )
+    text = lm.TextStream(tokenizer, [tokenizer.bos, *tokenizer.encode("So")])
+    lm.print_stream(iter([(0, t) for t in broken]), "So", text)
     assert capsys.readouterr().out.startswith("So\ufffd")
 
 

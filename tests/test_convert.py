@@ -774,3 +774,28 @@ def test_script_names_mistakes(folder, tokenizer, tmp_path):
     assert code == 2 and "differ by" in err
     code, _, err = call(script.main, folder, "--prompt", "word " * 50)
     assert code == 2 and "fills the context" in err
+
+
+# ---- Folders that lie ----
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/dev/zero", "a/b.safetensors", 3, ""])
+def test_an_index_may_name_files_of_its_own_folder_alone(tmp_path, name):
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(lm.UserError, match="no file of its folder"):
+        converter.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', "[]"])
+def test_a_malformed_index_is_a_sentence(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(lm.UserError):
+        converter.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}])
+def test_a_bin_that_holds_no_tensors_is_a_sentence(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(lm.UserError, match="no dict of tensors"):
+        converter.read_weights(tmp_path)

@@ -199,7 +199,7 @@ def test_work_of_rank_0_is_done_there_alone_and_its_failure_is_raised():
 
 
 def test_a_failure_of_rank_0_is_raised_on_the_others(monkeypatch):
-    monkeypatch.setattr(lm.Machine, "from_main", lambda self, value: OSError(28, "on rank 0"))
+    monkeypatch.setattr(lm.Machine, "broadcast", lambda self, value: OSError(28, "on rank 0"))
     with pytest.raises(OSError, match="on rank 0"):
         lm.Machine(CPU, torch.float32, rank=1, world=2).on_main(pytest.fail)
 

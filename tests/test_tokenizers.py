@@ -79,7 +79,7 @@ def test_special_ids_are_where_the_design_puts_them(tokenizer):
     assert [sp.id_to_piece(i) for i in range(4, 20)] == control
     assert all(sp.is_control(i) for i in (1, 2, *range(4, 20)))
     assert all(sp.is_byte(i) for i in range(20, 276)) and not sp.is_byte(276)
-    assert tokenizer.roles == {"system": 4, "user": 5, "assistant": 6}
+    assert tokenizer.roles == {"system": 4, "user": 5, "assistant": 6, "tool": 7, "call": 8}
     assert tokenizer.vocab_size == len(sp) == 400
 
 
