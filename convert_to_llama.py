@@ -365,7 +365,7 @@ def common_config(model: lm.ModelSettings) -> dict:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
-        "intermediate_size": model.hidden,
+        "intermediate_size": model.ffn_width,
         "num_hidden_layers": model.n_layer,
         "num_attention_heads": model.n_head,
         "num_key_value_heads": model.kv_heads,
@@ -496,7 +496,7 @@ def qwen3_moe_config(model: lm.ModelSettings) -> dict:
     return {
         "num_experts": model.n_expert,
         "num_experts_per_tok": model.n_expert_active,
-        "moe_intermediate_size": model.hidden,
+        "moe_intermediate_size": model.ffn_width,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],

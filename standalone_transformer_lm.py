@@ -64,6 +64,7 @@ import argparse
 import ast
 import bisect
 import bz2
+import codecs
 import contextlib
 import ctypes
 import difflib
@@ -103,7 +104,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -139,22 +140,35 @@ FAULTS_SHOWN = 5  # bad rows named in full; all are counted
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-DISK_FAULTS = {  # that the user can mend, and how; the system says what is wrong
+
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # of worker processes
+
+FREE_SPACE = "free some space, or use a folder on another disk"
+
+WRITABLE = "use a folder that you may write to"
+
+DISK_FAULTS = {  # errors that the user can fix, and how; the system says what is wrong
     errno.EFBIG: "raise `ulimit -f`",
     errno.EIO: "check the disk",
-    errno.EISDIR: "name a file in it",
-    errno.ENAMETOOLONG: "name a shorter path",
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name a folder elsewhere"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder you may write"),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST), "check the path"),
+    errno.EISDIR: "give a file in it",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EROFS: WRITABLE,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ELOOP: "check the path",
+    errno.EEXIST: "check the path",
 }
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what is wrong, how to fix it, and `more` such pairs."""
+    """A mistake that the user can fix: what is wrong, how to fix it, and `more` such pairs."""
 
     def __init__(self, what: str, fix: str, *more: tuple[str, str]):
-        super().__init__(what, fix, *more)  # so that it crosses process borders whole
+        super().__init__(what, fix, *more)  # the arguments, so that it can be pickled
         self.faults = [(what, fix), *more]
 
     def __str__(self) -> str:
@@ -162,7 +176,7 @@ class UserError(Exception):
 
 
 def disk_error(fault: OSError, path: str | Path = "") -> UserError | None:
-    """The sentence for an OSError of the user's disk or path, or None where it is a bug."""
+    """The sentence for an OSError of the user's disk or path; None where it is a bug."""
     if fault.errno not in DISK_FAULTS:
         return None
     what = f"{fault.filename or path or 'the disk'}: {os.strerror(fault.errno).lower()}"
@@ -172,6 +186,21 @@ def disk_error(fault: OSError, path: str | Path = "") -> UserError | None:
 def raise_all(faults: list[tuple[str, str]]) -> None:
     if faults:
         raise UserError(*faults[0], *faults[1:])
+
+
+def out_of_memory(fault: BaseException) -> UserError | None:
+    """The sentence for memory that ran out, or None where the fault is another."""
+    message = str(fault)
+    by_torch_on_cpu = "can't allocate memory" in message or "Cannot allocate memory" in message
+    by_type = isinstance(fault, (MemoryError, torch.OutOfMemoryError))
+    if not by_type and not by_torch_on_cpu:
+        return None
+    reason = message.splitlines()[0] if message else type(fault).__name__
+    return UserError(
+        f"memory ran out ({reason})",
+        "use a smaller --batch_size, a shorter --seq_len or a smaller model; when training, "
+        "--grad_checkpoint also saves memory",
+    )
 
 
 def refuse(wrong: bool, what: str) -> None:
@@ -198,13 +227,16 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "wb"):
-    """Open `path` for writing so that it holds, at every moment, its old or its new content: the
-    bytes go to a hidden neighbour, are fsynced and renamed; a failure removes the neighbour."""
+    """Open `path` for writing so that it holds its old or its new content at every moment.
+
+    The bytes go to a hidden file beside it, which is fsynced and renamed; on failure it is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    encoding = None if "b" in mode else "utf-8"
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -222,7 +254,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
         return value
     except ValueError as fault:  # of the JSON or of its UTF-8
         raise UserError(f"{path} is not valid JSON ({fault})", "make the folder anew") from fault
@@ -281,7 +313,9 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    if minutes:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{seconds}s"
 
 
 def either(options: Iterable) -> str:
@@ -312,14 +346,23 @@ def say_aside(line: str) -> None:
 
 
 class Progress:
-    """How far something is: a tqdm bar on a terminal, a plain line every few seconds elsewhere, and
-    nothing from a process that does not talk. The total is None where it is unknown."""
+    """Progress of a task: a tqdm bar on a terminal, or else a plain line every few seconds.
+
+    The total is None where it is unknown. A process that does not talk prints nothing.
+    """
 
     def __init__(
         self, what: str, total: float | None, unit: str, start: float = 0, talks: bool = True
     ):
-        self.what, self.total, self.unit, self.done, self.start = what, total, unit, start, start
-        self.began, self.last_line, self.talks, self.bar = None, time.monotonic(), talks, None
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.done = start
+        self.start = start
+        self.began: float | None = None
+        self.last_line = time.monotonic()
+        self.talks = talks
+        self.bar: tqdm | None = None
         if talks and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total,
@@ -332,9 +375,10 @@ class Progress:
             )
 
     def update(self, done: float, note: str = "") -> None:
-        """`done` units of the total are finished; `note` stands behind the figures."""
-        if self.began is None:  # what comes first warms up, and would spoil the estimate
-            self.began, self.start = time.monotonic(), done
+        """`done` units of the total are finished; `note` is shown behind the figures."""
+        if self.began is None:  # the first update includes warm-up: not part of the estimate
+            self.began = time.monotonic()
+            self.start = done
         self.done = done
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
@@ -344,15 +388,23 @@ class Progress:
             say_aside(self.line(note))
 
     def line(self, note: str = "") -> str:
-        share = f" of {short(self.total)} ({self.done / self.total:.0%})" if self.total else ""
-        eta = f", {duration(self.eta())} left" if self.total and self.done < self.total else ""
-        return f"{self.what}: {short(self.done)}{share} {self.unit}{eta}{'  ' * bool(note)}{note}"
+        """The figures as text: `encoding: 2M of 10M (20%) B, 12s left  5K tokens`."""
+        text = f"{self.what}: {short(self.done)}"
+        if self.total:
+            text += f" of {short(self.total)} ({self.done / self.total:.0%})"
+        text += f" {self.unit}"
+        if self.total and self.done < self.total:
+            text += f", {duration(self.eta())} left"
+        if note:
+            text += f"  {note}"
+        return text
 
     def eta(self) -> float:
         """Seconds left at the mean speed so far; infinity before that is known."""
-        if self.done <= self.start:
+        if self.began is None or self.done <= self.start:
             return math.inf
-        return (self.total - self.done) / (self.done - self.start) * (time.monotonic() - self.began)
+        per_unit = (time.monotonic() - self.began) / (self.done - self.start)
+        return (self.total - self.done) * per_unit
 
     def close(self, note: str = "") -> None:
         if self.bar is not None:
@@ -387,19 +439,21 @@ def serve_parent() -> None:
 @contextlib.contextmanager
 def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block: at once where it fails, when done where it does not."""
-    context = multiprocessing.get_context(start or ("fork" if sys.platform == "linux" else "spawn"))
-    pool, done = ProcessPoolExecutor(workers, context, serve_parent), False
+    context = multiprocessing.get_context(start or START_METHOD)
+    pool = ProcessPoolExecutor(workers, context, serve_parent)
+    done = False
     try:
         yield pool
         done = True
     except BrokenProcessPool as fault:
         raise UserError(
-            "a worker was killed, most likely because memory ran out",
+            "a worker process was killed, most likely because memory ran out",
             "use fewer --workers, or a smaller --sample_mb",
         ) from fault
     finally:
-        for child in () if done else multiprocessing.active_children():
-            child.terminate()
+        if not done:
+            for child in multiprocessing.active_children():
+                child.terminate()
         pool.shutdown(cancel_futures=True)
 
 
@@ -409,7 +463,6 @@ def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
 
 FILE_COMMENT = re.compile(r"""(?:^|(?<=\s))#.*$|('[^']*'|"(?:\\.|[^"\\])*"|\\.)""")
 
-NOT_REPEATED = ("preset", "resume", "profile")  # written out; and said of one start alone
 
 SWITCH = {
     "1": True,
@@ -441,11 +494,15 @@ def setting(
     below: float | None = None,
     positional: bool = False,
     flag: bool = True,
+    repeated: bool = True,
+    same_on_resume: bool = False,
 ):
     """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument.
 
     A value is the default or one of the `choices`; a number is at `least` 0 and stays `below`.
     What a value `expands` to are values of other fields, which their own flags override.
+    One that is not `repeated` concerns a single start and is left out of args.txt.
+    A resumed run must find it the `same_on_resume`.
     """
     if least is None and type(default) in (int, float):
         least = 0
@@ -457,24 +514,29 @@ def setting(
         "below": below,
         "positional": positional,
         "flag": flag,
+        "repeated": repeated,
+        "same_on_resume": same_on_resume,
     }
     return field(default=default, metadata=metadata)
 
 
-def with_defaults(kind: type, *hidden: str, **defaults) -> type:
-    """The same settings with other defaults; the hidden ones are no flags."""
-    made = [
-        (
-            f.name,
-            f.type,
-            field(
-                default=defaults.get(f.name, f.default),
-                metadata={**f.metadata, "flag": f.metadata["flag"] and f.name not in hidden},
-            ),
-        )
-        for f in fields(kind)
-    ]
-    return make_dataclass(kind.__name__, made, bases=(kind,), namespace={"__doc__": kind.__doc__})
+def with_defaults(*hidden: str, **defaults) -> Callable[[type], type]:
+    """Class decorator: the settings of the base class with other defaults, some without a flag."""
+
+    def change(kind: type) -> type:
+        kind.__annotations__ = {}
+        for f in fields(kind):
+            if f.name not in hidden and f.name not in defaults:
+                continue
+            shown = f.metadata["flag"] and f.name not in hidden
+            changed = field(
+                default=defaults.get(f.name, f.default), metadata={**f.metadata, "flag": shown}
+            )
+            setattr(kind, f.name, changed)
+            kind.__annotations__[f.name] = f.type
+        return dataclass(kind)
+
+    return change
 
 
 def flags(*groups) -> list[Field]:
@@ -495,11 +557,13 @@ def field_faults(settings) -> Iterator[tuple[str, str]]:
 
 
 def check(*groups) -> list[tuple[str, str]]:
-    return [
-        fault
-        for settings in groups
-        for fault in (*field_faults(settings), *getattr(settings, "faults", tuple)())
-    ]
+    """Every fault of the settings, as (what, fix)."""
+    found = []
+    for settings in groups:
+        found += field_faults(settings)
+        if hasattr(settings, "faults"):
+            found += settings.faults()
+    return found
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -515,9 +579,14 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def flag_help(f: Field) -> str:
-    choices = ": " * bool(f.metadata["choices"]) + " | ".join(f.metadata["choices"])
-    default = "none" if f.default in ("", ()) else f.default
-    return f"{f.metadata['help']}{choices} (default: {default})".replace("%", "%%")
+    """The help of a flag: what it is, its choices and its default."""
+    text = f.metadata["help"]
+    if f.metadata["choices"]:
+        text += ": " + " | ".join(f.metadata["choices"])
+    default = f.default
+    if default in ("", ()):
+        default = "none"
+    return f"{text} (default: {default})".replace("%", "%%")
 
 
 def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
@@ -551,13 +620,24 @@ def settings_of(command: Callable) -> tuple[type, ...]:
     return tuple(kind for name, kind in typing.get_type_hints(command).items() if name != "return")
 
 
-def unknown_flags(unknown: list[str], groups: tuple[type, ...]) -> Iterator[tuple[str, str]]:
+def unknown_flags(
+    unknown: list[str], groups: tuple[type, ...], elsewhere: dict[str, list[str]]
+) -> Iterator[tuple[str, str]]:
+    """Faults of the words that no flag took; `elsewhere`: commands by the flags that they have."""
     names = [f"--{f.name}" for f in flags(*groups)]
     for place, word in enumerate(unknown):
-        near = difflib.get_close_matches(word.split("=")[0], names, 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help; text with spaces wants quotes"
-        if word.startswith("--") or place == 0:  # what follows an unknown flag is its value
-            yield f"{word} is not known here", hint
+        if place and not word.startswith("--"):  # the value of an unknown flag
+            continue
+        flag = word.split("=")[0]
+        near = difflib.get_close_matches(flag, names, 1)
+        hint = "see --help; text with spaces needs quotes"
+        if near:
+            hint = f"did you mean {near[0]}?"
+        if flag in elsewhere:
+            commands = ", ".join(elsewhere[flag])
+            yield f"{word} is not a flag of this command but of {commands}", f"remove it, or {hint}"
+        else:
+            yield f"{word} is not a known flag", hint
 
 
 def joined_values(argv: list[str], groups: tuple[type, ...]) -> list[str]:
@@ -572,57 +652,97 @@ def joined_values(argv: list[str], groups: tuple[type, ...]) -> list[str]:
     return words
 
 
-def parse_value(kind: type, given: str | list[str]):
-    """What argparse gave as a value of a field's type; KeyError or ValueError where it is none."""
-    given = "--" if given == [] else given  # argparse drops this value
-    if kind not in (bool, int, float):
-        return tuple(given) if isinstance(given, list) else given
-    if kind is bool:
-        return SWITCH[given.lower()]
-    value = float(given)  # 1e6 is a whole number too
+def parse_number(kind: type, given: str) -> int | float:
+    """A finite number; 1e6 is a whole number too."""
+    value = float(given)
     if not math.isfinite(value) or (kind is int and value % 1):
         raise ValueError(given)
-    return kind(given if re.fullmatch(r"[+-]?[\d_]+", given) else value)  # a float is less exact
+    if re.fullmatch(r"[+-]?[\d_]+", given):
+        return kind(given)  # a float is less exact
+    return kind(value)
 
 
-def read_flags(parser: FlagParser, groups: tuple[type, ...], argv: list[str]) -> list:
-    """Settings of a command line: defaults, then presets, then flags; UserError has all faults."""
+def parse_value(kind: type, given: str | list[str]):
+    """What argparse gave as a value of a field's type; KeyError or ValueError where it is none."""
+    if given == []:
+        given = "--"  # argparse drops this value
+    if kind is bool:
+        return SWITCH[given.lower()]
+    if kind in (int, float):
+        return parse_number(kind, given)
+    if isinstance(given, list):
+        return tuple(given)
+    return given
+
+
+def refuse_undecodable(argv: Iterable[str]) -> None:
     for word in argv:
         if LONE_SURROGATE.search(word):
             raise UserError(
                 f"the argument {ascii(word)} is not UTF-8",
                 "set the terminal's encoding to UTF-8, or rename the file",
             )
+
+
+def read_flags(
+    parser: FlagParser,
+    groups: tuple[type, ...],
+    argv: list[str],
+    elsewhere: dict[str, list[str]] | None = None,
+) -> list:
+    """Settings of a command line: defaults, then presets, then flags; UserError has all faults."""
+    refuse_undecodable(argv)
     try:
         known, unknown = parser.parse_known_args(joined_values(argv, groups))
-    except ValueError as fault:  # it is not UTF-8, or a quote is open
+    except ValueError as fault:  # not UTF-8, or an open quote
         raise UserError(
             f"a file of flags cannot be read: {fault}",
-            "write a flag a line, as in the args.txt of a run",
+            "write one flag a line, as in the args.txt of a run",
         ) from fault
-    given, found = vars(known), [*unknown_flags(unknown, groups)]
+    given = vars(known)
+    found = [*unknown_flags(unknown, groups, elsewhere or {})]
+
     values: dict[str, object] = {}
     for f in flags(*groups):
         if f.name in given and f.metadata["expands"]:
             values |= f.metadata["expands"].get(given[f.name], {})
     for f in flags(*groups):
-        if f.name in given:
-            try:
-                values[f.name] = parse_value(f.type, given[f.name])
-            except (KeyError, ValueError):
-                noun = KINDS[f.type][1]
-                found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
-    made = [
-        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
-        for group in groups
-    ]
+        if f.name not in given:
+            continue
+        try:
+            values[f.name] = parse_value(f.type, given[f.name])
+        except (KeyError, ValueError):
+            noun = KINDS[f.type][1]
+            found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
+
+    made = []
+    for group in groups:
+        own = {f.name: values[f.name] for f in fields(group) if f.name in values}
+        made.append(group(**own))
     raise_all(found + check(*made))
     return made
 
 
-def read_command(command: Callable, argv: list[str], about: str = "", example: str = "") -> list:
-    groups, name = settings_of(command), command.__name__.removeprefix("cmd_")
-    return read_flags(make_parser(name, about, example, groups), groups, argv)
+def read_command(
+    command: Callable,
+    argv: list[str],
+    about: str = "",
+    example: str = "",
+    elsewhere: dict[str, list[str]] | None = None,
+) -> list:
+    """The settings that a command's parameters are annotated with, read from its arguments."""
+    groups = settings_of(command)
+    name = command.__name__.removeprefix("cmd_")
+    return read_flags(make_parser(name, about, example, groups), groups, argv, elsewhere)
+
+
+def flag_words(f: Field, value: object) -> list[str]:
+    """A flag and its value as words that argparse reads back."""
+    if isinstance(value, tuple):
+        return [f"--{f.name}", *value]
+    if isinstance(value, bool):
+        value = int(value)
+    return [f"--{f.name}={value}"]  # one word, so that a value may begin with - or @
 
 
 def settings_text(*groups) -> str:
@@ -632,16 +752,21 @@ def settings_text(*groups) -> str:
         lines.append(f"# {type(settings).__doc__}")
         for f in flags(settings):
             value = getattr(settings, f.name)
-            value = int(value) if isinstance(value, bool) else value
-            # one word where it can be, so that a value may begin with - or @
-            words = [f"--{f.name}", *value] if isinstance(value, tuple) else [f"--{f.name}={value}"]
-            if f.name not in NOT_REPEATED and value not in ("", ()):
-                lines.append(shlex.join(words))
+            if f.metadata["repeated"] and value not in ("", ()):
+                lines.append(shlex.join(flag_words(f, value)))
     return "\n".join(lines) + "\n"
 
 
 def settings_dict(*groups) -> dict:
-    return {k: v for settings in groups for k, v in asdict(settings).items()}
+    merged = {}
+    for settings in groups:
+        merged |= asdict(settings)
+    return merged
+
+
+def same_on_resume(*groups) -> list[str]:
+    """Names of the flags that a resumed run must find unchanged."""
+    return [f.name for f in flags(*groups) if f.metadata["same_on_resume"]]
 
 
 # ==================================================================================================
@@ -693,38 +818,59 @@ PART = re.compile(r"([\w-]+)=(.+):(\d*\.?\d+)")  # of a mixture
 class PrepSettings:
     """Input, tokenizer and output of prep."""
 
-    text_path: tuple[str, ...] = setting((), "text, .jsonl or .parquet, packed or not; - is stdin")
+    text_path: tuple[str, ...] = setting(
+        (), "files, folders or globs of text, .jsonl or .parquet, compressed or not; - is stdin"
+    )
     out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
     vocab_size: int = setting(32000, "size of the tokenizer to train", least=280, below=1 << 24)
-    val_split: float = setting(0.01, "share of documents held out for validation", below=1.0)
-    document: str = setting("line", "a document is one", choices=("line", "blank", "file", "jsonl"))
+    val_split: float = setting(0.01, "fraction of documents used for validation", below=1.0)
+    document: str = setting(
+        "line",
+        "what one document is; blank: text up to a blank line",
+        choices=("line", "blank", "file", "jsonl"),
+    )
     text_key: str = setting("text", "key of the text in .jsonl and .parquet rows")
-    errors: str = setting("strict", "bad UTF-8: stop or put U+FFFD", choices=("strict", "replace"))
+    errors: str = setting(
+        "strict", "invalid UTF-8: stop, or insert U+FFFD", choices=("strict", "replace")
+    )
     spm: str = setting("", "use this SentencePiece model instead of training one")
-    sample_mb: float = setting(100.0, "MB the tokenizer is trained on, picked by hash", least=0.01)
+    sample_mb: float = setting(100.0, "MB of text that the tokenizer is trained on", least=0.01)
     character_coverage: float = setting(
         0.9999,
-        "share of the text's characters with a piece of their own; others become bytes",
+        "fraction of the text's characters with a piece of their own; others become bytes",
         least=0.98,
         below=1.0,
     )
-    workers: int = setting(0, "encoding processes; 0 means one a core")
-    shard: str = setting("", "do part i of n, as i/n counted from 0; --merge joins the parts")
+    workers: int = setting(0, "encoding processes; 0 means one per core")
+    shard: str = setting("", "do only part i of n, as i/n counted from 0; --merge joins the parts")
     merge: bool = setting(False, "join the shards found in --out_dir")
-    overwrite: bool = setting(False, "replace the data that --out_dir holds")
+    overwrite: bool = setting(False, "replace the data in --out_dir")
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.out_dir:
-            yield "--out_dir is missing", "name the folder to write, --out_dir data"
+            yield "--out_dir is missing", "give the folder to write, --out_dir data"
         if not self.text_path and not self.merge:
-            yield "--text_path is missing", "name your text, --text_path docs.txt"
-        if self.shard and not (re.fullmatch(r"\d+/\d+", self.shard) and operator.lt(*self.part())):
+            yield "--text_path is missing", "give your text, --text_path docs.txt"
+        if self.shard and not self.shard_exists():
             yield f"--shard {self.shard} is not one of 0/n to (n-1)/n", "the first of four is 0/4"
         if self.shard and not self.spm:
-            yield "--shard needs --spm", "prep a sample, and give its tokenizer.model to all parts"
+            yield (
+                "--shard needs --spm",
+                "run prep on a sample, and pass its tokenizer.model to all parts",
+            )
+
+    def shard_exists(self) -> bool:
+        if not re.fullmatch(r"\d+/\d+", self.shard):
+            return False
+        part, parts = self.part()
+        return part < parts
 
     def part(self) -> tuple[int, int]:
-        return tuple(map(int, self.shard.split("/"))) if self.shard else (0, 1)
+        """(i, n) of --shard i/n."""
+        if not self.shard:
+            return 0, 1
+        part, parts = self.shard.split("/")
+        return int(part), int(parts)
 
 
 def mixture(words: Iterable[str]) -> list[tuple[str, str, float]]:
@@ -735,28 +881,36 @@ def mixture(words: Iterable[str]) -> list[tuple[str, str, float]]:
 
 
 def mixture_faults(flag: str, kind: str, words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Of words that are a mixture as soon as one of them has a name."""
-    for place, word in enumerate(words if any("=" in word for word in words) else ()):
+    """Faults of words that are a mixture as soon as one of them has a name."""
+    if not any("=" in word for word in words):
+        return
+    names = set()
+    for word in words:
         part = PART.fullmatch(word)
-        if not part or not float(part[3]):
+        if not part or float(part[3]) == 0:
             yield (
                 f"--{flag}: {word} is not NAME={kind}:WEIGHT with a weight above 0",
                 "write each part like web=data/web:0.9",
             )
-        elif any(other.startswith(f"{part[1]}=") for other in words[:place]):
-            yield f"--{flag} names {part[1]} twice", "give each part a name of its own"
+            continue
+        if part[1] in names:
+            yield f"--{flag} has two parts called {part[1]}", "give each part its own name"
+        names.add(part[1])
 
 
 @dataclass
 class DataSettings:
     """Data to train on."""
 
-    data_dir: str = setting("data", "folder that prep wrote, or a mixture, NAME=FOLDER:WEIGHT,…")
+    data_dir: str = setting(
+        "data", "folder written by prep, or a mixture, NAME=FOLDER:WEIGHT,NAME=FOLDER:WEIGHT"
+    )
 
     def domains(self) -> list[tuple[str, str, float]]:
         """(name, folder, weight) of each part; weights sum to 1; one folder alone has no name."""
-        words = self.data_dir.split(",")
-        return mixture(words) if "=" in self.data_dir else [("", self.data_dir, 1.0)]
+        if "=" not in self.data_dir:
+            return [("", self.data_dir, 1.0)]
+        return mixture(self.data_dir.split(","))
 
     def faults(self) -> Iterator[tuple[str, str]]:
         return mixture_faults("data_dir", "FOLDER", self.data_dir.split(","))
@@ -764,28 +918,32 @@ class DataSettings:
 
 @dataclass
 class DeviceSettings:
-    """Device and numbers."""
+    """Device and precision."""
 
-    seed: int = setting(1337, "seed of every random draw")
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(1337, "random seed", same_on_resume=True)
+    device: str = setting("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting(
         "auto",
-        "of the matmuls; auto is bf16 where the hardware has it",
+        "precision of matrix multiplications; auto is bf16 where the hardware supports it",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    threads: int = setting(0, "CPU threads; 0 shares the cores among the processes")
-    flash: str = setting("", "SDPA's flash kernel on CUDA, by its package", choices=("FA3", "FA4"))
+    threads: int = setting(0, "CPU threads; 0 divides the cores among the processes")
+    flash: str = setting(
+        "", "flash-attention package that SDPA uses on CUDA", choices=("FA3", "FA4")
+    )
 
 
 @dataclass
 class StepSettings:
-    """Size and price of a step."""
+    """Size and cost of a step."""
 
-    preset: str = setting("", "a published size by name", expands=PRESETS)
-    batch_size: int = setting(8, "sequences in a micro-batch of one device", least=1)
-    grad_accum_steps: int = setting(1, "micro-batches a step", least=1)
-    grad_checkpoint: bool = setting(False, "recompute layers in the backward pass: far less memory")
-    usd_per_hour: float = setting(0.0, "price of the machine; shows the money spent")
+    preset: str = setting("", "published model size", expands=PRESETS, repeated=False)
+    batch_size: int = setting(8, "sequences per micro-batch and device", least=1)
+    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1)
+    grad_checkpoint: bool = setting(
+        False, "recompute activations in the backward pass: slower, with far less memory"
+    )
+    usd_per_hour: float = setting(0.0, "price of the machine per hour; logs the cost of the run")
 
 
 @dataclass
@@ -793,43 +951,62 @@ class RunSettings(StepSettings):
     """The run."""
 
     out_dir: str = setting("runs/lm", "folder of checkpoints and metrics; the same one resumes")
-    resume: bool = setting(True, "go on from ckpt_last.pt; 0 refuses to touch an existing run")
-    compile: str = setting("auto", "torch.compile; auto: in long runs", choices=("auto", "0", "1"))
-    max_steps: int = setting(1000, "optimiser steps in all; 0 means --epochs, in train one epoch")
+    resume: bool = setting(
+        True, "continue from ckpt_last.pt; 0 refuses to overwrite a run", repeated=False
+    )
+    compile: str = setting(
+        "auto", "use torch.compile; auto: in long runs", choices=("auto", "0", "1")
+    )
+    max_steps: int = setting(1000, "optimizer steps in total; 0 means --epochs (train: one epoch)")
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int = setting(250, "steps between evaluations", least=1)
-    eval_tokens: int = setting(2_000_000, "most validation tokens an evaluation reads", least=1)
+    eval_tokens: int = setting(2_000_000, "maximum validation tokens per evaluation", least=1)
     ckpt_interval: int = setting(250, "steps between checkpoints", least=1)
-    keep_last: int = setting(2, "numbered checkpoints kept", least=1)
+    keep_last: int = setting(2, "numbered checkpoints to keep", least=1)
     wandb: str = setting("", "Weights & Biases project to log to")
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
-    profile: int = setting(0, "steps to profile: OUT/profile.json.gz, and the dearest operations")
+    profile: int = setting(
+        0, "profile N steps: write a trace and print the 10 slowest operations", repeated=False
+    )
 
 
 @dataclass
 class OptimSettings:
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     lr: float = setting(6e-4, "peak learning rate")
-    min_lr: float = setting(0.1, "where cosine and wsd end, as a share of --lr")
-    optimizer: str = setting("muon", "muon takes hidden matrices alone", choices=("adamw", "muon"))
+    min_lr: float = setting(0.1, "final learning rate of cosine and wsd, as a fraction of --lr")
+    optimizer: str = setting(
+        "muon",
+        "muon updates the layers' matrices, AdamW the rest",
+        choices=("adamw", "muon"),
+        same_on_resume=True,
+    )
     schedule: str = setting(
         "wsd",
-        "learning rate after the warm-up; wsd holds it, then decays",
+        "learning rate after the warm-up; wsd is constant, then decays",
         choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"),
     )
     warmup_steps: int = setting(100, "steps of linear warm-up")
-    decay_share: float = setting(0.2, "share of --max_steps that wsd decays over", below=1.0)
-    weight_decay: float = setting(0.1, "on matrices; never on norms and embeddings")
-    beta1: float = setting(0.9, "AdamW's first moment", below=1.0)
-    beta2: float = setting(0.95, "AdamW's second moment", below=1.0)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0 never clips")
+    decay_share: float = setting(
+        0.2, "fraction of --max_steps over which wsd decays the learning rate", below=1.0
+    )
+    weight_decay: float = setting(0.1, "weight decay; not applied to norms and embeddings")
+    beta1: float = setting(0.9, "AdamW's beta1", below=1.0)
+    beta2: float = setting(0.95, "AdamW's beta2", below=1.0)
+    grad_clip: float = setting(1.0, "maximum gradient norm; 0 disables clipping")
     z_loss: float = setting(0.0, "weight of log(Z)^2, which keeps the logits small")
     muon_lr: float = setting(0.0, "Muon's peak learning rate; 0 means --lr")
-    muon_scale: str = setting("rms", "update size: AdamW's, or by shape", choices=("rms", "shape"))
+    muon_scale: str = setting(
+        "rms",
+        "size of Muon's updates: as AdamW's, or by the matrix's shape",
+        choices=("rms", "shape"),
+    )
     muon_momentum: float = setting(0.95, "Muon's momentum", below=1.0)
-    muon_warmup: int = setting(300, "steps over which the momentum rises from 0.85")
-    ema: float = setting(0.0, "decay of averaged weights to judge and export; 0 is off", below=1.0)
+    muon_warmup: int = setting(300, "steps over which Muon's momentum rises from 0.85")
+    ema: float = setting(
+        0.0, "decay of averaged weights, which are then evaluated and exported; 0: off", below=1.0
+    )
 
 
 def divisors(number: int) -> list[int]:
@@ -841,43 +1018,46 @@ class ModelSettings:
     """Architecture."""
 
     seq_len: int = setting(512, "context length in tokens", least=2)
-    n_layer: int = setting(12, "layers", least=1)
+    n_layer: int = setting(12, "number of layers", least=1)
     d_model: int = setting(768, "width of the residual stream", least=2)
-    n_head: int = setting(12, "query heads", least=1)
-    n_kv_head: int = setting(0, "key/value heads; 0 means as many as query heads")
+    n_head: int = setting(12, "number of query heads", least=1)
+    n_kv_head: int = setting(0, "number of key/value heads; 0 means as many as query heads")
     head_dim: int = setting(0, "head size; 0 means d_model / n_head")
-    ffn_mult: float = setting(4.0, "feed-forward width over d_model", least=0.01)
+    ffn_mult: float = setting(4.0, "feed-forward width as a multiple of d_model", least=0.01)
     ffn_hidden: int = setting(0, "feed-forward width, instead of --ffn_mult")
-    dropout: float = setting(0.0, "dropout, attention included", below=1.0)
-    tie: bool = setting(True, "the output head shares the embedding")
+    dropout: float = setting(0.0, "dropout probability, also in attention", below=1.0)
+    tie: bool = setting(True, "share the weights of embedding and output head")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", least=1.0)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm")
-    qk_norm: bool = setting(False, "RMSNorm on queries and keys, a head at a time")
-    nope_every: int = setting(0, "every n-th layer has no rotary positions; 0 is off")
-    window: int = setting(0, "attention reaches this many tokens back; 0 is no limit")
-    full_every: int = setting(0, "with --window, every n-th layer attends without limit")
-    n_sink: int = setting(0, "learned tokens before the text that every query may see")
-    doc_mask: bool = setting(False, "packed documents do not see each other")
-    n_expert: int = setting(0, "experts of a mixture in place of each feed-forward; 0 is off")
-    n_expert_active: int = setting(2, "experts that each token goes through", least=1)
-    balance_loss: float = setting(0.01, "weight of the experts' load-balance loss")
+    qk_norm: bool = setting(False, "RMSNorm on the queries and keys of each head")
+    nope_every: int = setting(0, "every n-th layer has no rotary embedding (NoPE); 0: off")
+    window: int = setting(0, "sliding-window attention over this many tokens; 0: off")
+    full_every: int = setting(0, "with --window, every n-th layer has full attention; 0: none")
+    n_sink: int = setting(0, "learned tokens before the text that every query may attend to")
+    doc_mask: bool = setting(False, "packed documents do not attend to each other")
+    n_expert: int = setting(0, "experts of each feed-forward layer (mixture of experts); 0: off")
+    n_expert_active: int = setting(2, "experts used for each token", least=1)
+    balance_loss: float = setting(0.01, "weight of the experts' load-balancing loss")
     router_z_loss: float = setting(0.001, "weight of the routers' z-loss")
-    softcap: float = setting(0.0, "logits are bent to stay within this; 0 is off")
-    embed_scale: bool = setting(False, "embeddings enter times sqrt(d_model)")
-    trunc_init: bool = setting(False, "truncated-normal weights, std 0.5/sqrt(d_model)")
-    rope_scaling: str = setting("none", "stretch the context", choices=("none", "linear", "yarn"))
-    rope_factor: float = setting(1.0, "how far rotary positions are stretched", least=1.0)
-    rope_original: int = setting(0, "context before stretching; 0 means seq_len / rope_factor")
-    vocab_size: int = setting(0, "token ids, read off the tokenizer", flag=False)
-    bos_id: int = setting(1, "id of <s>, read off the tokenizer", flag=False)
-    scalar_head: bool = setting(False, "a head that scores, beside the one that speaks", flag=False)
+    softcap: float = setting(0.0, "soft-cap logits at ±X (tanh); 0: off")
+    embed_scale: bool = setting(False, "multiply embeddings by sqrt(d_model)")
+    trunc_init: bool = setting(False, "truncated-normal initialization, std 0.5/sqrt(d_model)")
+    rope_scaling: str = setting(
+        "none", "extend the context of a trained model", choices=("none", "linear", "yarn")
+    )
+    rope_factor: float = setting(1.0, "factor by which the context is extended", least=1.0)
+    rope_original: int = setting(0, "context before extension; 0 means seq_len / rope_factor")
+    vocab_size: int = setting(0, "number of token ids, from the tokenizer", flag=False)
+    bos_id: int = setting(1, "id of <s>, from the tokenizer", flag=False)
+    scalar_head: bool = setting(False, "a head that scores, beside the output head", flag=False)
     rope_layout: str = setting("half", "pairing of rotary dimensions", flag=False)
 
     def windowed(self, layer: int) -> bool:
-        return bool(self.window) and not (self.full_every and (layer + 1) % self.full_every == 0)
+        full = self.full_every > 0 and (layer + 1) % self.full_every == 0
+        return self.window > 0 and not full
 
     def rotates(self, layer: int) -> bool:
-        return not (self.nope_every and (layer + 1) % self.nope_every == 0)
+        return self.nope_every == 0 or (layer + 1) % self.nope_every > 0
 
     @property
     def kv_heads(self) -> int:
@@ -888,51 +1068,64 @@ class ModelSettings:
         return self.head_dim or self.d_model // self.n_head
 
     @property
-    def hidden(self) -> int:
+    def ffn_width(self) -> int:
         return self.ffn_hidden or int(self.ffn_mult * self.d_model)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        width, heads = self.d_model, self.n_head
-        if heads < 1 or width < 2:  # told as too small
+        if self.n_head < 1 or self.d_model < 2:  # reported as too small
             return
-        if not self.head_dim and width % (2 * heads):
-            fit = [n for n in divisors(width) if width % (2 * n) == 0]
-            near = sorted(sorted(fit, key=lambda n: abs(n - heads))[:2])
-            choice = f"--n_head {either(near)}, or " if near else ""
-            below = width - width % (2 * heads)
-            widths = either(n for n in (below, below + 2 * heads) if n)
-            yield (
-                f"--n_head {heads} does not divide --d_model {width} into heads of even size",
-                f"use {choice}--d_model {widths}, or name --head_dim",
-            )
+        if not self.head_dim and self.d_model % (2 * self.n_head):
+            yield self.uneven_heads()
         elif self.head_dim % 2:
             yield f"--head_dim {self.head_dim} is odd", f"use --head_dim {self.head_dim + 1}"
-        if heads % self.kv_heads:
+        if self.n_head % self.kv_heads:
             yield (
-                f"--n_kv_head {self.n_kv_head} does not divide --n_head {heads}",
-                f"use {either(divisors(heads))}",
+                f"--n_kv_head {self.n_kv_head} does not divide --n_head {self.n_head}",
+                f"use {either(divisors(self.n_head))}",
             )
-        if self.hidden < 1:
-            yield f"--ffn_mult {self.ffn_mult} leaves the feed-forward no width", "use a larger one"
+        if self.ffn_width < 1:
+            yield f"--ffn_mult {self.ffn_mult} makes the feed-forward width 0", "use a larger one"
         if self.full_every and not self.window:
             yield "--full_every needs --window", "give both, or neither"
         if self.n_expert and self.n_expert_active > self.n_expert:
             yield f"--n_expert_active is more than --n_expert {self.n_expert}", "use fewer"
 
+    def uneven_heads(self) -> tuple[str, str]:
+        """The fault of heads that are no even size, with the nearest numbers that are."""
+        width, heads = self.d_model, self.n_head
+        fit = [n for n in divisors(width) if width % (2 * n) == 0]
+        near = sorted(sorted(fit, key=lambda n: abs(n - heads))[:2])
+        below = width - width % (2 * heads)
+        widths = either(n for n in (below, below + 2 * heads) if n)
+        fix = f"--d_model {widths}, or give --head_dim"
+        if near:
+            fix = f"--n_head {either(near)}, or {fix}"
+        return (
+            f"--n_head {heads} does not divide --d_model {width} into heads of even size",
+            f"use {fix}",
+        )
+
 
 @dataclass
 class TuneSettings:
-    """Where to start and what to learn from."""
+    """Starting point and data."""
 
     ckpt: str = setting("", "checkpoint to start from, or the folder of a run")
-    spm: str = setting("", "tokenizer, for a checkpoint that carries none")
-    data: tuple[str, ...] = setting((), "files of rows, .jsonl .json .parquet, or NAME=FILE:WEIGHT")
-    val_data: tuple[str, ...] = setting((), "files of validation rows, in place of --val_split")
-    val_split: float = setting(0.05, "share of rows to validate on, by first question", below=1.0)
-    on_bad_row: str = setting("error", "what to do about wrong rows", choices=("error", "skip"))
-    epochs: float = setting(1.0, "times through the data, where --max_steps is 0")
+    base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
+    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    data: tuple[str, ...] = setting(
+        (), "files of rows, .jsonl .json .parquet, or a mixture, NAME=FILE:WEIGHT"
+    )
+    val_data: tuple[str, ...] = setting((), "files of validation rows, instead of --val_split")
+    val_split: float = setting(
+        0.05, "fraction of rows for validation, chosen by their first question", below=1.0
+    )
+    on_bad_row: str = setting(
+        "error", "what to do with rows that cannot be read", choices=("error", "skip")
+    )
+    epochs: float = setting(1.0, "passes over the data, where --max_steps is 0")
     seq_len: int = setting(0, "context length in tokens; 0 means the checkpoint's")
-    dropout: float = setting(0.0, "dropout, attention included", below=1.0)
+    dropout: float = setting(0.0, "dropout probability, also in attention", below=1.0)
 
     def domains(self) -> list[tuple[str, tuple[str, ...], float]]:
         """(name, files, weight) of each part; weights sum to 1; files without one are one part."""
@@ -942,7 +1135,7 @@ class TuneSettings:
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
-            yield "--ckpt is missing", "name the checkpoint to start from, --ckpt runs/lm"
+            yield "--ckpt is missing", "give the checkpoint to start from, --ckpt runs/lm"
         yield from mixture_faults("data", "FILE", self.data)
 
 
@@ -950,9 +1143,25 @@ class TuneSettings:
 class SftSettings:
     """Conversations."""
 
-    pack: bool = setting(True, "several conversations in a sequence, each blind to the others")
-    samples: int = setting(3, "questions answered at each evaluation, for the eye")
-    sample_tokens: int = setting(64, "most tokens of such an answer", least=1)
+    pack: bool = setting(
+        True,
+        "pack several conversations into a sequence; they do not attend to each other",
+        same_on_resume=True,
+    )
+    samples: int = setting(3, "validation questions answered and printed at each evaluation")
+    sample_tokens: int = setting(64, "maximum tokens of such an answer", least=1)
+
+
+PREFERENCES = {  # name of a loss -> values of settings fields; a flag given beside --loss wins
+    "sigmoid": {},
+    "ipo": {},
+    "hinge": {},
+    "robust": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "simpo": {"beta": 2.0},
+    "orpo": {},
+}
 
 
 @dataclass
@@ -961,36 +1170,57 @@ class DpoSettings:
 
     loss: str = setting(
         "sigmoid",
-        "simpo and orpo need no reference model",
-        choices=("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo"),
+        "simpo and orpo need no reference model; simpo sets --beta 2",
+        expands=PREFERENCES,
+        same_on_resume=True,
     )
-    beta: float = setting(0.1, "closeness to the reference; simpo wants about 2", least=1e-6)
-    label_smoothing: float = setting(0.0, "share of pairs the wrong way round", below=0.5)
-    simpo_gamma: float = setting(0.5, "margin that simpo asks for")
+    beta: float = setting(0.1, "strength of the pull to the reference", least=1e-6)
+    label_smoothing: float = setting(
+        0.0,
+        "fraction of pairs assumed to be labelled the wrong way round; for sigmoid, robust, simpo",
+        below=0.5,
+    )
+    simpo_gamma: float = setting(0.5, "target margin of simpo")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            yield (
+                f"--label_smoothing has no meaning in --loss {self.loss}",
+                "drop it, or use --loss sigmoid, robust or simpo",
+            )
 
 
 @dataclass
 class LoraSettings:
     """Low-rank adapters."""
 
-    lora_rank: int = setting(0, "rank of adapters trained in place of the weights; 0 trains all")
-    lora_alpha: float = setting(0.0, "adapters count times alpha / rank; 0 means twice the rank")
-    lora_dropout: float = setting(0.0, "dropout before the adapters", below=1.0)
-    lora_targets: str = setting("qkv,proj,w1,w2,w3", "matrices that get one, by name")
-    lora_merge: bool = setting(False, "also write OUT/merged.pt, a checkpoint that stands alone")
+    lora_rank: int = setting(
+        0, "rank of the adapters trained instead of the weights; 0: off", same_on_resume=True
+    )
+    lora_alpha: float = setting(
+        0.0, "adapters are scaled by alpha / rank; 0 means twice the rank", same_on_resume=True
+    )
+    lora_dropout: float = setting(0.0, "dropout on the adapters' input", below=1.0)
+    lora_targets: str = setting(
+        "qkv,proj,w1,w2,w3", "names of the matrices that get adapters", same_on_resume=True
+    )
+    lora_merge: bool = setting(
+        False, "also write OUT/merged.pt, a checkpoint that does not need its base"
+    )
 
     @property
     def scale(self) -> float:
-        return (self.lora_alpha or 2.0 * self.lora_rank) / max(1, self.lora_rank)
+        alpha = self.lora_alpha or 2.0 * self.lora_rank
+        return alpha / max(1, self.lora_rank)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         for name in sorted({*self.lora_targets.split(",")} - {"qkv", "proj", "w1", "w2", "w3"}):
-            yield f"--lora_targets {name} is not known", "choose among qkv,proj,w1,w2,w3"
+            yield f"--lora_targets {name} is not known", "choose from qkv,proj,w1,w2,w3"
 
 
 @dataclass
 class RewardSettings:
-    """Scoring, in place of training."""
+    """Scoring instead of training."""
 
     score: tuple[str, ...] = setting((), "score these rows with the reward model --ckpt")
     out: str = setting("", "file for the scored rows, .jsonl")
@@ -998,11 +1228,13 @@ class RewardSettings:
 
 @dataclass
 class TaskSettings:
-    """Rows that are made, in place of --data."""
+    """Generated rows, instead of --data."""
 
     task: str = setting("", "kind of rows", choices=("", "add", "countdown", "sort", "copy"))
-    difficulty: int = setting(2, "most digits of a sum; numbers or letters of the others", least=1)
-    task_rows: int = setting(10_000, "how many, where there are so many different ones", least=2)
+    difficulty: int = setting(
+        2, "maximum digits of a number to add; how many numbers or letters in other tasks", least=1
+    )
+    task_rows: int = setting(10_000, "number of rows, as far as there are different ones", least=2)
 
 
 ALGORITHMS = {  # name -> values of settings fields; a flag given beside --algo wins
@@ -1029,81 +1261,118 @@ ALGORITHMS = {  # name -> values of settings fields; a flag given beside --algo 
 class PolicySettings:
     """Policy loss."""
 
-    algo: str = setting("grpo", "values for flags here and of rollouts", expands=ALGORITHMS)
+    algo: str = setting("grpo", "sets the flags below and of rollouts", expands=ALGORITHMS)
     ratio: str = setting(
         "token",
-        "what is clipped: each token's ratio, the sequence's mean one, "
-        "or the weight of each log-prob",
+        "what is clipped: the ratio of each token, the mean ratio of the sequence, "
+        "or the weight of each log-probability",
         choices=("token", "sequence", "weight"),
     )
-    clip_low: float = setting(0.2, "how far the ratio may fall below 1")
-    clip_high: float = setting(0.2, "how far it may rise above 1")
+    clip_low: float = setting(0.2, "the ratio is clipped at 1 - X")
+    clip_high: float = setting(0.2, "the ratio is clipped at 1 + X")
     advantage: str = setting(
         "mean_std",
-        "reward less its group's mean, over its deviation or not; gae asks a value model",
+        "reward minus the group's mean, divided by its standard deviation or not; "
+        "gae uses a value model",
         choices=("mean_std", "mean", "gae"),
+        same_on_resume=True,
     )
     normalise: str = setting(
         "sequence",
-        "a token is one of its completion's, of the step's, or of --max_new_tokens",
+        "the loss is averaged over each completion's tokens, over all tokens of the step, "
+        "or divided by --max_new_tokens",
         choices=("sequence", "tokens", "constant"),
     )
-    updates: int = setting(1, "optimiser steps on each batch of completions", least=1)
-    kl: float = setting(0.0, "weight of the divergence from the reference model")
-    reference_steps: int = setting(0, "steps until the model is the new reference; 0 is never")
-    entropy_target: float = setting(0.0, "nats a token below which a bonus grows; 0 is off")
-    lm_loss: float = setting(0.0, "weight of the plain likelihood of right completions")
+    updates: int = setting(1, "passes over each batch of completions", least=1)
+    minibatches: int = setting(
+        1, "optimizer steps per pass: the completions are split by prompts", least=1
+    )
+    mask_truncated: bool = setting(
+        False, "completions cut off at --max_new_tokens have no policy loss"
+    )
+    clip_dual: float = setting(
+        0.0, "bound on the loss of a negative advantage, as a multiple of it (dual clip); 0: off"
+    )
+    tis_cap: float = setting(
+        0.0,
+        "weight tokens by trainer over sampler probability, up to X "
+        "(truncated importance sampling); 0: off",
+    )
+    kl: float = setting(0.0, "weight of the KL divergence from the reference model")
+    kl_in_reward: bool = setting(
+        False, "subtract the divergence from the reward, instead of adding it to the loss"
+    )
+    reference_steps: int = setting(
+        0, "steps after which the reference becomes a copy of the policy; 0: never"
+    )
+    entropy_target: float = setting(
+        0.0, "entropy in nats per token below which an entropy bonus grows; 0: off"
+    )
+    lm_loss: float = setting(0.0, "weight of the language-model loss on correct completions")
 
 
 @dataclass
 class ValueSettings:
     """Value model, with --advantage gae."""
 
-    gamma: float = setting(1.0, "discount a token")
-    lam: float = setting(0.95, "lambda of the advantages")
-    length_alpha: float = setting(0.0, "a: the policy's lambda is 1 - 1/(a length); 0 is off")
-    value_lr: float = setting(0.0, "its learning rate; 0 means twice --lr")
-    value_clip: float = setting(0.0, "how far a value may move in an update; 0 is off")
-    value_warmup: int = setting(0, "first steps that train the value model alone")
-    dense_reward: float = setting(0.0, "weight of each token's gain in smoothed value")
-    dense_smoothing: float = setting(0.5, "share of a value that the next one keeps", below=1.0)
+    gamma: float = setting(1.0, "discount factor per token")
+    lam: float = setting(0.95, "lambda of generalized advantage estimation")
+    length_alpha: float = setting(
+        0.0, "alpha: the policy's lambda is 1 - 1/(alpha * length); 0: off"
+    )
+    value_lr: float = setting(0.0, "learning rate of the value model; 0 means twice --lr")
+    value_clip: float = setting(0.0, "maximum change of a value in an update; 0: off")
+    value_warmup: int = setting(0, "first steps that train the value model only")
+    dense_reward: float = setting(
+        0.0, "weight of the gain in smoothed value, as a reward for each token"
+    )
+    dense_smoothing: float = setting(
+        0.5, "weight of the previous value in the smoothed value", below=1.0
+    )
 
 
 @dataclass
 class RolloutSettings:
     """Completions and rewards."""
 
-    prompts: int = setting(16, "prompts a step, of all devices together", least=1)
-    group_size: int = setting(8, "completions of each", least=2)
-    max_new_tokens: int = setting(128, "most tokens of a completion", least=1)
-    temperature: float = setting(1.0, "of sampling, at the first step", least=1e-3)
-    temperature_end: float = setting(0.0, "at the last; 0 means the same")
-    rollout_batch: int = setting(256, "completions under way at once on a device", least=1)
+    prompts: int = setting(16, "prompts per step, over all devices", least=1)
+    group_size: int = setting(8, "completions per prompt", least=2)
+    max_new_tokens: int = setting(128, "maximum tokens of a completion", least=1)
+    temperature: float = setting(1.0, "sampling temperature at the first step", least=1e-3)
+    temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
+    rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
     reward: tuple[str, ...] = setting(
         (),
-        "number choice exact regex format length countdown FILE.py:FUNCTION or reward model, "
-        "each with :WEIGHT or not; the first says what is right; none means --task's, or number",
+        "number choice exact regex format length countdown FILE.py:FUNCTION or a reward model, "
+        "each optionally with :WEIGHT; the first one says what is correct; "
+        "default: the task's, or number",
     )
-    pattern: str = setting("", "what regex looks for, in rows without a pattern of their own")
-    reward_timeout: float = setting(5.0, "seconds that a FUNCTION may take", least=0.01)
-    overlong: float = setting(0.0, "share of the length in which reward falls by 1", below=1.0)
-    dynamic_sampling: bool = setting(False, "groups whose rewards are all equal are replaced")
-    max_draws: int = setting(8, "most draws of prompts for that, a step", least=1)
-    eval_prompts: int = setting(200, "held-out prompts answered at an evaluation", least=1)
-    eval_samples: int = setting(4, "completions of each there: the k of pass@k", least=1)
-    samples: int = setting(2, "completions a step to keep, and to show at an evaluation")
+    pattern: str = setting("", "regular expression of the reward regex, for rows without their own")
+    reward_timeout: float = setting(5.0, "maximum seconds of a call of FUNCTION", least=0.01)
+    overlong: float = setting(
+        0.0, "last fraction of --max_new_tokens over which the reward falls by 1", below=1.0
+    )
+    dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal")
+    max_draws: int = setting(8, "maximum draws of prompts per step for that", least=1)
+    eval_prompts: int = setting(200, "held-out prompts per evaluation", least=1)
+    eval_samples: int = setting(4, "completions of each at an evaluation: the k of pass@k", least=1)
+    samples: int = setting(2, "completions per step to keep, and to print at an evaluation")
 
 
 @dataclass
 class SamplingSettings:
     """Sampling."""
 
-    max_new_tokens: int = setting(200, "most tokens to generate", least=1)
-    temperature: float = setting(0.8, "0 takes the likeliest token")
-    top_k: int = setting(0, "sample among the k likeliest; 0 is off")
-    top_p: float = setting(0.95, "sample among the likeliest that hold this probability; 1 is off")
-    repetition_penalty: float = setting(1.0, "divides the logits of seen ids; 1 is off", least=1e-6)
-    no_repeat_ngram_size: int = setting(0, "no n-gram of this length twice; 0 is off")
+    max_new_tokens: int = setting(200, "maximum tokens to generate", least=1)
+    temperature: float = setting(0.8, "sampling temperature; 0 is greedy")
+    top_k: int = setting(0, "sample from the k most likely tokens; 0: off")
+    top_p: float = setting(
+        0.95, "sample from the most likely tokens of this total probability; 1: off"
+    )
+    repetition_penalty: float = setting(
+        1.0, "divides the logits of tokens that were seen; 1: off", least=1e-6
+    )
+    no_repeat_ngram_size: int = setting(0, "no n-gram of this length occurs twice; 0: off")
 
 
 @dataclass
@@ -1111,21 +1380,24 @@ class GenerateSettings:
     """Prompts and output of generate."""
 
     ckpt: str = setting("", "checkpoint, or the folder of a run")
-    spm: str = setting("", "tokenizer, for a checkpoint that carries none")
+    base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
+    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
     prompt: str = setting("", "text to continue")
-    prompt_file: str = setting("", "file of prompts, one a line, or .jsonl rows of sft to answer")
-    batch_size: int = setting(64, "completions written at once", least=1)
-    num_samples: int = setting(1, "continuations of each prompt", least=1)
-    stop_at_eos: bool = setting(True, "a continuation ends at </s>")
+    prompt_file: str = setting("", "file of prompts, one per line, or rows of sft to answer")
+    batch_size: int = setting(64, "completions generated at a time", least=1)
+    num_samples: int = setting(1, "completions of each prompt", least=1)
+    stop_at_eos: bool = setting(True, "stop at </s>")
     chat: bool = setting(False, "the prompt is a question to a chat model")
-    system: str = setting("", "with --chat, the instruction before the question")
-    best_of: int = setting(1, "completions drawn for one shown, the best by --reward_ckpt", least=1)
-    reward_ckpt: str = setting("", "reward model that --best_of asks")
-    out: str = setting("", "write {prompt, completion} rows to this .jsonl instead of the terminal")
+    system: str = setting("", "system prompt, with --chat")
+    best_of: int = setting(
+        1, "generate N completions and keep the one that --reward_ckpt scores highest", least=1
+    )
+    reward_ckpt: str = setting("", "reward model for --best_of")
+    out: str = setting("", "write {prompt, completion} rows to this .jsonl instead of printing")
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
-            yield "--ckpt is missing", "name a checkpoint, --ckpt runs/lm/ckpt_best.pt"
+            yield "--ckpt is missing", "give a checkpoint, --ckpt runs/lm/ckpt_best.pt"
         if self.prompt and self.prompt_file:
             yield "--prompt and --prompt_file are both given", "keep one of them"
         if (self.best_of > 1) != bool(self.reward_ckpt):
@@ -1139,40 +1411,36 @@ class InfoSettings(StepSettings):
     """What to describe, or to plan."""
 
     path: str = setting("", "checkpoint, run folder or data folder", positional=True)
-    vocab: int = setting(0, "ids of the planned model; 0 means the preset's, or 32,000")
-    tokens: float = setting(0.0, "tokens to train on; 0 means 20 a parameter")
-    gpu: str = setting("", "device to plan for, such as H100, working at --mfu")
-    gpus: int = setting(1, "how many of them", least=1)
-    mfu: float = setting(0.4, "share of its peak that --gpu reaches", least=0.01, below=1.0)
-    tok_per_s: float = setting(0.0, "speed of the whole machine, where you know it")
+    vocab: int = setting(0, "vocabulary of the planned model; 0 means the preset's, or 32,000")
+    tokens: float = setting(0.0, "tokens to train on; 0 means 20 per parameter")
+    gpu: str = setting("", "GPU to plan for, such as H100, at the utilization --mfu")
+    gpus: int = setting(1, "number of GPUs to plan for", least=1)
+    mfu: float = setting(0.4, "fraction of its peak that --gpu reaches", least=0.01, below=1.0)
+    tok_per_s: float = setting(0.0, "measured tokens per second of all GPUs, instead of --gpu")
 
 
 @dataclass
 class DemoSettings:
     """The demo."""
 
-    out_dir: str = setting("demo", "folder of the demo's data and run")
-    quick: bool = setting(False, "the same in about a minute, with a worse model")
-    max_steps: int = setting(0, "training steps; 0 means as many as a few minutes hold")
+    out_dir: str = setting("demo", "folder of the demo's data and runs")
+    quick: bool = setting(False, "a smaller model, trained in about a minute")
+    max_steps: int = setting(0, "training steps; 0 means as many as a few minutes allow")
 
 
-BenchSettings = with_defaults(
-    InfoSettings,
-    "path",
-    "grad_accum_steps",
-    "grad_checkpoint",
-    "gpu",
-    "mfu",
-    "tok_per_s",
-    batch_size=4,
+@with_defaults(
+    "path", "grad_accum_steps", "grad_checkpoint", "gpu", "mfu", "tok_per_s", batch_size=4
 )
+class BenchSettings(InfoSettings):
+    """What to measure, and to plan."""
 
-TuneRun = with_defaults(
-    RunSettings, "preset", out_dir="runs/tuned", max_steps=0, eval_interval=100, ckpt_interval=100
-)
 
-TuneOptim = with_defaults(
-    OptimSettings,
+@with_defaults("preset", out_dir="runs/tuned", max_steps=0, eval_interval=100, ckpt_interval=100)
+class TuneRun(RunSettings):
+    """The run."""
+
+
+@with_defaults(
     "z_loss",
     lr=1e-4,
     optimizer="adamw",
@@ -1180,13 +1448,21 @@ TuneOptim = with_defaults(
     warmup_steps=10,
     weight_decay=0.0,
 )
+class TuneOptim(OptimSettings):
+    """Optimizer and schedule."""
 
-DpoOptim = with_defaults(TuneOptim, lr=1e-5)
 
-GrpoOptim = with_defaults(TuneOptim, lr=1e-5, schedule="constant")
+@with_defaults(lr=1e-5)
+class DpoOptim(TuneOptim):
+    """Optimizer and schedule."""
 
-GrpoRun = with_defaults(
-    TuneRun,
+
+@with_defaults(lr=1e-5, schedule="constant")
+class GrpoOptim(TuneOptim):
+    """Optimizer and schedule."""
+
+
+@with_defaults(
     "log_interval",
     "grad_accum_steps",
     "eval_tokens",
@@ -1196,8 +1472,19 @@ GrpoRun = with_defaults(
     eval_interval=20,
     ckpt_interval=20,
 )
+class GrpoRun(TuneRun):
+    """The run."""
 
-GrpoTune = with_defaults(TuneSettings, "dropout")  # without it the first ratio is exactly 1
+
+@with_defaults("dropout")  # without it the first ratio is exactly 1
+class GrpoTune(TuneSettings):
+    """Starting point and data."""
+
+
+@with_defaults("lora_dropout")  # likewise
+class GrpoLora(LoraSettings):
+    """Low-rank adapters."""
+
 
 # ==================================================================================================
 # Machine: device, dtype, seeds, signals, and the collectives of torch.distributed
@@ -1236,7 +1523,7 @@ PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of t
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes and its place among its ranks."""
+    """The device and precision of this process, and its place among the ranks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -1248,18 +1535,20 @@ class Machine:
         return self.rank == 0
 
     def autocast(self):
-        exact = self.dtype == torch.float32
-        return contextlib.nullcontext() if exact else torch.autocast(self.device.type, self.dtype)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A copy on the device that overlaps with computing on CUDA."""
-        cuda = self.device.type == "cuda"
-        return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
+        """A copy on the device; on CUDA the transfer overlaps with computation."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def all_reduce_sum(
         self, *numbers: float, how: dist.ReduceOp = dist.ReduceOp.SUM
     ) -> list[float]:
-        """Each number summed over all ranks, or what `how` says; on the CPU: no device waits."""
+        """Each number summed over all ranks, or as `how` says; on the CPU, so no device waits."""
         found = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(found, how)
@@ -1268,19 +1557,31 @@ class Machine:
     def all_reduce_max(self, number: float) -> float:
         return self.all_reduce_sum(number, how=dist.ReduceOp.MAX)[0]
 
+    def all_gather(self, value) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        box = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
     def broadcast(self, value):
+        """The value of rank 0, on every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, work: Callable, *args):
-        """What work(*args) gives, done on rank 0 alone, or its failure, on every rank."""
-        try:
-            result = work(*args) if self.main else None
-        except (OSError, UserError) as fault:
-            result = fault
-        if isinstance(result := self.broadcast(result), (OSError, UserError)):
+        """The result of work(*args), done on rank 0 alone, or its failure, on every rank."""
+        result = None
+        if self.main:
+            try:
+                result = work(*args)
+            except (OSError, UserError) as fault:
+                result = fault
+        result = self.broadcast(result)
+        if isinstance(result, (OSError, UserError)):
             raise result
         return result
 
@@ -1294,47 +1595,73 @@ def bf16_cpu() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    here = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
-    name = here[0] if name == "auto" else name
-    if name not in here:
-        raise UserError(f"--device {name} is not available here", f"use --device {either(here)}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    """The device of --device; UserError where it is not available."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        name = available[0]
+    if name not in available:
+        raise UserError(
+            f"--device {name} is not available here", f"use --device {either(available)}"
+        )
+    if name == "cuda":
+        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of --dtype; auto is the fastest that trains well on the device."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and bf16_cpu() else torch.float32
+    if device.type == "cpu" and bf16_cpu():
+        return torch.bfloat16
+    return torch.float32
+
+
+def activate_flash(name: str) -> None:
+    try:
+        torch.nn.attention.activate_flash_attention_impl(name)
+    except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
+        raise UserError(
+            f"--flash {name} is not available here ({fault})",
+            "install its package and a newer torch, or drop the flag",
+        ) from fault
+
+
+def prepare_cpu(threads: int) -> None:
+    """Share the cores among the processes of this machine, and keep freed memory for reuse."""
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, cores // processes))
+    # Each step asks for the large blocks that the step before freed: glibc shall keep them.
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
 def open_machine(settings: DeviceSettings) -> Machine:
-    """Choose device and precision, seed, and join the process group where torchrun made one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Choose device and precision, and join the process group where torchrun made one."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(settings.device)
     if settings.flash:
-        try:
-            torch.nn.attention.activate_flash_attention_impl(settings.flash)
-        except (AttributeError, ImportError, RuntimeError, ValueError) as fault:
-            raise UserError(
-                f"--flash {settings.flash} is not to be had here ({fault})",
-                "install its package and a newer torch, or drop it",
-            ) from fault
+        activate_flash(settings.flash)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
+        precision = "highest" if settings.dtype == "fp32" else "high"
+        torch.set_float32_matmul_precision(precision)
     else:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(settings.threads or max(1, cores // local))
-        with contextlib.suppress(OSError, AttributeError):  # glibc shall keep freed large blocks:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt  # the next step asks for them again
-            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-            mallopt(-2, 64 << 20)  # M_TOP_PAD
+        prepare_cpu(settings.threads)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -1353,35 +1680,45 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def flops_of(name: str) -> float | None:
-    less = re.search(r"\b(MIG|Laptop)\b", name, re.I)  # a slice or a slower part of the same name
-    known = (flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", name, re.I))
-    return None if less else next(known, None)
+    """Peak FLOP/s of a device by its name; None where it is unknown, as for a slice of a GPU."""
+    if re.search(r"\b(MIG|Laptop)\b", name, re.I):
+        return None
+    for part, flops in PEAK_FLOPS:
+        if re.search(rf"\b{part}\b", name, re.I):
+            return flops
+    return None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    return flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return flops_of(torch.cuda.get_device_name(device))
 
 
 class Signals:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 instead of dying of it, but for a second Ctrl-C a second
-    or more later; SIGTERM is never taken for impatience, as schedulers send it several times."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the running step can end and be saved.
+
+    A second Ctrl-C, a second or more later, ends the process at once. SIGTERM never does, as
+    schedulers send it several times.
+    """
 
     def __enter__(self) -> "Signals":
-        self.received, self.at = 0, 0.0
-        self.previous = {
-            number: signal.signal(number, self.note)
-            for number in signal.Signals
-            if number.name in ("SIGTERM", "SIGINT", "SIGUSR1")
-        }
+        self.received = 0
+        self.at = 0.0
+        self.previous = {}
+        for number in signal.Signals:
+            if number.name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                self.previous[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number: int, _frame) -> None:
         now = time.monotonic()
-        if self.received and number == signal.SIGINT and now - self.at > 1:
+        if not self.received:
+            self.received = number
+            self.at = now
+        elif number == signal.SIGINT and now - self.at > 1:
             signal.signal(number, self.previous[number])
             os.kill(os.getpid(), number)
-        else:
-            self.received, self.at = self.received or number, now
 
     def __exit__(self, *_fault) -> None:
         for number, handler in self.previous.items():
@@ -1394,17 +1731,21 @@ class Signals:
 
 
 def distribute(module: nn.Module, machine: Machine) -> nn.Module:
+    """The module in DDP, where there are several ranks."""
     if machine.world == 1:
         return module
     known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    name = "broadcast_buffers"  # older than torch 2.10
+    if "forward_sync_buffers" in known:
+        name = "forward_sync_buffers"
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})
 
 
 def no_sync(module: nn.Module, last: bool):
-    """Hold the averaging of gradients back until the `last` micro-batch of a step."""
-    averages = last or not isinstance(module, DistributedDataParallel)
-    return contextlib.nullcontext() if averages else module.no_sync()
+    """Delay the averaging of gradients until the `last` micro-batch of a step."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
 
 
 # ==================================================================================================
@@ -1425,25 +1766,35 @@ WORDS_CACHED = 1 << 18  # most words a WordEncoder remembers
 LONGEST_CACHED = 48  # characters
 
 
+CHARACTER_BYTES = 4  # of the longest UTF-8 character
+
+
 class Tokenizer:
     """A SentencePiece model with the ids this program needs; `data` are its bytes."""
 
     def __init__(self, data: bytes, name: str = "tokenizer"):
+        self.data = data
+        self.sha256 = sha256(data)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as fault:
+            pieces = [self.sp.id_to_piece(i) for i in range(len(self.sp))]
+        except (RuntimeError, ValueError) as fault:  # a damaged one may hold invalid UTF-8
             raise UserError(
-                f"{name} is no SentencePiece model",
-                "name a tokenizer.model made by prep or by SentencePiece",
+                f"{name} is not a SentencePiece model, or is damaged",
+                "use a tokenizer.model made by prep or by SentencePiece",
             ) from fault
-        self.data, self.sha256, self.vocab_size = data, sha256(data), len(self.sp)
-        self.bos, self.eos, self.pad = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()
-        if min(self.bos, self.eos) < 0:
-            raise UserError(f"{name} has no <s> or no </s>", "use a tokenizer with both")
-        roles = {role: self.sp.piece_to_id(f"<|{role}|>") for role in ROLES}
-        roles |= {"tool": self.sp.piece_to_id(TOOL_RESULT), "call": self.sp.piece_to_id(TOOL_CALL)}
+        self.vocab_size = len(pieces)
+        self.bos = self.sp.bos_id()
+        self.eos = self.sp.eos_id()
+        self.pad = self.sp.pad_id()
+        for special, i in (("<s>", self.bos), ("</s>", self.eos)):
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"{name} has no {special}", "use a tokenizer with <s> and </s>")
+        markers = {role: f"<|{role}|>" for role in ROLES}
+        markers |= {"tool": TOOL_RESULT, "call": TOOL_CALL}
+        roles = {role: self.sp.piece_to_id(marker) for role, marker in markers.items()}
         self.roles: dict[str, int] = {}
-        if all(self.sp.is_control(marker) for marker in roles.values()):
+        if all(self.sp.is_control(i) for i in roles.values()):
             self.roles = roles
 
     @classmethod
@@ -1460,8 +1811,10 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
 
     def marker(self, role: str) -> list[int]:
-        """What opens a turn: a control symbol, or the same spelled in text where there is none."""
-        return [self.roles[role]] if self.roles else self.sp.encode(f"<|{role}|>")
+        """What opens a turn: a control symbol, or the same as text where there is none."""
+        if self.roles:
+            return [self.roles[role]]
+        return self.sp.encode(f"<|{role}|>")
 
 
 class Turn(typing.NamedTuple):
@@ -1499,32 +1852,36 @@ def encode_chat(
 
 
 class TextStream:
-    """Ids become text as they come, at a cost that does not grow with what was said before.
+    """Decodes ids as they come, at a cost per id that does not grow with the text before it.
 
-    Text that ends in the middle of a character waits for its rest. `context` are ids that stand
+    Text that ends in the middle of a character waits for the rest. `context` are ids that stand
     before the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int]):
         self.tokenizer = tokenizer
-        self.ids = list(context)
+        self.ids = list(context[-CHARACTER_BYTES:])
         self.start = 0  # decoding begins here, so that a space is where it belongs
-        self.told = len(context)  # ids whose text is out
+        self.shown = len(self.ids)  # ids whose text has been returned
 
     def push(self, token: int) -> str:
-        """The text that this id completes; empty where a character is still open."""
+        """The text that this id completes; empty while a character is incomplete."""
         self.ids.append(token)
         text = self.waiting()
+        end = len(self.ids)
         if not text or text.endswith("\ufffd"):
-            return ""
-        self.start = self.told
-        self.told = len(self.ids)
+            if end - self.shown < CHARACTER_BYTES:
+                return ""
+            end = self.shown + 1  # too long for one character: the first id begins none
+            text = self.waiting(end)
+        self.start = self.shown
+        self.shown = end
         return text
 
-    def waiting(self) -> str:
-        """The text of the ids that are not out yet, whole or not."""
-        before = self.tokenizer.decode(self.ids[self.start : self.told])
-        return self.tokenizer.decode(self.ids[self.start :])[len(before) :]
+    def waiting(self, end: int | None = None) -> str:
+        """The text of the ids up to `end` that were not returned yet, complete or not."""
+        before = self.tokenizer.decode(self.ids[self.start : self.shown])
+        return self.tokenizer.decode(self.ids[self.start : end])[len(before) :]
 
 
 class Watched:
@@ -1540,23 +1897,21 @@ class Watched:
     def __next__(self):
         try:
             return next(self.items)
-        except (UserError, OSError) as fault:
+        except (UserError, OSError, EOFError, zlib.error, lzma.LZMAError) as fault:
             self.fault = fault
             raise
 
 
 def tokenizer_fault(vocab_size: int, fault: Exception) -> UserError:
     """The sentence for what SentencePiece refuses, without its source file names."""
-    told = (
-        re.sub(r"^.*?\.cc\(\d+\)\s*(\[.*?\])?\s*", "", str(fault)).strip()
-        or "SentencePiece refused it"
-    )
+    message = re.sub(r"^.*?\.cc\(\d+\)\s*(\[.*?\])?\s*", "", str(fault)).strip()
     fix = "give text with words in it, or another size"
-    if most := re.search(r"value <= (\d+)", told):
+    if most := re.search(r"value <= (\d+)", message):
         fix = f"use --vocab_size {most[1]} or less, or give more text"
-    elif least := re.search(r"required_chars\. \d+ vs (\d+)", told):
+    elif least := re.search(r"required_chars\. \d+ vs (\d+)", message):
         fix = f"use --vocab_size {least[1]} or more, or a lower --character_coverage"
-    return UserError(f"--vocab_size {vocab_size} does not suit this text ({told})", fix)
+    reason = message or "SentencePiece refused it"
+    return UserError(f"--vocab_size {vocab_size} does not suit this text ({reason})", fix)
 
 
 def train_tokenizer(
@@ -1602,20 +1957,19 @@ def train_tokenizer(
 def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether this model encodes a text word by word, as prep's own do: BPE (whole scores),
     unnormalised, with the dummy prefix, no piece across space or line."""
-    pieces = [
-        sp.id_to_piece(i)
-        for i in range(len(sp))
-        if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))
-    ]
-    plain = all(SPACE not in p[1:] and ("\n" not in p or p == "\n") for p in pieces)
-    bpe = all(float(sp.get_score(sp.piece_to_id(p))).is_integer() for p in pieces)
+    pieces = []
+    for i in range(len(sp)):
+        if sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i):
+            continue
+        piece = sp.id_to_piece(i)
+        across_space = SPACE in piece[1:]
+        across_line = "\n" in piece and piece != "\n"
+        if across_space or across_line or not float(sp.get_score(i)).is_integer():
+            return False
+        pieces.append(piece)
     odd = " \uff21\u2460\ufb01e\u0301  \u00a0\t\u3000x "
-    return (
-        plain
-        and bpe
-        and {SPACE, "\n"} <= set(pieces)
-        and sp.normalize(odd) == SPACE + odd.replace(" ", SPACE)
-    )
+    unnormalised = sp.normalize(odd) == SPACE + odd.replace(" ", SPACE)
+    return unnormalised and {SPACE, "\n"} <= set(pieces)
 
 
 class WordEncoder(dict):
@@ -1623,7 +1977,10 @@ class WordEncoder(dict):
     stands between spaces, where a newline opens a key, to packed ids."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
-        self.sp, self.dtype, self.by_word = tokenizer.sp, dtype, splits_at_spaces(tokenizer.sp)
+        super().__init__()
+        self.sp = tokenizer.sp
+        self.dtype = dtype
+        self.by_word = splits_at_spaces(tokenizer.sp)
 
     def pack(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
@@ -1650,9 +2007,14 @@ class WordEncoder(dict):
 
 BLOCK = 4 << 20  # bytes read at once; a longer document is still read whole
 
-FILE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FILE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 BLANK_LINES = re.compile(r"(?:^|\n)(?:[ \t\r]*\n)+")  # part the documents of --document blank
+
+
+ABOUT_DATA = re.compile(r"(README|LICENSE|LICENCE|NOTICE|CITATION|dataset_infos?)(\.\w+)?", re.I)
+
+DATASET_NAME = re.compile(r"[\w-]+/[\w.-]+")  # a name on the Hugging Face Hub, or a relative path
 
 SPLITS = ("train", "val")
 
@@ -1667,6 +2029,9 @@ PACKINGS = {
     # The package zstandard takes a file that was cut short for a whole one; pyarrow does not.
     ".zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
 }
+
+
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file cut short
 
 
 @dataclass(frozen=True)
@@ -1687,24 +2052,64 @@ class TextBlock:
     read: int  # bytes of the input read up to the block's end
 
 
+def files_in(folder: Path) -> set[Path]:
+    """The visible files of a folder and its folders; what describes a data set is no data."""
+    found = set()
+    for file in folder.rglob("*"):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if file.is_file() and not hidden and not ABOUT_DATA.fullmatch(file.name):
+            found.add(file)
+    return found
+
+
+def unpacked(path: Path, raw: typing.BinaryIO) -> typing.BinaryIO:
+    """The file as it was before it was compressed, by its suffix."""
+    packing = PACKINGS.get(path.suffix.lower())
+    return packing(raw) if packing else raw
+
+
+def holds_list(file: Path) -> bool:
+    """Whether a file of JSON begins with a list."""
+    with open(file, "rb") as raw, contextlib.suppress(*UNREADABLE):  # reported when it is read
+        start = unpacked(file, raw).read(4096).removeprefix(codecs.BOM_UTF8)
+        return start.lstrip().startswith(b"[")
+    return False
+
+
+def source_of(file: Path, document: str) -> Source:
+    """A file, and how documents are found in it: by its suffix, or as `document` says."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in PACKINGS:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    kind = FILE_KINDS.get(suffix, document)
+    if kind == "json" and not holds_list(file):
+        kind = "jsonl"  # published files of such rows are often called .json
+    return Source(file, kind, str(file), file.stat().st_size)
+
+
+def missing_files(path: str, flag: str) -> tuple[str, str]:
+    what = f"{flag} {path} does not exist or holds no file"
+    if DATASET_NAME.fullmatch(path):
+        return what, (
+            "if it is a data set on the Hugging Face Hub, download its files first: "
+            f"hf download --repo-type dataset {path} --local-dir FOLDER"
+        )
+    return what, "check the path"
+
+
 def find_sources(paths: Iterable[str], document: str, flag: str = "--text_path") -> list[Source]:
-    """The visible files that paths, folders and globs name."""
+    """The files that paths, folders and globs match; UserError names each that matches none."""
     found, faults = [], []
     for path in paths:
-        files = set()
-        for match in map(Path, [path] if os.path.exists(path) else glob.glob(path, recursive=True)):
-            inside = {
-                file
-                for file in match.rglob("*")
-                if file.is_file() and "/." not in f"/{file.relative_to(match).as_posix()}"
-            }
-            files |= inside if match.is_dir() else {match}
+        matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        files: set[Path] = set()
+        for match in map(Path, matches):
+            files |= files_in(match) if match.is_dir() else {match}
         if not files:
-            faults.append((f"{flag} {path} does not exist or holds no file", "name one that does"))
-        for file in sorted(files):
-            inner = file.with_suffix("") if file.suffix.lower() in PACKINGS else file
-            kind = FILE_KINDS.get(inner.suffix.lower(), document)
-            found.append(Source(file, kind, str(file), file.stat().st_size))
+            faults.append(missing_files(path, flag))
+        found += [source_of(file, document) for file in sorted(files)]
     raise_all(faults)
     return found
 
@@ -1712,21 +2117,35 @@ def find_sources(paths: Iterable[str], document: str, flag: str = "--text_path")
 def damaged(source: Source, where: str, fault: Exception) -> Exception:
     if getattr(fault, "errno", None):  # bz2 and pyarrow raise OSErrors without one
         return fault
-    return UserError(f"{source.shown} is damaged after {where} ({fault})", "fetch or pack it again")
+    return UserError(
+        f"{source.shown} is damaged after {where} ({fault})", "download or compress it again"
+    )
+
+
+def check_text_column(source: Source, schema, text_key: str) -> None:
+    """UserError where a Parquet file's schema has no column of strings under text_key."""
+    types = {}
+    for column in schema:
+        kind = column.type
+        if str(kind).startswith("dictionary"):
+            kind = kind.value_type
+        types[column.name] = str(kind)
+    if types.get(text_key) not in ("string", "large_string", "string_view"):
+        raise UserError(
+            f"{source.path} has no column {text_key} of strings",
+            f"give one with --text_key; its columns are {', '.join(types)}",
+        )
 
 
 def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
-    parquet, arrow, rows = need("pyarrow.parquet"), need("pyarrow"), 0
+    parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
+    rows = 0
     try:
         table = parquet.ParquetFile(source.path)
-        types = {column.name: str(column.type) for column in table.schema_arrow}
-        if types.get(text_key) not in ("string", "large_string", "string_view"):
-            raise UserError(
-                f"{source.path} has no column {text_key} of strings",
-                f"name one with --text_key; there are {', '.join(types)}",
-            )
+        check_text_column(source, table.schema_arrow, text_key)
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            first, rows = rows + 1, rows + len(batch)
+            first = rows + 1
+            rows += len(batch)
             read = source.size * rows // max(1, table.metadata.num_rows)
             yield TextBlock(source, first, batch.column(0).to_pylist(), read)
     except (arrow.ArrowException, OSError) as fault:
@@ -1743,21 +2162,41 @@ def rest_of_document(file: typing.BinaryIO, data: bytes, kind: str) -> bytes:
     return b"".join(rest)
 
 
+def read_json_rows(source: Source) -> TextBlock:
+    """The rows of a .json file that is one list; UserError where it is damaged."""
+    with open(source.path, "rb") as raw:
+        try:
+            rows = json.loads(unpacked(source.path, raw).read().decode("utf-8-sig"))
+        except UNREADABLE as fault:
+            raise damaged(source, "its start", fault) from fault
+        except (ValueError, RecursionError) as fault:
+            raise UserError(
+                f"{source.shown} is not JSON ({fault})",
+                "correct the file; for one JSON object per line use the suffix .jsonl",
+            ) from fault
+    return TextBlock(source, 1, rows, source.size)
+
+
 def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
     """A source's documents, cut at document boundaries into blocks of about BLOCK bytes."""
     if source.kind == "parquet":
         yield from read_parquet(source, text_key)
         return
-    line, suffix = 1, source.path.suffix.lower()
+    if source.kind == "json":
+        yield read_json_rows(source)
+        return
+    line = 1
+    size = -1 if source.kind == "file" else BLOCK
     with open(source.path, "rb") as raw:
         try:
-            file = PACKINGS[suffix](raw) if suffix in PACKINGS else raw
-            while data := file.read(-1 if source.kind == "file" else BLOCK):
+            file = unpacked(source.path, raw)
+            while data := file.read(size):
                 data += rest_of_document(file, data, source.kind)
-                start = 3 if line == 1 and data.startswith(b"\xef\xbb\xbf") else 0
-                yield TextBlock(source, line, data[start:], raw.tell())
+                if line == 1:
+                    data = data.removeprefix(codecs.BOM_UTF8)
+                yield TextBlock(source, line, data, raw.tell())
                 line += data.count(b"\n")
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as fault:
+        except UNREADABLE as fault:
             raise damaged(source, f"line {line}", fault) from fault
 
 
@@ -1765,7 +2204,7 @@ def decode_block(block: TextBlock, errors: str) -> str:
     try:
         return block.data.decode("utf-8", errors)
     except UnicodeDecodeError as fault:
-        if block.data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if block.data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(
                 f"{block.source.shown} is UTF-16 text",
                 "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
@@ -1773,7 +2212,7 @@ def decode_block(block: TextBlock, errors: str) -> str:
         line = block.line + block.data.count(b"\n", 0, fault.start)
         raise UserError(
             f"{block.source.shown}, line {line}: invalid UTF-8 ({fault.reason})",
-            "mend the file, or in prep use --errors replace",
+            "correct the file, or in prep use --errors replace",
         ) from fault
 
 
@@ -1782,40 +2221,60 @@ def numbered_lines(block: TextBlock, errors: str = "strict") -> Iterator[tuple[i
     return ((number, line) for number, line in lines if line.strip())
 
 
+def whole_text(text: str) -> str:
+    """The text without lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def json_object(row: object) -> dict:
     """A row, parsed where it is still text; ValueError says what is wrong with it."""
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except (ValueError, RecursionError) as fault:
-        raise ValueError(f"not JSON ({fault})") from fault
-    refuse(not isinstance(row, dict), "no JSON object")
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as fault:
+            raise ValueError(f"not JSON ({fault})") from fault
+    refuse(not isinstance(row, dict), "not a JSON object")
     return row
 
 
-def jsonl_texts(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
-    for number, line in numbered_lines(block, errors):
+def row_text(row: object, text_key: str) -> str:
+    """The text of a row of JSON; ValueError where it has none."""
+    row = json_object(row)
+    text = row.get(text_key)
+    if not isinstance(text, str):
+        raise ValueError(f"no text under the key {text_key!r}; its keys are {', '.join(row)}")
+    return whole_text(text)
+
+
+def row_texts(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
+    """The texts of a block of rows, as lines of JSON or already parsed."""
+    if isinstance(block.data, list):
+        rows = enumerate(block.data, block.line)
+    else:
+        rows = numbered_lines(block, errors)
+    for number, row in rows:
         try:
-            row = json_object(line)
-            text = row.get(text_key)
-            refuse(not isinstance(text, str), f"no text under {text_key} ({', '.join(row)})")
+            yield row_text(row, text_key)
         except ValueError as fault:
             raise UserError(
                 f"{block.source.shown}, line {number}: {fault}",
-                "mend the line, or name another --text_key",
+                "correct the row, or give another --text_key",
             ) from fault
-        yield text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
 
 
 def block_documents(block: TextBlock, text_key: str, errors: str) -> Iterator[str]:
     """The documents of a block that hold a word; UserError names the line that cannot be read."""
-    if block.source.kind == "jsonl":
-        texts = jsonl_texts(block, text_key, errors)
-    elif block.source.kind == "line":
+    kind = block.source.kind
+    if kind in ("jsonl", "json"):
+        texts = row_texts(block, text_key, errors)
+    elif kind == "line":
         texts = (line.removesuffix("\r") for _, line in numbered_lines(block, errors))
-    elif block.source.kind == "blank":
+    elif kind == "blank":
         texts = (part.strip("\r\n") for part in BLANK_LINES.split(decode_block(block, errors)))
+    elif kind == "parquet":
+        texts = block.data
     else:
-        texts = block.data if block.source.kind == "parquet" else [decode_block(block, errors)]
+        texts = [decode_block(block, errors)]
     return (text for text in texts if text and not text.isspace())
 
 
@@ -1827,7 +2286,8 @@ def content_hash(text: bytes, salt: bytes = b"") -> float:
 def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[TextBlock]:
     """This shard's blocks: whole files, or every n-th block of too few; `read` counts over all."""
     part, parts = settings.part()
-    by_file, before = len(sources) >= parts, 0
+    by_file = len(sources) >= parts
+    before = 0
     for i, source in enumerate(sources):
         if not by_file or i % parts == part:
             for j, block in enumerate(read_blocks(source, settings.text_key)):
@@ -1836,16 +2296,22 @@ def shard_blocks(sources: list[Source], settings: PrepSettings) -> Iterator[Text
         before += source.size
 
 
+def text_size(source: Source) -> int:
+    """Bytes of text in a file, about: what is compressed holds four times its size."""
+    packed = source.path.suffix.lower() in (*PACKINGS, ".parquet")
+    return 4 * source.size if packed else source.size
+
+
 def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[str]:
     """Documents worth about --sample_mb, picked evenly over all sources by their hash."""
-    total = sum(
-        s.size * (4 if s.path.suffix.lower() in (*PACKINGS, ".parquet") else 1) for s in sources
-    )
-    budget = left = settings.sample_mb * 1e6
-    share, nearest = budget / max(total, 1), (1.0, "")
-    with contextlib.closing(Progress("sampling text", sum(s.size for s in sources), "B")) as bar:
+    budget = settings.sample_mb * 1e6
+    left = budget
+    share = budget / max(sum(map(text_size, sources)), 1)
+    nearest = (1.0, "")
+    progress = Progress("sampling text", sum(source.size for source in sources), "B")
+    with contextlib.closing(progress):
         for block in shard_blocks(sources, settings):
-            bar.update(block.read)
+            progress.update(block.read)
             for text in block_documents(block, settings.text_key, settings.errors):
                 data = text.encode()
                 place = content_hash(data, b"sample")
@@ -1859,13 +2325,24 @@ def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[
         yield nearest[1]
 
 
+def check_first_rows(sources: list[Source], settings: PrepSettings) -> None:
+    """UserError where the first row of a file has no text, before a tokenizer is trained."""
+    for source in sources:
+        if source.kind in ("jsonl", "json", "parquet"):
+            for block in read_blocks(source, settings.text_key):
+                next(block_documents(block, settings.text_key, settings.errors), None)
+                break
+
+
 def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
     texts = sample_documents(sources, settings)
     return train_tokenizer(texts, settings.vocab_size, settings.character_coverage)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+    if vocab_size <= 65535:
+        return np.dtype("<u2")
+    return np.dtype("<u4")
 
 
 @functools.lru_cache(maxsize=1)
@@ -1880,8 +2357,10 @@ def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str
     splits = {name: {"packed": bytearray(), **dict.fromkeys(COUNTS, 0)} for name in SPLITS}
     bos, eos = encoder.pack([encoder.sp.bos_id()]), encoder.pack([encoder.sp.eos_id()])
     for text in block_documents(block, settings.text_key, settings.errors):
-        data, packed = text.encode(), bos + encoder.encode(text) + eos
-        split = splits["val" if content_hash(data) < settings.val_split else "train"]
+        data = text.encode()
+        packed = bos + encoder.encode(text) + eos
+        name = "val" if content_hash(data) < settings.val_split else "train"
+        split = splits[name]
         split["packed"] += packed
         split["tokens"] += len(packed) // encoder.dtype.itemsize
         split["documents"] += 1
@@ -1946,29 +2425,47 @@ class TokenFolder:
             )
         self.meta = read_json(self.folder / "meta.json")
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.model")
+        self.check_meta()
+        self.train = self.tokens("train")
+        self.val = self.tokens("val")
+
+    def check_meta(self) -> None:
         for key, value in format_of(self.tokenizer).items():
             if self.meta.get(key) != value:
                 raise UserError(
-                    f"{folder}/meta.json says {key} {self.meta.get(key)}, not {value}",
-                    "put the original tokenizer.model back, or run prep again",
+                    f"{self.folder}/meta.json says {key} {self.meta.get(key)}, not {value}",
+                    "restore the original tokenizer.model, or run prep again",
                 )
-        if set(self.meta.get("splits", ())) != set(SPLITS):
-            raise UserError(f"{folder}/meta.json lacks its splits", "run prep again")
-        self.train, self.val = map(self.tokens, SPLITS)
+        splits = self.meta.get("splits")
+        if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+            raise UserError(f"{self.folder}/meta.json lacks its splits", "run prep again")
+        for split, counts in splits.items():
+            for key in COUNTS:
+                count = counts.get(key) if isinstance(counts, dict) else None
+                if type(count) is not int or count < 0:
+                    raise UserError(
+                        f"{self.folder}/meta.json: {key} of {split} is not a number",
+                        "run prep again",
+                    )
 
     def tokens(self, split: str) -> np.ndarray:
         """A split's ids as a read-only memory map, its size and ids checked."""
-        path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
-        count, vocab_size = self.meta["splits"][split]["tokens"], self.meta["vocab_size"]
-        size, promised = path.stat().st_size if path.exists() else 0, count * dtype.itemsize
-        if size != promised:
+        path = self.folder / f"{split}.bin"
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        count = self.meta["splits"][split]["tokens"]
+        vocab_size = self.meta["vocab_size"]
+
+        size = path.stat().st_size if path.exists() else 0
+        if size != count * dtype.itemsize:
             raise UserError(
-                f"{path} holds {size} bytes where meta.json promises {promised}",
-                "copy it again whole, or run prep again",
+                f"{path} holds {size} bytes where meta.json says {count * dtype.itemsize}",
+                "copy the whole file again, or run prep again",
             )
-        ids = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+        if not count:
+            return np.zeros(0, dtype)
+        ids = np.memmap(path, dtype, "r")
         probe = ids if count <= 1 << 26 else ids[:: count >> 22]
-        if count and int(probe.max()) >= vocab_size:
+        if int(probe.max()) >= vocab_size:
             raise UserError(
                 f"{path} holds an id beyond the vocabulary of {vocab_size}", "run prep again"
             )
@@ -1980,18 +2477,25 @@ class TokenFolder:
         return counts["bytes"] / max(1, counts["tokens"] - 1)
 
 
-def merge_shards(folder: Path, out: Path) -> dict:
-    """Join folder/shard-*-of-n into the data folder `out`; UserError where a part is missing."""
+def find_shards(folder: Path) -> list[TokenFolder]:
+    """folder/shard-*-of-n, in order; UserError where one is missing or of another tokenizer."""
     parts = sorted({shard.name.rpartition("-")[2] for shard in folder.glob("shard-*-of-*")})
     if len(parts) != 1:
         found = " and ".join(f"shard-*-of-{n}" for n in parts) or "no shard"
         raise UserError(f"{folder} holds {found}", "run prep --shard i/n for every i of one n")
     wanted = [folder / f"shard-{i:05d}-of-{parts[0]}" for i in range(int(parts[0]))]
-    if missing := [shard.name for shard in wanted if not (shard / "meta.json").exists()]:
+    missing = [shard.name for shard in wanted if not (shard / "meta.json").exists()]
+    if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}", "run prep --shard for these too")
     shards = [TokenFolder(shard) for shard in wanted]
     if len({shard.tokenizer.sha256 for shard in shards}) > 1:
         raise UserError("the shards do not share one tokenizer", "prep them with the same --spm")
+    return shards
+
+
+def merge_shards(folder: Path, out: Path) -> dict:
+    """Join the shards in `folder` into the data folder `out`; returns its meta."""
+    shards = find_shards(folder)
     splits = {}
     for split in SPLITS:
         counts = [shard.meta["splits"][split] for shard in shards]
@@ -2002,26 +2506,45 @@ def merge_shards(folder: Path, out: Path) -> dict:
     return write_meta(out, shards[0].tokenizer, splits, shards[0].meta["val_split"])
 
 
-def build_data(settings: PrepSettings, out: Path) -> dict:
-    pipes = [path for path in settings.text_path if path == "-" or Path(path).is_fifo()]
-    files = (path for path in settings.text_path if path not in pipes)
-    sources = find_sources(files, settings.document)
-    for i, path in enumerate(pipes):  # written to files because they will be read twice
-        file, shown = out / f"pipe-{i}", "stdin" if path == "-" else path
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as pipe, open(file, "wb") as raw:
-            shutil.copyfileobj(pipe, raw)
+def is_pipe(path: str) -> bool:
+    return path == "-" or Path(path).is_fifo()
+
+
+def open_pipe(path: str) -> typing.BinaryIO:
+    if path == "-":
+        return sys.stdin.buffer
+    return open(path, "rb")
+
+
+def copy_pipes(settings: PrepSettings, out: Path) -> list[Source]:
+    """stdin and named pipes as files in `out`, because they are read twice."""
+    sources = []
+    for i, path in enumerate(filter(is_pipe, settings.text_path)):
+        file = out / f"pipe-{i}"
+        shown = "stdin" if path == "-" else path
+        with open_pipe(path) as pipe, open(file, "wb") as copy:
+            shutil.copyfileobj(pipe, copy)
         sources.append(Source(file, settings.document, shown, file.stat().st_size))
+    return sources
+
+
+def build_data(settings: PrepSettings, out: Path) -> dict:
+    """Text -> tokenizer.model, train.bin, val.bin and meta.json in `out`; returns the meta."""
+    files = [path for path in settings.text_path if not is_pipe(path)]
+    sources = find_sources(files, settings.document) + copy_pipes(settings, out)
+    check_first_rows(sources, settings)
     if settings.spm:
         tokenizer = Tokenizer.load(settings.spm)
     else:
         say(f"training a tokenizer of {settings.vocab_size} pieces")
-        with worker_pool(1) as pool:  # its memory goes with it
+        with worker_pool(1) as pool:  # its memory is freed with it
             tokenizer = Tokenizer(pool.submit(tokenizer_for, sources, settings).result())
     (out / "tokenizer.model").write_bytes(tokenizer.data)
+
     splits = encode_sources(sources, settings, out)
     if not splits["train"]["documents"] and not settings.shard:
         raise UserError(
-            "no document came into the training split", "give more text, or a smaller --val_split"
+            "the training split has no document", "give more text, or a smaller --val_split"
         )
     return write_meta(out, tokenizer, splits, settings.val_split)
 
@@ -2030,23 +2553,30 @@ def prepare(settings: PrepSettings) -> dict:
     """Text -> a data folder; returns its meta. A failure leaves nothing that looks finished."""
     out = final = Path(settings.out_dir)
     if settings.shard and not settings.merge:
-        final = out / "shard-{:05d}-of-{:05d}".format(*settings.part())
+        part, parts = settings.part()
+        final = out / f"shard-{part:05d}-of-{parts:05d}"
     for folder in (out, final):
         if (folder / "meta.json").exists() and not settings.overwrite:
             raise UserError(
                 f"{folder} already holds prepared data",
-                "name another --out_dir, or add --overwrite",
+                "use another --out_dir, or add --overwrite",
             )
+
     building = out / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        meta = merge_shards(out, building) if settings.merge else build_data(settings, building)
+        if settings.merge:
+            meta = merge_shards(out, building)
+        else:
+            meta = build_data(settings, building)
         install(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    for shard in out.glob("shard-*-of-*") if settings.merge else ():
-        shutil.rmtree(shard)
+
+    if settings.merge:
+        for shard in out.glob("shard-*-of-*"):
+            shutil.rmtree(shard)
     return meta
 
 
@@ -2173,6 +2703,7 @@ def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 
 
 
 def padded_length(longest: int, limit: int) -> int:
+    """The length to pad to: one of LENGTHS multiples up to the limit."""
     unit = -(-limit // LENGTHS)
     return min(limit, -(-longest // unit) * unit)
 
@@ -2199,10 +2730,11 @@ class Windows(Stream):
         self.count = (len(ids) - 1) // seq_len
         self.tokens = self.count * seq_len
         if self.count < 1:
-            shorter = f"use --seq_len {len(ids) - 1} or less, or " if len(ids) > 2 else ""
+            fix = "prepare more text"
+            if len(ids) > 2:
+                fix = f"use --seq_len {len(ids) - 1} or less, or {fix}"
             raise UserError(
-                f"{len(ids)} tokens to train on are too few for --seq_len {seq_len}",
-                f"{shorter}prepare more text",
+                f"{len(ids)} tokens to train on are too few for --seq_len {seq_len}", fix
             )
 
     def items(self, places: np.ndarray) -> list[np.ndarray]:
@@ -2284,7 +2816,9 @@ def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
 
 
 def mixed(parts: list[Stream], weights: list[float]) -> Stream:
-    return parts[0] if len(parts) == 1 else Mixture(parts, weights)
+    if len(parts) == 1:
+        return parts[0]
+    return Mixture(parts, weights)
 
 
 # ==================================================================================================
@@ -2325,10 +2859,6 @@ def first_of(row: dict, keys: Iterable[str]) -> object:
     return next((row[key] for key in keys if key in row), None)
 
 
-def whole_text(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
-
-
 def clean(value: object, what: str) -> str:
     refuse(not isinstance(value, str) or not value.strip(), f"{what} is missing, empty or no text")
     return whole_text(value)
@@ -2367,6 +2897,14 @@ def is_learned(message: dict) -> bool:
     return bool(weight)
 
 
+def message_text(message: dict, named: object, optional: bool) -> str:
+    """The text of a message, which may be absent where it is `optional`."""
+    text = joined_parts(first_of(message, ("content", "value", "text")), f"a {named} message")
+    if optional:
+        return "" if text is None else whole_text(str(text))
+    return clean(text, f"a {named} message")
+
+
 def message_turn(message: object, what: str) -> Turn | None:
     """One message of whatever shape as a turn; None for a system message that says nothing."""
     refuse(not isinstance(message, dict), f"{what} holds something else than messages")
@@ -2374,14 +2912,11 @@ def message_turn(message: object, what: str) -> Turn | None:
     named = message.get("role", message.get("from"))
     role = ROLE_NAMES.get(str(named).lower())
     refuse(role is None, f"{what} has the unknown role {named!r}")
-    text = joined_parts(first_of(message, ("content", "value", "text")), f"a {named} message")
-    calls = tuple(call_text(call) for call in message.get("tool_calls") or ())
-    if role == "system" and text in (None, ""):
+    if role == "system" and first_of(message, ("content", "value", "text")) in (None, ""):
         return None
-    if role == "tool" or calls:
-        text = whole_text(str("" if text is None else text))
-    else:
-        text = clean(text, f"a {named} message")
+
+    calls = tuple(call_text(call) for call in message.get("tool_calls") or ())
+    text = message_text(message, named, optional=role == "tool" or bool(calls))
     reasoning = first_of(message, REASONING_KEYS)
     if role == "assistant" and isinstance(reasoning, str) and reasoning.strip():
         text = f"<think>\n{clean(reasoning, 'reasoning')}\n</think>\n\n{text}"
@@ -2558,17 +3093,10 @@ def row_command(row: object) -> str:
 
 def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
     """(line, text still to be parsed) of a .jsonl, or (row, object) of a .json or .parquet."""
-    suffixes = [suffix.lower() for suffix in source.path.suffixes]
-    packing = PACKINGS.get((suffixes or [""])[-1])
-    text = ""
-    if ".json" in suffixes[-2:]:
-        with open(source.path, "rb") as raw:
-            file = packing(raw) if packing else raw
-            text = file.read().decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        yield from enumerate(json.loads(text), 1)
-    elif source.kind == "parquet":
+    if source.kind == "parquet":
         yield from enumerate(need("pyarrow.parquet").read_table(source.path).to_pylist(), 1)
+    elif source.kind == "json":
+        yield from enumerate(read_json_rows(source).data, 1)
     else:
         for block in read_blocks(source, ""):
             yield from numbered_lines(block)
@@ -2579,7 +3107,7 @@ def row_sources(paths: Iterable[str], flag: str) -> list[Source]:
     for source in sources:
         if {".csv", ".tsv"} & {suffix.lower() for suffix in source.path.suffixes}:
             raise UserError(
-                f"{source.shown}: rows are read from .jsonl, .json and .parquet alone",
+                f"{source.shown}: rows are read from .jsonl, .json and .parquet only",
                 "convert it with pandas: read_csv(FILE).to_json(OUT, orient='records', lines=True)",
             )
     return sources
@@ -2588,34 +3116,31 @@ def row_sources(paths: Iterable[str], flag: str) -> list[Source]:
 def read_rows(
     paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str, flag: str = "--data"
 ) -> list:
-    """Every row of the files, parsed; bad ones are counted and raise, or warn where "skip" says."""
+    """Every row of the files, parsed; bad ones raise UserError, or a warning where "skip" says."""
     good, bad = [], []
     for_another = ""
     for source in row_sources(paths, flag):
-        try:
-            for number, row in numbered_rows(source):
-                try:
-                    row = json_object(row)
-                    good.append(parse(row))
-                except ValueError as fault:
-                    if not bad:
-                        for_another = row_command(row)
-                    bad.append(f"{source.shown}, line {number}: {fault}")
-        except (ValueError, RecursionError) as fault:
-            raise UserError(f"{source.shown} is not JSON ({fault})", "mend the file") from fault
+        for number, row in numbered_rows(source):
+            try:
+                row = json_object(row)
+                good.append(parse(row))
+            except ValueError as fault:
+                if not bad:
+                    for_another = row_command(row)
+                bad.append(f"{source.shown}, line {number}: {fault}")
     if bad and not good and for_another:
         raise UserError(
             f"{', '.join(map(str, paths))}: these are rows of {for_another}",
-            f"use that command, or give other rows; the first says: {bad[0]}",
+            f"use that command, or give other rows; the first bad one: {bad[0]}",
         )
     if bad:
         shown = "; ".join(bad[:FAULTS_SHOWN])
         what = f"{len(bad)} of {len(bad) + len(good)} rows are bad, the first: {shown}"
         if on_bad_row == "error":
-            raise UserError(what, "mend them, or pass over them with --on_bad_row skip")
-        say(f"warning: {what}; passed over")
+            raise UserError(what, "correct them, or skip them with --on_bad_row skip")
+        say(f"warning: {what}; skipped")
     if not good:
-        raise UserError(f"there is no row in {', '.join(paths)}", "give rows to learn from")
+        raise UserError(f"there is no row in {', '.join(paths)}", "give files with rows")
     return good
 
 
@@ -2632,23 +3157,29 @@ class Example:
 
 
 def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
-    """A conversation's answers, cut behind the last one within `limit` ids, or None."""
+    """A conversation, truncated after its last answer that ends within `limit` ids; else None."""
     ids, learned = map(np.array, encode_chat(tokenizer, turns))
     ends = 1 + np.flatnonzero(learned[:limit] & (ids[:limit] == tokenizer.eos))
-    return Example(ids[: ends[-1]], learned[: ends[-1]]) if len(ends) else None
+    if not len(ends):
+        return None
+    return Example(ids[: ends[-1]], learned[: ends[-1]])
 
 
 def last_answer(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
-    """The last answer alone to be learned; None where it does not fit."""
+    """A conversation of which the last answer alone is learned; None where it does not fit."""
     start = len(encode_chat(tokenizer, turns[:-1], reply=True)[0])
     ids = np.array(encode_chat(tokenizer, turns)[0])
-    return Example(ids, np.arange(len(ids)) >= start) if len(ids) <= limit else None
+    if len(ids) > limit:
+        return None
+    return Example(ids, np.arange(len(ids)) >= start)
 
 
 def question(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
-    """A prompt up to where the assistant is to speak; None where it does not fit."""
+    """A prompt up to where the assistant is to answer; None where it does not fit."""
     ids, learned = map(np.array, encode_chat(tokenizer, turns, reply=True))
-    return Example(ids, learned) if len(ids) <= limit else None
+    if len(ids) > limit:
+        return None
+    return Example(ids, learned)
 
 
 def held_out(turns: Turns, share: float) -> bool:
@@ -2661,26 +3192,32 @@ def fit_rows(
     rows: list[list[Turns]], make: Callable[[Turns], Example | None], eos: int, name: str
 ) -> tuple[list[list[Example]], list[int]]:
     """Groups of examples and the rows they come from; says how many were cut or left out."""
-    groups = [[make(turns) for turns in row] for row in rows]
-    kept = [i for i, group in enumerate(groups) if all(group)]
+    groups, kept = [], []
+    cut = 0
+    for i, row in enumerate(rows):
+        group = [make(turns) for turns in row]
+        if not all(group):
+            continue
+        groups.append(group)
+        kept.append(i)
+        for one, turns in zip(group, row, strict=True):
+            if (one.ids == eos).sum() < len(turns):
+                cut += 1
     if not kept:
         raise UserError(f"{name}: every row is longer than the context", "use a larger --seq_len")
-    cut = sum(
-        (one.ids == eos).sum() < len(turns)
-        for i in kept
-        for one, turns in zip(groups[i], rows[i], strict=True)
-    )
     say(
-        f"{name}: {len(kept)} rows, {cut} cut behind the last answer that fits, "
+        f"{name}: {len(kept)} rows, {cut} truncated after the last answer that fits, "
         f"{len(rows) - len(kept)} longer than the context left out"
     )
-    return [groups[i] for i in kept], kept
+    return groups, kept
 
 
 def data_key(groups: Iterable[list[Example]]) -> str:
+    """A hash of what is trained on."""
     digest = hashlib.blake2b(digest_size=16)
-    for one in (one for group in groups for one in group):
-        digest.update(one.ids.tobytes() + one.learned.tobytes())
+    for group in groups:
+        for one in group:
+            digest.update(one.ids.tobytes() + one.learned.tobytes())
     return digest.hexdigest()
 
 
@@ -2767,7 +3304,7 @@ YARN_FAST, YARN_SLOW = 32, 1  # turns over the original context that are kept, t
 
 
 @functools.cache
-def compiled(function: Callable, **options) -> Callable:
+def compiled_once(function: Callable, **options) -> Callable:
     return torch.compile(function, **options)
 
 
@@ -2907,18 +3444,17 @@ class AttentionMask:
     def mask(self, window: int) -> Tensor:
         """The rule at every query and key: (B, 1, T, S)."""
         query, key = self.query[:, None, :, None], self.key[:, None, None, :]
-        rows = (
-            None
-            if self.documents is None
-            else torch.arange(len(self.documents), device=key.device).view(-1, 1, 1, 1)
-        )
+        rows = None
+        if self.documents is not None:
+            rows = torch.arange(len(self.documents), device=key.device).view(-1, 1, 1, 1)
         return self.mask_mod(window)(rows, None, query, key)
 
     def block_mask(self, window: int) -> BlockMask:
-        """The same for flex_attention, which skips the blocks that nobody sees."""
+        """The same for flex_attention, which skips the blocks that no query attends to."""
         rows = None if self.documents is None else len(self.documents)
-        eager = self.key.device.type == "cpu" or torch.compiler.is_compiling()
-        create = create_block_mask if eager else compiled(create_block_mask)  # no whole (T, S)
+        create = create_block_mask
+        if self.key.device.type != "cpu" and not torch.compiler.is_compiling():
+            create = compiled_once(create_block_mask)  # eager, it would build the whole (T, S)
         return create(
             self.mask_mod(window),
             rows,
@@ -2932,11 +3468,11 @@ class AttentionMask:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float
 ) -> Tensor:
-    """Attention of q (B, H, T, D) over k, v (B, K, S, D), by the fitting kernel; without a mask
-    it is causal, a single query seeing every key."""
+    """Attention of q (B, H, T, D) over k, v (B, K, S, D): FlexAttention where the mask is a
+    BlockMask, else SDPA; without a mask it is causal, and a single query sees every key."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        flex = compiled(flex_attention, dynamic=False)  # the one fused kernel it is made for
+        flex = compiled_once(flex_attention, dynamic=False)  # eager, it is not fused
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
         q,
@@ -2966,6 +3502,7 @@ class Context:
     positions: Tensor | None
     masks: dict[bool, Tensor | BlockMask | None]
     end: int = 0  # with a cache, where the keys seen end, if that is fixed
+    counted: Tensor | None = None  # (B, T): places that are not padding, where there is some
 
 
 class Attention(nn.Module):
@@ -2973,26 +3510,37 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelSettings, layer: int):
         super().__init__()
-        self.layer, self.D, self.dropout = layer, config.head_size, config.dropout
-        self.H, self.K = config.n_head, config.kv_heads
-        self.rotates, self.windowed = config.rotates(layer), config.windowed(layer)
+        self.layer = layer
+        self.H = config.n_head
+        self.K = config.kv_heads
+        self.D = config.head_size
+        self.dropout = config.dropout
+        self.rotates = config.rotates(layer)
+        self.windowed = config.windowed(layer)
         self.qkv = nn.Linear(config.d_model, (self.H + 2 * self.K) * self.D, bias=False)
         self.proj = nn.Linear(self.H * self.D, config.d_model, bias=False)
-        self.q_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.D, config.norm_eps)
+            self.k_norm = RMSNorm(self.D, config.norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
+
         both = qkv[:, : self.H + self.K]
         if self.q_norm is not None:
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        both = rotate(both, context.cos, context.sin) if self.rotates else both
+        if self.rotates:
+            both = rotate(both, context.cos, context.sin)
         q, k = both.split((self.H, self.K), dim=1)
+
         if context.cache is not None:
             k, v = context.cache.write(self.layer, k, v, context.positions, context.end)
-        y = attend(q, k, v, context.masks[self.windowed], self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, context.masks[self.windowed], dropout)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -3001,17 +3549,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
-        self.w1 = nn.Linear(config.d_model, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.d_model, config.hidden, bias=False)
-        self.w3 = nn.Linear(config.hidden, config.d_model, bias=False)
+        self.w1 = nn.Linear(config.d_model, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.d_model, config.ffn_width, bias=False)
+        self.w3 = nn.Linear(config.ffn_width, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x is multiplied in: autocast's, or its own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -3033,37 +3584,55 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
-        E, d, width = config.n_expert, config.d_model, config.hidden
-        self.active, self.E = config.n_expert_active, E
-        self.balance_loss, self.router_z_loss = config.balance_loss, config.router_z_loss
+        E, d, width = config.n_expert, config.d_model, config.ffn_width
+        self.E = E
+        self.active = config.n_expert_active
+        self.balance_loss = config.balance_loss
+        self.router_z_loss = config.router_z_loss
         self.router = nn.Linear(d, E, bias=False)
         self.w1 = nn.Parameter(torch.empty(E, d, width))
         self.w2 = nn.Parameter(torch.empty(E, d, width))
         self.w3 = nn.Parameter(torch.empty(E, width, d))
-        usage = torch.zeros(E, device="cpu")  # evaluated tokens of each
+        usage = torch.zeros(E, device="cpu")  # evaluated tokens of each expert
         self.register_buffer("usage", usage, persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, d) -> the same and a scalar side loss."""
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, d) -> the same and a scalar auxiliary loss, of the `counted` places (B, T)."""
         tokens = x.flatten(0, 1)  # (N, d)
         with torch.autocast(x.device.type, enabled=False):  # near-ties must not flip
             scores = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
-        chances = scores.softmax(-1)
-        weights, experts = chances.topk(self.active, dim=-1)  # (N, active)
+        probs = scores.softmax(-1)
+        weights, experts = probs.topk(self.active, dim=-1)  # (N, active)
         weights = weights / weights.sum(-1, keepdim=True)
-        order = experts.flatten().argsort(stable=True)  # (N * active,), sorted by expert
-        counts = torch.zeros_like(self.usage, dtype=torch.long).scatter_add_(
-            0, experts.flatten(), torch.ones_like(experts.flatten())
-        )
-        rows = tokens[order // self.active]
-        hidden = self.experts(rows, counts) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
-        y = torch.zeros_like(tokens).index_add_(0, order // self.active, hidden.to(x.dtype))
+
+        chosen = experts.flatten()  # (N * active,)
+        order = chosen.argsort(stable=True)  # sorted by expert
+        counts = torch.zeros_like(self.usage, dtype=torch.long)
+        counts = counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+        places = order // self.active
+        y = self.experts(tokens[places], counts)
+        y = y * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
+        y = torch.zeros_like(tokens).index_add_(0, places, y.to(x.dtype))
+
         if not self.training:
             self.usage += counts
-        share = counts.float() / counts.sum()
-        aux_loss = self.balance_loss * self.E * (share * chances.mean(0)).sum()
-        aux_loss = aux_loss + self.router_z_loss * scores.logsumexp(-1).square().mean()
-        return y.view_as(x), aux_loss
+        return y.view_as(x), self.aux_loss(scores, probs, experts, counted)
+
+    def aux_loss(
+        self, scores: Tensor, probs: Tensor, experts: Tensor, counted: Tensor | None
+    ) -> Tensor:
+        """Load-balance and z-loss of scores and probs (N, E) and of the chosen experts
+        (N, active), of the counted tokens alone."""
+        share = torch.full_like(probs[:, 0], 1 / len(probs))  # of each token in the mean
+        if counted is not None:
+            share = counted.flatten().float()
+            share = share / share.sum().clamp(min=1)
+        usage = torch.zeros_like(self.usage).scatter_add_(
+            0, experts.flatten(), share.repeat_interleave(self.active) / self.active
+        )
+        balance = self.E * (usage * (share @ probs)).sum()
+        z = (share * scores.logsumexp(-1).square()).sum()
+        return self.balance_loss * balance + self.router_z_loss * z
 
     def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         dtype = matmul_dtype(rows)  # grouped_mm does not cast by itself
@@ -3073,19 +3642,23 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm layer: (B, T, d) -> the same and the mixture's side loss, if any."""
+    """One pre-norm layer: (B, T, d) -> the same and the auxiliary loss of its experts, if any."""
 
     def __init__(self, config: ModelSettings, layer: int):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config, layer)
+        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, layer)
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MoE(config) if config.n_expert else MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         x = x + self.drop(self.attn(self.norm1(x), context))
-        y = self.mlp(self.norm2(x))
-        y, aux_loss = y if isinstance(y, tuple) else (y, None)
+        aux_loss = None
+        if isinstance(self.mlp, MoE):
+            y, aux_loss = self.mlp(self.norm2(x), context.counted)
+        else:
+            y = self.mlp(self.norm2(x))
         return x + self.drop(y), aux_loss
 
 
@@ -3094,20 +3667,23 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
-        assert config.rope_layout == "half", "load_checkpoint turns other layouts into this one"
-        self.config, self.grad_checkpoint = config, False
+        assert config.rope_layout == "half", "load_checkpoint converts other layouts to this one"
+        self.config = config
+        self.grad_checkpoint = False
         empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
         self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
-        self.sinks = (
-            nn.Parameter(torch.empty(config.n_sink, config.d_model)) if config.n_sink else None
-        )
+        self.sinks: nn.Parameter | None = None
+        if config.n_sink:
+            self.sinks = nn.Parameter(torch.empty(config.n_sink, config.d_model))
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.tok_emb.weight
-        self.score = nn.Linear(config.d_model, 1, bias=False) if config.scalar_head else None
+        self.score: nn.Linear | None = None
+        if config.scalar_head:
+            self.score = nn.Linear(config.d_model, 1, bias=False)
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)  # (n_sink + seq_len, D/2)
 
@@ -3117,18 +3693,24 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights, the two maps into the residual stream smaller by sqrt(2 L), as GPT-2;
-        with trunc_init, of deviation 0.5/sqrt(d_model) and truncated at three."""
+        """Normal weights of deviation 0.02, or with trunc_init of 0.5/sqrt(d_model), truncated at
+        three deviations. What writes into the residual stream is divided by sqrt(2 L), as in
+        GPT-2. Norms begin at 1, a scalar head at 0: it scores everything alike."""
         generator = torch.Generator().manual_seed(seed % 2**63)
-        width, depth = math.sqrt(self.config.d_model), math.sqrt(2 * self.config.n_layer)
-        std, bound = (0.5 / width, 3.0) if self.config.trunc_init else (0.02, math.inf)
+        std, bound = 0.02, math.inf
+        if self.config.trunc_init:
+            std, bound = 0.5 / math.sqrt(self.config.d_model), 3.0
+        depth = math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
-            if weight.dim() < 2 or name == "score.weight":
-                nn.init.constant_(weight, weight.dim() < 2)  # a new judge scores all alike
-                continue
-            into_stream = name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3"))
-            drawn = torch.randn(weight.shape, generator=generator).clamp_(-bound, bound) * std
-            weight.copy_(drawn / depth if into_stream else drawn)
+            if name == "score.weight":
+                nn.init.zeros_(weight)
+            elif weight.dim() < 2:
+                nn.init.ones_(weight)
+            else:
+                drawn = torch.randn(weight.shape, generator=generator).clamp_(-bound, bound) * std
+                if name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3")):
+                    drawn = drawn / depth
+                weight.copy_(drawn)
 
     def embed(self, ids: Tensor, with_sinks: bool) -> Tensor:
         """Input vectors (B, T, d), the learned sinks before them where the sequence begins."""
@@ -3139,14 +3721,13 @@ class Transformer(nn.Module):
             x = torch.cat((self.sinks.to(x.dtype).expand(len(ids), -1, -1), x), dim=1)
         return self.drop(x)
 
-    def documents(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """With doc_mask: the document of each place (B, S) and its position in it; sinks are 0."""
-        if not self.config.doc_mask:
-            return None, None
+    def documents(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The document of each place (B, S) and its position in that document; sinks are 0."""
         sinks = self.config.n_sink
         starts = F.pad(ids == self.config.bos_id, (sinks, 0))
         places = torch.arange(starts.shape[1], device=ids.device)
-        return starts.cumsum(1), places - torch.where(starts, places - sinks, 0).cummax(1).values
+        first = torch.where(starts, places - sinks, 0).cummax(1).values
+        return starts.cumsum(1), places - first
 
     def rotary(self, places: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, D/2) at places (B, T), in the dtype that x is multiplied in."""
@@ -3154,58 +3735,88 @@ class Transformer(nn.Module):
         return self.cos[places].unsqueeze(1).to(dtype), self.sin[places].unsqueeze(1).to(dtype)
 
     def context(self, ids: Tensor, x: Tensor, cache: KVCache | None) -> Context:
-        """For ids and their input x, which follow what the cache holds; without a mask where
-        causal order says it all."""
-        config, seen, length = self.config, max(cache.lengths) if cache else 0, x.shape[1]
+        """The context of ids and their input x, which follow what the cache holds."""
+        seen = max(cache.lengths) if cache else 0
+        length = x.shape[1]
         key = torch.arange(seen + length, device=x.device).unsqueeze(0)
         positions = cache.positions(length) if seen else key
-        documents, places = self.documents(ids) if cache is None else (None, None)
-        attention_mask = AttentionMask(positions, key, documents, config.n_sink)
-        flex = (
-            cache is None
-            and x.device.type == "cuda"
-            and config.head_size >= 16
-            and not (self.training and config.dropout)
-        )
-        make = attention_mask.block_mask if flex else attention_mask.mask
-        plain = documents is None and (seen == 0 or (length == 1 and len(set(cache.lengths)) == 1))
-        masks = {False: None if plain else make(0)}
-        if config.window:
-            short = seen + length - config.n_sink <= config.window
-            masks[True] = masks[False] if short else make(config.window)
-        turns = self.rotary(positions if places is None else places, x)
-        return Context(*turns, cache, positions, masks)
+        documents, places = None, positions
+        if cache is None and self.config.doc_mask:
+            documents, places = self.documents(ids)
+
+        attention_mask = AttentionMask(positions, key, documents, self.config.n_sink)
+        make = attention_mask.mask
+        if cache is None and self.uses_flex(x):
+            make = attention_mask.block_mask
+        cos, sin = self.rotary(places, x)
+        return Context(cos, sin, cache, positions, self.masks(make, attention_mask, cache))
+
+    def uses_flex(self, x: Tensor) -> bool:
+        """Whether masks are for FlexAttention, which has neither dropout nor tiny heads."""
+        dropout = self.training and self.config.dropout > 0
+        return x.device.type == "cuda" and self.config.head_size >= 16 and not dropout
+
+    def masks(
+        self, make: Callable, attention_mask: AttentionMask, cache: KVCache | None
+    ) -> dict[bool, Tensor | BlockMask | None]:
+        """Masks by whether a layer is windowed; None where causal order is all there is."""
+        seen = max(cache.lengths) if cache else 0
+        length = attention_mask.query.shape[1]
+        one_by_one = length == 1 and seen > 0 and len(set(cache.lengths)) == 1
+        causal = attention_mask.documents is None and (seen == 0 or one_by_one)
+        masks = {False: None if causal else make(0)}
+
+        window = self.config.window
+        if window:
+            reached = seen + length - self.config.n_sink <= window
+            masks[True] = masks[False] if reached else make(window)
+        return masks
 
     def hidden_and_aux_loss(
-        self, ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
+        counted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Final hidden states (B, T, d) of ids (B, T), and the mixture's side loss, if any. With
-        a cache, ids follow what it holds; `lengths` says how many of a padded row count."""
-        x, aux_losses = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0), []
+        """Final hidden states (B, T, d) of ids (B, T), and the experts' auxiliary loss, if any.
+
+        With a cache, ids follow what it holds; `lengths` says how many ids of a padded row count.
+        `counted` (B, T) are the places that the auxiliary loss is of, by default all.
+        """
+        x = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0)
         context = self.context(ids, x, cache)
+        sinks = x.shape[1] - ids.shape[1]
+        if counted is not None and self.config.n_expert:
+            context = replace(context, counted=F.pad(counted, (sinks, 0), value=True))
+        aux_losses = []
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x, aux_loss = recompute(block, x, context, use_reentrant=False)
             else:
                 x, aux_loss = block(x, context)
-            aux_losses += [] if aux_loss is None else [aux_loss]
-        extra = x.shape[1] - ids.shape[1]
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+
         if cache is not None:
             new = lengths or [ids.shape[1]] * len(ids)
-            cache.lengths = [old + extra + n for old, n in zip(cache.lengths, new, strict=True)]
-        return self.norm(x[:, extra:]), sum(aux_losses) / len(aux_losses) if aux_losses else None
+            cache.lengths = [old + sinks + n for old, n in zip(cache.lengths, new, strict=True)]
+        hidden = self.norm(x[:, sinks:])
+        if not aux_losses:
+            return hidden, None
+        return hidden, sum(aux_losses) / len(aux_losses)
 
     def next_logits(self, ids: Tensor, positions: Tensor, cache: KVCache, end: int) -> Tensor:
-        """Logits (B, V) after ids (B, 1), which lie at `positions` (B, 1), all before `end`. This
-        is what is compiled: the cache's own lengths are neither read nor changed."""
+        """Logits (B, V) after ids (B, 1), which lie at `positions` (B, 1), all before `end`.
+
+        This is what is compiled: the cache's own lengths are neither read nor changed.
+        """
         x = self.embed(ids, with_sinks=False)
         key = torch.arange(end, device=ids.device).unsqueeze(0)
         attention_mask = AttentionMask(positions, key, None, self.config.n_sink)
-        masks = {
-            windowed: attention_mask.mask(self.config.window * windowed)
-            for windowed in (False, True)
-        }
-        context = Context(*self.rotary(positions, x), cache, positions, masks, end)
+        masks = {False: attention_mask.mask(0), True: attention_mask.mask(self.config.window)}
+        cos, sin = self.rotary(positions, x)
+        context = Context(cos, sin, cache, positions, masks, end)
         for block in self.blocks:
             x, _ = block(x, context)
         return self.logits(self.norm(x))[:, -1]
@@ -3214,9 +3825,12 @@ class Transformer(nn.Module):
         return self.hidden_and_aux_loss(ids, *args)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V) of final hidden states, bent by softcap (Gemma Team 2024, section 2)."""
-        logits, cap = self.lm_head(hidden), self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        """Logits (…, V) of final hidden states, soft-capped (Gemma Team 2024, section 2)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.softcap
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
@@ -3225,19 +3839,21 @@ class Transformer(nn.Module):
 
 def parameter_counts(config: ModelSettings) -> dict[str, int]:
     """Parameters by part: embedding, head (0 where tied), blocks (norms included), total; and
-    those active for one token: of a mixture, its active experts alone."""
+    those active for one token: of the experts, only the active ones."""
     with torch.device("meta"):
         model = Transformer(config)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
-    embedding, head = sizes["tok_emb.weight"], sizes.get("lm_head.weight", 0)
+    embedding = sizes["tok_emb.weight"]
+    head = sizes.get("lm_head.weight", 0)
     total = sum(sizes.values())
-    idle = max(0, config.n_expert - config.n_expert_active) * 3 * config.d_model * config.hidden
+    idle_experts = max(0, config.n_expert - config.n_expert_active)
+    idle = idle_experts * 3 * config.d_model * config.ffn_width * config.n_layer
     return {
         "embedding": embedding,
         "head": head,
         "blocks": total - embedding - head,
         "total": total,
-        "active": total - idle * config.n_layer,
+        "active": total - idle,
     }
 
 
@@ -3245,18 +3861,18 @@ def flops_per_token(config: ModelSettings) -> int:
     """Training FLOPs a token: 6 for each multiplied weight, 12 H D S for a layer's attention.
 
     Chowdhery et al. 2022 (PaLM), appendix B; the head multiplies, the embedding looks up; S is
-    the context or the window, and of a mixture the active experts count.
+    the context or the window, and only active experts count.
     """
     counts = parameter_counts(config)
-    layers = counts["active"] - counts["embedding"] - counts["head"]
-    seen = sum(
-        min(config.window, config.seq_len) if config.windowed(i) else config.seq_len
-        for i in range(config.n_layer)
-    )
-    return (
-        6 * (layers + config.vocab_size * config.d_model)
-        + 12 * config.n_head * config.head_size * seen
-    )
+    multiplied = counts["active"] - counts["embedding"] - counts["head"]
+    multiplied += config.vocab_size * config.d_model
+    seen = 0
+    for layer in range(config.n_layer):
+        if config.windowed(layer):
+            seen += min(config.window, config.seq_len)
+        else:
+            seen += config.seq_len
+    return 6 * multiplied + 12 * config.n_head * config.head_size * seen
 
 
 # ==================================================================================================
@@ -3269,7 +3885,8 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.scale = base.weight, settings.scale
+        self.weight = base.weight
+        self.scale = settings.scale
         self.drop = nn.Dropout(settings.lora_dropout)
         a = torch.rand(settings.lora_rank, base.in_features, generator=generator) * 2 - 1
         self.lora_a = nn.Parameter(a / math.sqrt(base.in_features))
@@ -3358,12 +3975,13 @@ def penalise(
 
 
 def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
-    """An id a row of logits (B, V), by inverting the cumulative distribution at uniform (B, 1):
-    temperature, then top-k, then top-p; the likeliest id stays whatever top_p is."""
+    """An id for each row of logits (B, V), by inverting the cumulative distribution at uniform
+    (B, 1): temperature, then top-k, then top-p; the likeliest id stays whatever top_p is."""
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # a tiny temperature overflows
-    logits, order = logits / max(settings.temperature, 1e-30), None
+    logits = logits / max(settings.temperature, 1e-30)
+    order = None
     if settings.top_k and settings.top_k < logits.shape[-1]:
         logits, order = logits.topk(settings.top_k, dim=-1)
     elif settings.top_p < 1:
@@ -3375,67 +3993,88 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
     mass = weights.cumsum(dim=-1)
     point = torch.minimum(uniform * mass[:, -1:], mass[:, -1:].nextafter(torch.zeros_like(uniform)))
     choice = torch.searchsorted(mass, point, right=True)
-    return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
+    if order is not None:
+        choice = order.gather(-1, choice)
+    return choice.squeeze(-1)
 
 
 def uniforms(seed: int, row: int, count: int) -> Tensor:
-    """The uniform numbers that row draws with, whatever stands beside it in a batch."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(derive_seed(seed, row)))
+    """The uniform numbers that a row draws with, whatever stands beside it in a batch."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, row))
+    return torch.rand(count, generator=generator)
 
 
 def prefill(
     model: Transformer, histories: list[list[int]], dtype: torch.dtype
 ) -> tuple[Tensor, KVCache]:
     """Run prompts of any lengths through the model: logits (B, V) after each, and their cache."""
-    lengths = [len(h) for h in histories]
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(h) for h in histories], batch_first=True)
+    lengths = [len(history) for history in histories]
+    rows = [torch.tensor(history) for history in histories]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     cache = KVCache(model.config, len(histories), model.device, dtype, max(lengths))
     hidden = model.hidden(ids.to(model.device), cache, lengths)  # (B, T, d)
     hidden = hidden[range(len(histories)), [length - 1 for length in lengths]]
     return model.logits(hidden).float(), cache
 
 
-class Decoder:
-    """A batch of rows under generation: their histories, their cache, and the next logits.
+@dataclass
+class Slot:
+    """A row under generation: which prompt it continues, its ids so far, and its random numbers."""
 
-    room: most tokens that a row will hold; live: rows whose text has not ended.
+    prompt: int
+    history: list[int]
+    uniforms: list[float]  # one for each id to be drawn
+    drawn: int = 0
+    live: bool = True  # its text has not ended
+
+
+class Decoder:
+    """A batch of rows under generation: their cache, and the logits after each.
+
+    room: most tokens that a row will hold.
     """
 
     def __init__(
         self, model: Transformer, rows: int, room: int, dtype: torch.dtype, compiled: bool = False
     ):
-        self.model, self.dtype, self.compiled = model, dtype, compiled
-        self.half = max(1, model.config.seq_len // 2)  # what is forgotten beyond the context
+        self.model = model
+        self.dtype = dtype
+        self.compiled = compiled
+        self.half = max(1, model.config.seq_len // 2)  # what is dropped beyond the context
         self.cache = KVCache(model.config, rows, model.device, dtype, room)
-        self.histories: list[list[int]] = [[] for _ in range(rows)]
+        self.slots = [Slot(0, [], [], live=False) for _ in range(rows)]
         self.logits = torch.zeros(rows, model.config.vocab_size, device=model.device)
-        self.live: set[int] = set()
 
-    def read(self, rows: list[int], texts: list[list[int]]) -> None:
-        """Begin `rows` anew with these texts; equal ones are read once, of too long ones the
-        newest half."""
+    def live(self) -> list[int]:
+        return [row for row, slot in enumerate(self.slots) if slot.live]
+
+    def read(self, rows: list[int], slots: list[Slot]) -> None:
+        """Begin `rows` with the histories of these slots; equal ones are read once, and of those
+        longer than the context the newest half."""
         fits = self.model.config.seq_len
-        windows = [tuple(text if len(text) <= fits else text[-self.half :]) for text in texts]
+        windows = []
+        for slot in slots:
+            text = slot.history
+            windows.append(tuple(text if len(text) <= fits else text[-self.half :]))
         unique = {window: i for i, window in enumerate(dict.fromkeys(windows))}
         logits, cache = prefill(self.model, [list(window) for window in unique], self.dtype)
         picks = [unique[window] for window in windows]
         self.cache.put(rows, cache, picks)
         self.logits[rows] = logits[picks]
-        for row, text in zip(rows, texts, strict=True):
-            self.histories[row] = list(text)
-        self.live |= set(rows)
+        for row, slot in zip(rows, slots, strict=True):
+            self.slots[row] = slot
 
     def keep(self, rows: list[int]) -> None:
         self.cache.keep(rows)
         self.logits = self.logits[rows]
-        self.histories = [self.histories[r] for r in rows]
-        self.live = {i for i, row in enumerate(rows) if row in self.live}
+        self.slots = [self.slots[row] for row in rows]
 
     def push(self, tokens: list[int]) -> None:
-        """Append one id a live row and compute the logits after it; the others stand still."""
-        lengths, live = self.cache.lengths, self.live
+        """Append one id to each live row and compute the logits after it; others stand still."""
+        lengths = self.cache.lengths
+        live = set(self.live())
         for row in live:
-            self.histories[row].append(tokens[row])
+            self.slots[row].history.append(tokens[row])
         full = {row for row, length in enumerate(lengths) if length >= self.cache.size}
         if full & live and self.model.sinks is not None:
             unit = self.model.cos[0]  # YaRN's tables are scaled
@@ -3447,7 +4086,7 @@ class Decoder:
         if live - full:
             self.step(torch.tensor(tokens, device=self.model.device).unsqueeze(1))  # (B, 1)
         if again := sorted(full & live):
-            self.read(again, [self.histories[row] for row in again])
+            self.read(again, [self.slots[row] for row in again])
 
     def step(self, ids: Tensor) -> None:
         model, cache = self.model, self.cache
@@ -3455,13 +4094,38 @@ class Decoder:
             self.logits = model(ids, cache)[:, -1].float()
             return
         end = min(cache.size, max(LEAST_END, 1 << max(cache.lengths).bit_length()))
-        step = compiled(
+        step = compiled_once(
             Transformer.next_logits,
             dynamic=False,  # on CUDA captured as one graph
             mode="reduce-overhead" if ids.is_cuda else "default",
         )
         self.logits = step(model, ids, cache.positions(1), cache, end).float().clone()
         cache.lengths = [length + 1 for length in cache.lengths]
+
+    def shrink(self) -> None:
+        """Drop the rows that have ended; compiled, to half of the rows or not at all, for each
+        size is compiled."""
+        kept = self.live()
+        if self.compiled:
+            half = len(self.slots) // 2
+            if len(kept) > half:
+                return
+            idle = [row for row in range(len(self.slots)) if row not in kept]
+            kept += idle[: half - len(kept)]
+        self.keep(kept)
+
+    def draw(self, settings: SamplingSettings, stop: frozenset[int]) -> Tensor:
+        """The next id of each row (B,), of those that have ended an arbitrary one."""
+        histories = [slot.history for slot in self.slots]
+        logits = penalise(self.logits.clone(), histories, settings, stop)
+        points = [slot.uniforms[slot.drawn] if slot.live else 0.0 for slot in self.slots]
+        uniform = torch.tensor(points, device=logits.device).unsqueeze(1)
+        return draw(logits, uniform, settings)
+
+    def logps(self, tokens: Tensor, temperature: float) -> list[float]:
+        """The log-probability of these next ids, without top-k, top-p and penalties."""
+        logps = (self.logits / temperature).log_softmax(-1)
+        return logps.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
 
 
 @torch.inference_mode()
@@ -3475,48 +4139,52 @@ def generate(
     first: int = 0,
     at_once: int = 0,
     compiled: bool = False,
+    logps: list[list[float]] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
-    At most `at_once` rows are under way (0: all); as rows end, waiting ones take their places.
-    In fp32 a row draws the same ids alone as in any batch, where `first` counts the rows before
-    it; in bf16 the size of a batch changes the rounding of its matmuls.
-    Beyond the context the oldest half is forgotten.
+    At most `at_once` rows are generated together (0: all); as rows end, waiting ones take their
+    places. In fp32 a row draws the same ids alone as in any batch, where `first` counts the rows
+    before it; in bf16 the size of a batch changes the rounding of its matmuls.
+    Beyond the context the oldest half is dropped. `logps` takes, for each prompt, the
+    log-probability of each id at the sampling temperature.
     """
-    most, waiting = settings.max_new_tokens, deque(range(len(prompts)))
-    slots = min(at_once or len(prompts), len(prompts))
+    most = settings.max_new_tokens
+    waiting = deque(range(len(prompts)))
+    rows = min(at_once or len(prompts), len(prompts))
     room = min(model.config.seq_len, max(map(len, prompts)) + most)
-    decoder = Decoder(model, slots, room, dtype, compiled)
-    rows = [0] * slots  # which prompt each slot continues
-    chance = torch.zeros(slots, most)
-    while waiting or decoder.live:
-        idle = [slot for slot in range(slots) if slot not in decoder.live]
-        enough = len(idle) >= DROP_WHEN * slots
-        if waiting and enough:
-            free = idle[: len(waiting)]
-            for slot in free:
-                rows[slot] = waiting.popleft()
-                chance[slot] = uniforms(seed, first + rows[slot], most)
-            decoder.read(free, [prompts[rows[slot]] for slot in free])
-        elif enough and (not compiled or 2 * len(idle) >= slots):
-            kept = sorted(decoder.live)
-            if compiled:  # sizes are few, for each is compiled
-                kept += idle[: slots // 2 - len(kept)]
-            decoder.keep(kept)
-            rows, chance, slots = [rows[slot] for slot in kept], chance[kept], len(kept)
-        logits = penalise(decoder.logits.clone(), decoder.histories, settings, stop)
-        drawn = [len(decoder.histories[slot]) - len(prompts[rows[slot]]) for slot in range(slots)]
-        point = chance[range(slots), drawn].unsqueeze(1).to(logits.device)
-        tokens = draw(logits, point, settings).tolist()
-        for slot in sorted(decoder.live):
-            yield rows[slot], tokens[slot]
-            if tokens[slot] in stop or drawn[slot] + 1 == most:
-                decoder.live.remove(slot)
-        if decoder.live:
+    decoder = Decoder(model, rows, room, dtype, compiled)
+    while waiting or decoder.live():
+        idle = [row for row, slot in enumerate(decoder.slots) if not slot.live]
+        if len(idle) >= DROP_WHEN * len(decoder.slots):
+            if waiting:
+                begun = []
+                for _ in idle[: len(waiting)]:
+                    row = waiting.popleft()
+                    points = uniforms(seed, first + row, most).tolist()
+                    begun.append(Slot(row, list(prompts[row]), points))
+                decoder.read(idle[: len(begun)], begun)
+            else:
+                decoder.shrink()
+
+        drawn = decoder.draw(settings, stop)
+        if logps is not None:
+            found = decoder.logps(drawn, settings.temperature)
+            for row in decoder.live():
+                logps[decoder.slots[row].prompt].append(found[row])
+        tokens = drawn.tolist()
+        for row in decoder.live():
+            slot = decoder.slots[row]
+            slot.drawn += 1
+            yield slot.prompt, tokens[row]
+            if tokens[row] in stop or slot.drawn == most:
+                slot.live = False
+        if decoder.live():
             decoder.push(tokens)
 
 
 def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
+    """The ids that generate(model, prompts, …) draws for each prompt."""
     rows = [[] for _ in prompts]
     for row, token in generate(model, prompts, *args, **kwargs):
         rows[row].append(token)
@@ -3531,15 +4199,21 @@ LOSS_ROWS = 4096  # positions whose logits stand in CUDA's memory at a time
 
 
 def by_parts(work: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """work(hidden (N, d), targets (N,)) of (B, T, d) and (B, T), joined in its last place, which
-    may be 0 where IGNOREd: a CPU, not compiled, leaves that out. On CUDA by parts, made again in
-    the backward pass, so that the logits never stand in memory whole."""
+    """work(hidden (N, d), targets (N,)) of (B, T, d) and (B, T), joined in its last dimension.
+
+    The result may be 0 where targets are IGNORE: an eager CPU leaves those positions out. On CUDA
+    the work is done in parts, again in the backward pass, so that the logits are never in memory
+    as a whole.
+    """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    on_cpu = hidden.device.type == "cpu"
-    if on_cpu and not torch.compiler.is_compiling() and not (kept := targets != IGNORE).all():
+    if hidden.device.type == "cpu":
+        if torch.compiler.is_compiling() or (targets != IGNORE).all():
+            return work(hidden, targets)
+        kept = targets != IGNORE
         found = work(hidden[kept], targets[kept])
-        return found.new_zeros(*found.shape[:-1], len(targets)).masked_scatter(kept, found)
-    if on_cpu or len(targets) <= LOSS_ROWS:
+        whole = found.new_zeros(*found.shape[:-1], len(targets))
+        return whole.masked_scatter(kept, found)
+    if len(targets) <= LOSS_ROWS:
         return work(hidden, targets)
     pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
     return torch.cat([recompute(work, *piece, use_reentrant=False) for piece in pieces], -1)
@@ -3560,22 +4234,33 @@ def token_losses(
     return by_parts(work, hidden, targets)
 
 
-def hidden_and_aux_loss(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Final hidden states (B, T, d) and, in training, a mixture's side loss a row, or else 0."""
-    hidden, aux_loss = model.hidden_and_aux_loss(ids)
-    return hidden, aux_loss if model.training and aux_loss is not None else hidden.new_zeros(())
+def hidden_and_aux_loss(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Final hidden states (B, T, d) and, in training, the experts' auxiliary loss, or else 0.
+
+    Padding has no part in it: what stands behind the last target of a row.
+    """
+    counted = None
+    if model.config.n_expert:
+        known = (targets != IGNORE).int()
+        counted = known.flip(1).cummax(1).values.flip(1) > 0
+    hidden, aux_loss = model.hidden_and_aux_loss(ids, counted=counted)
+    if aux_loss is None or not model.training:
+        aux_loss = hidden.new_zeros(())
+    return hidden, aux_loss
 
 
 def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Summed cross-entropy of a micro-batch (B, T), in nats; in training with the side losses."""
-    hidden, aux_loss = hidden_and_aux_loss(model, ids)
-    losses = token_losses(hidden, model.logits, targets, z_loss if model.training else 0.0)
+    """Summed cross-entropy of a micro-batch (B, T), in nats; in training with auxiliary losses."""
+    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
+    if not model.training:
+        z_loss = 0.0
+    losses = token_losses(hidden, model.logits, targets, z_loss)
     return losses.sum() + aux_loss * (targets != IGNORE).sum()
 
 
 def sequence_logps(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each row's targets (B,), and the side loss a row."""
-    hidden, aux_loss = hidden_and_aux_loss(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
     return -token_losses(hidden, model.logits, targets).view(targets.shape).sum(1), aux_loss
 
 
@@ -3628,18 +4313,26 @@ def preference_loss(
     """PAIR_METRICS summed over pairs: ids, targets (2B, T), chosen and rejected in turn; reference:
     log-probs (B, 2). length_bias: by how many tokens the answer of higher reward is longer."""
     logps, aux_loss = sequence_logps(model, ids, targets)
-    policy, lengths = logps.view(-1, 2), (targets != IGNORE).sum(1).view(-1, 2)
-    ratios = policy if settings.loss in REFERENCE_FREE else policy - reference
-    rewards = settings.beta * (ratios / lengths if settings.loss in BY_LENGTH else ratios)
+    policy = logps.view(-1, 2)
+    lengths = (targets != IGNORE).sum(1).view(-1, 2)
+    rewards = policy
+    if settings.loss not in REFERENCE_FREE:
+        rewards = rewards - reference
+    if settings.loss in BY_LENGTH:
+        rewards = rewards / lengths
+    rewards = settings.beta * rewards
     losses = PREFERENCE_LOSSES[settings.loss](rewards, policy / lengths, settings) + aux_loss
+
     margin = gap(rewards.detach())
-    metrics = margin, (margin > 0).float(), *policy.detach().unbind(1), margin.sign() * gap(lengths)
-    return torch.stack([losses.sum(), *(m.sum() for m in metrics)])
+    chosen, rejected = policy.detach().unbind(1)
+    bias = margin.sign() * gap(lengths)
+    metrics = (losses, margin, (margin > 0).float(), chosen, rejected, bias)
+    return torch.stack([metric.sum() for metric in metrics])
 
 
 def reward_scores(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The scalar head at the end of each row's last target (B,), and the side loss a row."""
-    hidden, aux_loss = hidden_and_aux_loss(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
     rows, places = (torch.arange(n, device=ids.device) for n in ids.shape)
     ends = ((targets != IGNORE) * places).amax(1) + 1
     return model.score(hidden[rows, ends]).squeeze(-1).float(), aux_loss
@@ -3659,21 +4352,27 @@ def judge_loss(model: Transformer, ids: Tensor, targets: Tensor, labels: Tensor)
     """JUDGE_METRICS of pairs, chosen and rejected in turn (Bradley and Terry 1952), or of single
     answers with labels (B, 1): a verifier (Cobbe et al. 2021)."""
     scores, aux_loss = reward_scores(model, ids, targets)
-    paired = len(scores) > len(labels)
-    logits = gap(scores.view(-1, 2)) if paired else scores * (2 * labels.squeeze(1) - 1)
-    return judge_metrics(logits, aux_loss)
+    if len(scores) > len(labels):  # pairs
+        return judge_metrics(gap(scores.view(-1, 2)), aux_loss)
+    signs = 2 * labels.squeeze(1) - 1
+    return judge_metrics(scores * signs, aux_loss)
 
 
-SPREAD_FLOOR = 1e-4  # added to a group's standard deviation
+STD_FLOOR = 1e-4  # added to a standard deviation before dividing by it
 
 POLICY_METRICS = ("loss", "kl", "entropy", "clip_low", "clip_high", "ratio_most", "ratio_least")
 
 
-def group_advantages(rewards: Tensor, by_spread: bool) -> Tensor:
-    """Rewards (P, G) less their group's mean (Liu et al. 2025, Dr. GRPO), by_spread over its
-    deviation (Shao et al. 2024, section 4.1.2)."""
+LOG_RATIO_MOST = 20.0  # a larger one is cut, as its exponential would overflow
+
+
+def group_advantages(rewards: Tensor, by_std: bool) -> Tensor:
+    """Rewards (P, G) less their group's mean (Liu et al. 2025, Dr. GRPO), by_std divided by its
+    standard deviation (Shao et al. 2024, section 4.1.2)."""
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + SPREAD_FLOOR) if by_spread else centred
+    if not by_std:
+        return centred
+    return centred / (rewards.std(1, keepdim=True) + STD_FLOOR)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: Tensor) -> Tensor:
@@ -3719,7 +4418,8 @@ def row_weights(lengths: Tensor, kind: str, rows: float, tokens: float, most: in
 def completion_logps(
     model: Transformer, ids: Tensor, targets: Tensor, temperature: Tensor, spread: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and entropies (B, T), 0 where ignored, the latter fixed unless `spread`; side."""
+    """Log-probs and entropies (B, T), 0 where ignored, and the auxiliary loss; entropies have a
+    gradient only with `spread`."""
 
     def work(hidden: Tensor, targets: Tensor) -> Tensor:
         logps = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
@@ -3727,7 +4427,7 @@ def completion_logps(
         whole = logps if spread else logps.detach()
         return torch.stack((chosen, -(whole.exp() * whole).sum(-1)))
 
-    hidden, aux_loss = hidden_and_aux_loss(model, ids)
+    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
     both = by_parts(work, hidden, targets).view(2, *targets.shape) * (targets != IGNORE)
     return *both, aux_loss
 
@@ -3739,20 +4439,26 @@ def policy_loss(
     old: Tensor,
     advantages: Tensor,
     reference: Tensor,
+    importance: Tensor,
     weights: Tensor,
     scalars: Tensor,
     settings: PolicySettings,
 ) -> Tensor:
-    """POLICY_METRICS of completions: the loss, to be divided by the step's rows, sums over tokens,
-    and the extreme ratios. ids, targets, old, advantages, reference: (B, T); where old log-probs
-    are NaN the ratio is 1. weights (B, 2): what a token counts, and what its plain log-likelihood
-    does. scalars (B, 2): sampling temperature and entropy bonus, the same in each row."""
-    temperature, bonus = scalars[0]
+    """POLICY_METRICS of completions, and behind them the log-probabilities (B * T,).
+
+    ids, targets, old and reference log-probs, advantages, importance: (B, T). weights (B, 3): what
+    a token counts in the policy loss, as plain log-likelihood, and in the mean entropy. scalars
+    (B, 3), the same in each row: sampling temperature, entropy bonus, and 1 where the policy is
+    still the one that sampled, so that every ratio is 1, or else 0.
+    The loss is to be divided by the step's rows; metrics are sums over tokens, and the extremes.
+    """
+    temperature, bonus, unmoved = scalars[0]
     logps, entropy, aux_loss = completion_logps(
         model, ids, targets, temperature, settings.entropy_target > 0
     )
     mask = targets != IGNORE
-    log_ratio = (logps - torch.where(old.isnan(), logps.detach(), old)) * mask
+    old = torch.where(unmoved > 0, logps.detach(), old)
+    log_ratio = torch.where(mask, logps - old, 0.0).clamp(-LOG_RATIO_MOST, LOG_RATIO_MOST)
     if settings.ratio == "sequence":  # Zheng et al. 2025 (GSPO), eq. 7
         log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(logps)
     ratio = log_ratio.exp()
@@ -3761,16 +4467,24 @@ def policy_loss(
         gain = bounded.detach() * advantages * logps
     else:  # Schulman et al. 2017, eq. 7
         gain = torch.minimum(ratio * advantages, bounded * advantages)
-    apart = (reference - logps) * mask
+    if settings.clip_dual:  # Ye et al. 2020, eq. 5
+        floor = settings.clip_dual * advantages
+        gain = torch.where(advantages < 0, torch.maximum(gain, floor), gain)
+
+    apart = torch.where(mask, reference - logps, 0.0).clamp(-LOG_RATIO_MOST, LOG_RATIO_MOST)
     kl = apart.exp() - apart - 1  # k3 (Schulman 2020, "Approximating KL divergence")
-    loss = -gain - bonus * entropy
-    if settings.kl:  # without a reference it may overflow, and 0 times that is no number
+    loss = -gain * importance
+    if settings.kl and not settings.kl_in_reward:
         loss = loss + settings.kl * kl
-    loss = (mask * (loss * weights[:, :1] - logps * weights[:, 1:])).sum() + aux_loss * len(ids)
+    policy, likelihood, mean = weights.unsqueeze(2).unbind(1)  # (B, 1) each
+    loss = loss * policy - logps * likelihood - bonus * entropy * mean
+    loss = (mask * loss).sum() + aux_loss * len(ids)
+
     low = (ratio < 1 - settings.clip_low) & (advantages < 0) & mask
     high = (ratio > 1 + settings.clip_high) & (advantages > 0) & mask
     metrics = kl.sum(), entropy.sum(), low.sum(), high.sum(), ratio.max(), ratio.min()
-    return torch.stack([loss, *(m.detach().float() for m in metrics)])
+    sums = torch.stack([loss, *(metric.detach().float() for metric in metrics)])
+    return torch.cat((sums, logps.detach().flatten()))
 
 
 def token_values(critic: Transformer, ids: Tensor) -> Tensor:  # (B, T)
@@ -3780,14 +4494,16 @@ def token_values(critic: Transformer, ids: Tensor) -> Tensor:  # (B, T)
 def value_loss(
     critic: Transformer, ids: Tensor, targets: Tensor, old: Tensor, returns: Tensor, clip: float
 ) -> Tensor:
-    """Half the squared error of a micro-batch's values, not to be had by moving from the old ones
-    (B, T) by more than `clip` (0: by any), and how many tokens that holds back."""
+    """Half the squared error of a micro-batch's values, which does not fall where they move from
+    the old ones (B, T) by more than `clip` (0: off); and how many tokens that clips."""
     values = token_values(critic, ids)
-    bounded = old + (values - old).clamp(-clip, clip) if clip else values
-    errors, held = (values - returns).square(), (bounded - returns).square()
+    bounded = values
+    if clip:
+        bounded = old + (values - old).clamp(-clip, clip)
+    errors, clipped = (values - returns).square(), (bounded - returns).square()
     mask = targets != IGNORE
-    loss = 0.5 * (mask * torch.maximum(errors, held)).sum()
-    return torch.stack([loss, ((held > errors) & mask).sum()])
+    loss = 0.5 * (mask * torch.maximum(errors, clipped)).sum()
+    return torch.stack([loss, ((clipped > errors) & mask).sum()])
 
 
 class Objective(nn.Module):
@@ -3806,12 +4522,12 @@ class Objective(nn.Module):
 # Optimisers: parameter groups and schedules
 # ==================================================================================================
 
-# How far a rate has come down from its peak to min_lr, by the share of its descent that is gone
+# How much of the way from its peak to min_lr a rate has come, by the elapsed part of its decay
 DESCENTS = {
-    "cosine": lambda gone: 0.5 * (1 - math.cos(math.pi * gone)),
-    "wsd": lambda gone: gone,  # Hu et al. 2024, MiniCPM
+    "cosine": lambda elapsed: 0.5 * (1 - math.cos(math.pi * elapsed)),
+    "wsd": lambda elapsed: elapsed,  # Hu et al. 2024, MiniCPM
     "wsd_sqrt": math.sqrt,  # Hagele et al. 2024, section 3
-    "constant": lambda gone: 0.0,
+    "constant": lambda elapsed: 0.0,
 }
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
@@ -3827,9 +4543,9 @@ MUON_SCALES = {
 
 
 def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
-    """Share of the peak learning rate for a step counted from 0: warm-up, then the schedule.
+    """The learning rate of a step, counted from 0, as a fraction of its peak: warm-up, schedule.
 
-    cosine descends from the warm-up's end on, wsd and wsd_sqrt over the last decay_share of the
+    cosine decays from the end of the warm-up, wsd and wsd_sqrt over the last decay_share of the
     run; inverse_sqrt falls with the root of the step (Vaswani et al. 2017).
     """
     warm, name = settings.warmup_steps, settings.schedule
@@ -3837,23 +4553,31 @@ def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
         return (step + 1) / warm
     if name == "inverse_sqrt":
         return math.sqrt(max(1, warm) / max(1, step))
-    begin = warm if name == "cosine" else max(warm, max_steps * (1 - settings.decay_share))
-    gone = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
-    return 1 - (1 - settings.min_lr) * DESCENTS[name](gone)
+    begin = warm
+    if name != "cosine":
+        begin = max(warm, max_steps * (1 - settings.decay_share))
+    elapsed = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
+    return 1 - (1 - settings.min_lr) * DESCENTS[name](elapsed)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Semi-orthogonal matrices near (n, rows, columns): singular values near 1, by Newton-Schulz
     iteration (Jordan et al. 2024); in bf16, but in fp32 on a CPU without it."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda or bf16_cpu() else torch.float32)
-    if tall := x.shape[-2] > x.shape[-1]:
+    dtype = torch.float32
+    if matrices.is_cuda or bf16_cpu():
+        dtype = torch.bfloat16
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    if tall:
+        x = x.mT
+    return x.to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -3867,29 +4591,16 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict], lr: float, weight_decay: float, momentum: float, scale: str
     ):
-        super().__init__(
-            groups,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "scale": scale,
-                "rows": None,
-            },
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(groups, {**defaults, "scale": scale, "rows": None})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for weight in (w for w in group["params"] if w.grad is not None):
-                update = self.momentum(weight, group["momentum"])
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                rows = group["rows"] or (weight.shape[-2],)
-                for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
-                    shapes.setdefault(pair[0].shape, []).append(pair)
-            for shape, pairs in shapes.items():
-                rows, columns = shape if len(shape) == 2 else shape[:-3:-1]  # experts: (in, out)
+            for shape, pairs in self.matrices(group).items():
+                rows, columns = shape[-2:]
+                if len(shape) > 2:  # experts are stored (in, out)
+                    rows, columns = columns, rows
                 size = group["lr"] * MUON_SCALES[group["scale"]](rows, columns)
                 at_once = max(1, MUON_AT_ONCE // math.prod(shape))
                 for i in range(0, len(pairs), at_once):
@@ -3898,27 +4609,45 @@ class Muon(torch.optim.Optimizer):
                     directions = orthogonalise(updates.flatten(0, -3)).view_as(updates)
                     torch._foreach_add_(parts, list(directions), alpha=-size)
 
-    def momentum(self, weight: Tensor, share: float) -> Tensor:
+    def matrices(self, group: dict) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
+        """(weight, momentum) of each matrix of a group, by shape; the weights are decayed."""
+        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            update = self.momentum(weight, group["momentum"])
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            rows = group["rows"] or (weight.shape[-2],)
+            for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
+                shapes.setdefault(pair[0].shape, []).append(pair)
+        return shapes
+
+    def momentum(self, weight: Tensor, beta: float) -> Tensor:
+        """Nesterov momentum of a weight, in the memory of its gradient, which is used up."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].lerp_(weight.grad, 1 - share)
-        return weight.grad.lerp_(state["momentum"], share)  # the gradient is spent
+        state["momentum"].lerp_(weight.grad, 1 - beta)
+        return weight.grad.lerp_(state["momentum"], beta)
+
+
+def parameter_kind(name: str, weight: nn.Parameter) -> str:
+    """qkv, hidden (other matrices of the layers), head (with the routers), or no_decay."""
+    if weight.dim() < 2 or name.endswith(("tok_emb.weight", "sinks")):
+        return "no_decay"
+    if "blocks." not in name or name.endswith("router.weight"):
+        return "head"
+    if name.endswith("qkv.weight"):
+        return "qkv"
+    return "hidden"
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trained parameters: qkv, hidden (other matrices of the layers), head (with the routers),
-    and norms and embeddings, spared from weight decay."""
-    kinds: dict[str, list[nn.Parameter]] = {"qkv": [], "hidden": [], "head": [], "spared": []}
+    """The trained parameters by their kind."""
+    kinds: dict[str, list[nn.Parameter]] = {"qkv": [], "hidden": [], "head": [], "no_decay": []}
     for name, weight in model.named_parameters():
-        if weight.dim() < 2 or name.endswith(("tok_emb.weight", "sinks")):
-            kind = "spared"
-        elif "blocks." not in name or name.endswith("router.weight"):
-            kind = "head"
-        else:
-            kind = "qkv" if name.endswith("qkv.weight") else "hidden"
         if weight.requires_grad:
-            kinds[kind].append(weight)
+            kinds[parameter_kind(name, weight)].append(weight)
     return kinds
 
 
@@ -3926,59 +4655,50 @@ def make_optimizers(
     model: Transformer, settings: OptimSettings, device: torch.device
 ) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
-    kinds, attn = split_parameters(model), model.blocks[0].attn
+    kinds = split_parameters(model)
     muon = settings.optimizer == "muon"
-    decayed = kinds["head"] + ([] if muon else kinds["qkv"] + kinds["hidden"])
+    decayed = kinds["head"]
+    if not muon:
+        decayed = decayed + kinds["qkv"] + kinds["hidden"]
+
+    optimizers: list[torch.optim.Optimizer] = []
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": kinds["spared"], "weight_decay": 0.0},
+        {"params": kinds["no_decay"], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
-    made = (
-        [
-            torch.optim.AdamW(
-                groups,
-                lr=settings.lr,
-                betas=(settings.beta1, settings.beta2),
-                fused=device.type in ("cpu", "cuda"),
-            )
-        ]
-        if groups
-        else []
-    )
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        betas = (settings.beta1, settings.beta2)
+        fused = device.type in ("cpu", "cuda")
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=fused))
     if muon:
+        attn = model.blocks[0].attn
         rows = tuple(count * attn.D for count in (attn.H, attn.K, attn.K))
         matrices = [{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}]
-        made.append(
+        optimizers.append(
             Muon(
-                [g for g in matrices if g["params"]],
+                [group for group in matrices if group["params"]],
                 settings.muon_lr or settings.lr,
                 settings.weight_decay,
                 settings.muon_momentum,
                 settings.muon_scale,
             )
         )
-    return made
+    return optimizers
 
 
-class EMA:
-    """An exponential moving average of a model's weights, which can stand in for them."""
+class WeightCopy:
+    """A copy of a model's trained weights, which can stand in for them."""
 
-    def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
-        self.live, self.decay = [w for w in model.parameters() if w.requires_grad], decay
-        self.weights = [
-            torch.empty_like(live).copy_(start.detach())
-            for live, start in zip(self.live, weights or self.live, strict=True)
-        ]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimiser step `step`; the young average forgets faster, so it has no bias."""
-        decay = min(self.decay, step / (step + 9))
-        torch._foreach_lerp_(self.weights, self.live, 1 - decay)
+    def __init__(self, model: nn.Module, weights: list[Tensor] | None = None):
+        self.live = [w for w in model.parameters() if w.requires_grad]
+        self.weights = []
+        for live, start in zip(self.live, weights or self.live, strict=True):
+            self.weights.append(torch.empty_like(live).copy_(start.detach()))
 
     @contextlib.contextmanager
     def in_place(self):
+        """The model computes with these weights inside the block."""
         self.swap()
         try:
             yield
@@ -3993,19 +4713,46 @@ class EMA:
             mine.copy_(kept)
 
 
+class EMA:
+    """An exponential moving average of a model's weights, which can stand in for them."""
+
+    def __init__(self, model: nn.Module, decay: float, weights: list[Tensor] | None):
+        self.decay = decay
+        self.copy = WeightCopy(model, weights)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.copy.weights
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step`; the young average decays faster, so it has no bias."""
+        decay = min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(self.copy.weights, self.copy.live, 1 - decay)
+
+    def in_place(self):
+        return self.copy.in_place()
+
+
+def muon_momentum(step: int, settings: OptimSettings) -> float:
+    """Muon's momentum at a step: it rises over muon_warmup steps from at most 0.85."""
+    if step >= settings.muon_warmup:
+        return settings.muon_momentum
+    begin = min(0.85, settings.muon_momentum)
+    return begin + (settings.muon_momentum - begin) * step / settings.muon_warmup
+
+
 def set_step(
     optimizers: list[torch.optim.Optimizer], settings: OptimSettings, step: int, max_steps: int
 ) -> float:
     """Set learning rates and Muon's momentum for a step; returns AdamW's learning rate."""
     scale = lr_scale(step, settings, max_steps)
-    warm = min(1.0, step / settings.muon_warmup) if settings.muon_warmup else 1.0
-    begin = min(0.85, settings.muon_momentum)
     for optimizer in optimizers:
-        muon = isinstance(optimizer, Muon)
         for group in optimizer.param_groups:
-            group["lr"] = scale * (muon and settings.muon_lr or settings.lr)
-            if muon:
-                group["momentum"] = begin + (settings.muon_momentum - begin) * warm
+            group["lr"] = scale * settings.lr
+            if isinstance(optimizer, Muon):
+                group["lr"] = scale * (settings.muon_lr or settings.lr)
+                group["momentum"] = muon_momentum(step, settings)
     return scale * settings.lr
 
 
@@ -4039,12 +4786,15 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     with atomic_write(Path(path)) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as fault:  # behind it torch hides the disk's own words
+        except RuntimeError as fault:  # torch hides the disk's own error behind it
             raise fault.__context__ or fault from None
 
 
 def read_checkpoint(path: Path, verify: bool = False) -> dict:
-    """The dict in a file, no code run, its checksums held on `verify`; UserError if unusable."""
+    """The dict in a file, without running code from it; UserError if it is unusable.
+
+    `verify` checks the file's checksums too.
+    """
     if not path.exists():
         raise UserError(f"the checkpoint {path} does not exist", "check the path")
     try:
@@ -4057,18 +4807,20 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
     except BROKEN as fault:
         if "Weights only load failed" in str(fault) and "GLOBAL" in str(fault):
             raise UserError(
-                f"{path} holds code besides numbers, and was not loaded",
+                f"{path} contains code besides numbers, and was not loaded",
                 "use only checkpoints of this program",
             ) from fault
-        raise UserError(f"{path} is damaged or no checkpoint", "name another") from fault
+        raise UserError(
+            f"{path} is damaged or not a checkpoint", "use another checkpoint"
+        ) from fault
     match checkpoint:
         case {"model": dict(), "config": dict(), **more}:
             version = more.get("format", CHECKPOINT_FORMAT)
             if isinstance(version, int) and version == CHECKPOINT_FORMAT:
                 return checkpoint
     raise UserError(
-        f"{path} is a file of some other program or of a newer version of this one",
-        "name a ckpt_*.pt of this one, or update it",
+        f"{path} is a file of another program or of a newer version of this one",
+        "use a ckpt_*.pt of this program, or update it",
     )
 
 
@@ -4091,31 +4843,60 @@ def checkpoint_path(path: str | Path) -> Path:
     return path / "ckpt_last.pt"
 
 
-def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelSettings:
-    """ModelSettings from a stored config and, where it is old, from the weights it must fit."""
-    config = {OLD_NAMES.get(k, k): v for k, v in stored.items() if v is not None}
-    embedding = weights["tok_emb.weight"]
-    if "rope_layout" not in config:  # the original program had settings besides
-        config = {f.name: config[f.name] for f in fields(ModelSettings) if f.name in config}
-        config["tie"] = torch.equal(weights.get("lm_head.weight", embedding), embedding)
-    up = weights.get("blocks.0.mlp.w2.weight")  # of experts: w2 (E, d, F)
-    width = weights["blocks.0.mlp.w2"].shape[2] if up is None else len(up)
-    config |= {"vocab_size": len(embedding), "ffn_hidden": width, "rope_layout": "half"}
-    settings = ModelSettings(**config)
-    # Before a model is built, which takes memory and time by what the config says.
+def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError where a weight is not a tensor, or NaN or infinite."""
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise UserError(f"{path} is damaged (its weight {name})", "use an earlier checkpoint")
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(
+                f"{path} holds weights that are NaN or infinite (in {name})",
+                "use an earlier checkpoint, and train on with a lower --lr",
+            )
+
+
+def check_config(settings: ModelSettings, weights: dict[str, Tensor], path: Path) -> None:
+    """UserError where a stored config cannot be of these weights: before a model is built, which
+    takes memory and time by what the config says."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        number = f.type is float and type(value) is int
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or not (number or type(value) is f.type):
+            raise UserError(f"{path}: its config says {f.name} {value!r}", "use another checkpoint")
+    if faults := check(settings):
+        raise UserError(f"{path}: its config is wrong ({faults[0][0]})", "use another checkpoint")
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if settings.n_layer != len(layers):
         raise UserError(
             f"{path}: its config says n_layer {settings.n_layer}, its weights have {len(layers)}",
-            "name another",
+            "use another checkpoint",
         )
+
+
+def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelSettings:
+    """ModelSettings from a stored config and, where it is old, from the weights it must fit."""
+    config = {OLD_NAMES.get(k, k): v for k, v in stored.items() if v is not None}
+    embedding = weights["tok_emb.weight"]
+    if "rope_layout" not in config:  # the original program had other settings too
+        config = {f.name: config[f.name] for f in fields(ModelSettings) if f.name in config}
+        config["tie"] = torch.equal(weights.get("lm_head.weight", embedding), embedding)
+    if "blocks.0.mlp.w2.weight" in weights:
+        width = len(weights["blocks.0.mlp.w2.weight"])
+    else:
+        width = weights["blocks.0.mlp.w2"].shape[2]  # of experts: (E, d, F)
+    config |= {"vocab_size": len(embedding), "ffn_hidden": width, "rope_layout": "half"}
+    settings = ModelSettings(**config)
+    check_config(settings, weights, path)
     if settings.tie:
         weights.setdefault("lm_head.weight", embedding)
     with torch.device("meta"):
         wanted = {(name, w.shape) for name, w in Transformer(settings).state_dict().items()}
     if wrong := wanted ^ {(name, w.shape) for name, w in weights.items()}:
         names = ", ".join(sorted({name for name, _ in wrong})[:3])
-        raise UserError(f"{path}: its weights do not fit its config ({names})", "name another")
+        raise UserError(
+            f"{path}: its weights do not fit its config ({names})", "use another checkpoint"
+        )
     return settings
 
 
@@ -4131,54 +4912,76 @@ def model_key(checkpoint: dict) -> str:
 
 
 def with_base(checkpoint: dict, base: dict, path: Path) -> dict:
-    """A checkpoint of adapters, merged into what they adapt; UserError where that has changed."""
+    """A checkpoint of adapters, merged into their base; UserError where that has changed."""
     lora = checkpoint["lora"]
     if model_key(base) != lora["key"]:
         raise UserError(
             f"{lora['base']} is no longer the model that {path} adapts",
             "restore the original base checkpoint",
         )
-    weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
-    if not checkpoint["config"]["scalar_head"]:
+    try:
+        weights = merge_lora(base["model"], checkpoint["model"], lora["scale"])
+        scored = checkpoint["config"]["scalar_head"]
+        settings = ModelSettings(**checkpoint["config"])
+    except BROKEN as fault:
+        raise UserError(
+            f"{path} is damaged (its adapters do not fit their base: {fault})",
+            "use an earlier checkpoint",
+        ) from fault
+    if not scored:
         weights.pop("score.weight", None)
+    refuse_broken_weights(weights, path)
+    check_config(settings, weights, path)
     parts = f"{lora['key']}/{model_key(checkpoint)}/{lora['scale']}"
     return {**checkpoint, "model": weights, "original": False, "key": sha256(parts.encode())}
 
 
 def find_base(lora: dict, path: Path) -> Path:
     """The checkpoint that the adapters in `path` belong to: where it was, or moved with them."""
-    if not isinstance(lora, dict) or not isinstance(lora.get("base"), str):
+    scale = lora.get("scale") if isinstance(lora, dict) else None
+    named = isinstance(scale, (int, float)) and isinstance(lora.get("base"), str)
+    if not named or not isinstance(lora.get("key"), str):
         raise UserError(f"{path} is damaged (its field lora)", "use an earlier checkpoint")
     base = Path(lora["base"])
     places = [base, path.parent / str(lora.get("relative", base.name)), path.with_name(base.name)]
-    found = [place for place in places if place.exists() and place.resolve() != path.resolve()]
-    if not found:
-        raise UserError(
-            f"{base}, which {path} adapts, is not there",
-            "put it back, or keep the folders of both side by side",
-        )
-    return found[0]
+    for place in places:
+        if place.exists() and place.resolve() != path.resolve():
+            return place
+    raise UserError(
+        f"{base}, the base of the adapters in {path}, does not exist",
+        "restore it, give it with --base, or keep both folders side by side",
+    )
 
 
-def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Raise UserError where a weight is no tensor, or NaN or infinite."""
+def check_tokenizer(checkpoint: dict, path: Path) -> None:
+    if not isinstance(checkpoint.get("tokenizer"), (bytes, Tensor, type(None))):
+        raise UserError(f"{path} is damaged (its field tokenizer)", "use an earlier checkpoint")
+
+
+def split_rotary_pairs(weights: dict[str, Tensor], config: ModelSettings) -> None:
+    """Turn interleaved rotary pairs (x0 x1)(x2 x3)… into half-split ones (x0 x2 …)(x1 x3 …)."""
+    turned = (config.n_head + config.kv_heads) * config.head_size
     for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise UserError(f"{path} is damaged (its weight {name})", "use an earlier checkpoint")
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise UserError(
-                f"{path} holds weights that are NaN or infinite (in {name})",
-                "use an earlier checkpoint, and train on with a lower --lr",
-            )
+        if name.endswith("attn.qkv.weight"):
+            pairs = weight[:turned].view(-1, config.head_size // 2, 2, config.d_model)
+            half = pairs.transpose(1, 2).reshape(turned, config.d_model)
+            weights[name] = torch.cat((half, weight[turned:]))
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, base: str | Path = "") -> dict:
     """A checkpoint of any age, ready to build from: with plain names, rotary pairs half-split and
-    adapters merged; its tokenizer may be None. UserError where it cannot be used."""
+    adapters merged; its tokenizer may be None. UserError where it cannot be used.
+
+    `base`: of adapters, the checkpoint that they adapt, in place of the one that they name.
+    """
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
+    check_tokenizer(checkpoint, path)
     if lora := checkpoint.get("lora"):
-        return with_base(checkpoint, load_checkpoint(find_base(lora, path)), path)
+        found = find_base({**lora, "base": str(base)} if base else lora, path)
+        return with_base(checkpoint, load_checkpoint(found), path)
+    if base:
+        raise UserError(f"--base is given, but {path} holds no adapters", "drop --base")
     original = "rope_layout" not in checkpoint["config"]
     weights = {WRAPPERS.sub("", str(name)): w for name, w in checkpoint["model"].items()}
     if original:  # it saved buffers too
@@ -4189,13 +4992,10 @@ def load_checkpoint(path: str | Path) -> dict:
     except BROKEN as fault:
         raise UserError(
             f"{path} is of another program or a newer version ({fault})",
-            "name a ckpt_*.pt of this one, or update it",
+            "use a ckpt_*.pt of this program, or update it",
         ) from fault
-    turned = (config.n_head + config.kv_heads) * config.head_size
-    for name in [name for name in weights if original and name.endswith("attn.qkv.weight")]:
-        pairs = weights[name][:turned].view(-1, config.head_size // 2, 2, config.d_model)
-        half = pairs.transpose(1, 2).reshape(turned, config.d_model)  # (x0 x2 …)(x1 x3 …)
-        weights[name] = torch.cat((half, weights[name][turned:]))
+    if original:
+        split_rotary_pairs(weights, config)
     return {
         **checkpoint,
         "model": weights,
@@ -4218,13 +5018,16 @@ def build_model(checkpoint: dict, device: torch.device) -> Transformer:
 def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint, or --spm; raises UserError where neither fits."""
     own, ids = checkpoint["tokenizer"], checkpoint["config"]["vocab_size"]
-    if not spm and not own:
-        raise UserError(f"{path} carries no tokenizer", "name its tokenizer.model with --spm")
-    tokenizer = Tokenizer.load(spm) if spm else Tokenizer(bytes(own), f"the tokenizer in {path}")
+    if spm:
+        tokenizer = Tokenizer.load(spm)
+    elif own:
+        tokenizer = Tokenizer(bytes(own), f"the tokenizer in {path}")
+    else:
+        raise UserError(f"{path} carries no tokenizer", "give its tokenizer.model with --spm")
     if tokenizer.vocab_size > ids:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {ids}",
-            "name the tokenizer.model that this model was trained with",
+            "give the tokenizer.model that this model was trained with",
         )
     return tokenizer
 
@@ -4251,7 +5054,7 @@ def newest_whole(out: Path, resume: bool) -> Path | None:
     if not candidates:
         return None
     if not resume:
-        raise UserError(f"{out} already holds a run", "name another --out_dir, or drop --resume 0")
+        raise UserError(f"{out} already holds a run", "use another --out_dir, or drop --resume 0")
     for path in candidates:
         try:
             read_checkpoint(path, verify=True)
@@ -4292,12 +5095,14 @@ def cut_log(path: Path, step: int) -> None:
         file.writelines(kept)
 
 
-def open_sinks(run: RunSettings, out: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    if run.wandb:
-        name = out / "wandb_id"
-        if not name.exists():
-            name.write_text(os.urandom(8).hex(), encoding="utf-8")
-        service = need("wandb").init(
+def open_wandb(run: RunSettings, out: Path) -> Callable[[dict], None]:
+    """A Weights & Biases run of its own for each --out_dir, which a resumed run continues."""
+    wandb = need("wandb")
+    name = out / "wandb_id"
+    if not name.exists():
+        name.write_text(os.urandom(8).hex(), encoding="utf-8")
+    try:
+        service = wandb.init(
             project=run.wandb,
             dir=str(out),
             config=asdict(run),
@@ -4305,40 +5110,65 @@ def open_sinks(run: RunSettings, out: Path, step: int) -> Iterator[Callable[[dic
             name=out.name,
             id=name.read_text(encoding="utf-8"),
         )
-        yield lambda row: service.log(row, step=row["step"])
+    except (wandb.Error, OSError, ValueError) as fault:  # no key, no network, a wrong project
+        raise UserError(
+            f"Weights & Biases cannot be used ({str(fault).splitlines()[0]})",
+            "run `wandb login`, set WANDB_MODE=offline, or drop --wandb",
+        ) from fault
+    return lambda row: service.log(row, step=row["step"])
+
+
+def open_tensorboard(out: Path, step: int) -> Callable[[dict], None]:
+    tensorboard = need("torch.utils.tensorboard", "tensorboard")
+    writer = tensorboard.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(row: dict) -> None:
+        for key, value in row.items():
+            if "/" in key and value is not None:
+                writer.add_scalar(key, value, row["step"])
+
+    return write
+
+
+def open_sinks(run: RunSettings, out: Path, step: int) -> list[Callable[[dict], None]]:
+    """Functions that take each row of metrics, one for each service."""
+    sinks = []
+    if run.wandb:
+        sinks.append(open_wandb(run, out))
     if run.tensorboard:
-        tensorboard = need("torch.utils.tensorboard", "tensorboard")
-        writer = tensorboard.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        yield lambda row: [
-            writer.add_scalar(key, value, row["step"])
-            for key, value in row.items()
-            if "/" in key and value is not None
-        ]
+        sinks.append(open_tensorboard(out, step))
+    return sinks
 
 
 def profiler(run: RunSettings, out: Path, talks: bool):
-    """Watches steps 5 to 4 + --profile of this start, then tells what took longest; on request."""
+    """With --profile N: traces steps 5 to 4 + N of this start, and prints what took longest."""
 
-    def tell(watched) -> None:
-        watched.export_chrome_trace(str(out / "profile.json.gz"))
+    def show(trace) -> None:
+        trace.export_chrome_trace(str(out / "profile.json.gz"))
         where = "device" if torch.cuda.is_available() else "cpu"
         say(
-            watched.key_averages().table(f"self_{where}_time_total", row_limit=10),
-            f"{out / 'profile.json.gz'} opens in ui.perfetto.dev",
+            trace.key_averages().table(f"self_{where}_time_total", row_limit=10),
+            f"open {out / 'profile.json.gz'} in ui.perfetto.dev",
         )
 
     if not (run.profile and talks):
         return contextlib.nullcontext()
     when = torch.profiler.schedule(wait=3, warmup=1, active=run.profile, repeat=1)
-    return torch.profiler.profile(schedule=when, on_trace_ready=tell)
+    return torch.profiler.profile(schedule=when, on_trace_ready=show)
 
 
 def report(prefix: str, names: tuple[str, ...], values: Iterable[float]) -> dict[str, float]:
     """Metrics under their prefix; bins of calibration as the one error they add up to."""
-    pairs = list(zip(names, values, strict=True))
-    row = {f"{prefix}/{name}": value for name, value in pairs if name != "bin"}
-    bins = [abs(value) for name, value in pairs if name == "bin"]
-    return {**row, f"{prefix}/calibration_error": sum(bins)} if bins else row
+    row: dict[str, float] = {}
+    bins = []
+    for name, value in zip(names, values, strict=True):
+        if name == "bin":
+            bins.append(abs(value))
+        else:
+            row[f"{prefix}/{name}"] = value
+    if bins:
+        row[f"{prefix}/calibration_error"] = sum(bins)
+    return row
 
 
 def curve(values: list[float], width: int = 60, height: int = 8) -> str:
@@ -4352,7 +5182,10 @@ def curve(values: list[float], width: int = 60, height: int = 8) -> str:
 
 
 class Metrics:
-    """What a run tells its logs, services and progress line, read off the device when it does."""
+    """What a run reports to its logs, services and progress line.
+
+    Sums stay on the device until a row is due.
+    """
 
     def __init__(
         self,
@@ -4371,45 +5204,60 @@ class Metrics:
         zeros = (0.0,) * (len(names) + 1)
         self.sums = torch.tensor(state.get("sums", zeros), device=machine.device)
         self.step = state.get("step", 0)
-        self.steps = state.get("steps", 0)  # since the last line
+        self.steps = state.get("steps", 0)  # since the last row
         self.tokens = state.get("tokens", 0)
         self.stopwatch = time.monotonic()
         self.timed_tokens = 0
-        self.began = self.stopwatch - state.get("seconds", 0.0)  # earlier sessions included
+        self.began = self.stopwatch - state.get("seconds", 0.0)  # earlier starts included
         self.progress = Progress("training", run.max_steps, "steps", self.step, machine.main)
         self.note = ""
+        self.noted = self.stopwatch
         self.sinks: list[Callable[[dict], None]] = []
         if machine.main:
             for log in ("metrics.jsonl", "samples.jsonl"):
                 cut_log(out / log, self.step or -1)
-            self.sinks = list(open_sinks(run, out, self.step))
+            self.sinks = open_sinks(run, out, self.step)
 
     def add(self, step: int, losses: Tensor, norm: Tensor, tokens: int) -> None:
         """One step: its mean losses and gradient norm, still on the device, and its tokens."""
         self.sums += torch.cat((losses.detach().float().view(-1), norm.detach().float().view(1)))
-        self.step, self.steps, self.tokens = step, self.steps + 1, self.tokens + tokens
+        self.step = step
+        self.steps += 1
+        self.tokens += tokens
         self.timed_tokens += tokens
+        if self.machine.main and time.monotonic() - self.noted >= LINE_EVERY_S:
+            self.renew_note()
         self.progress.update(step, self.note)
 
+    def renew_note(self) -> None:
+        """Between two rows: the loss of this rank since the last one, so that none shown is old."""
+        loss = float(self.sums[0]) / self.steps
+        self.note = f"{self.names[0]} {loss:.4f} {short(self.speed())} tok/s"
+        self.noted = time.monotonic()
+
+    def speed(self) -> float:
+        """Tokens per second since the last row."""
+        return self.timed_tokens / max(time.monotonic() - self.stopwatch, 1e-9)
+
     def totals(self) -> list[float]:
-        """Losses and gradient norm summed since the last line; UserError where one is no number."""
+        """Losses and gradient norm summed since the last row; UserError where one is not finite."""
         *losses, norm = self.sums.tolist()
-        totals = [total / self.machine.world for total in self.machine.all_reduce_sum(*losses)] + [
-            norm
-        ]
-        if not math.isfinite(sum(totals)):
+        losses = [total / self.machine.world for total in self.machine.all_reduce_sum(*losses)]
+        if not math.isfinite(sum(losses) + norm):
             raise UserError(
-                f"the loss or its gradient is no longer a number at step {self.step}",
+                f"the loss or its gradient is NaN or infinite at step {self.step}",
                 "resume with a lower --lr, more --warmup_steps, or --dtype fp32",
             )
-        return totals
+        return [*losses, norm]
 
     def row(self, lr: float) -> dict:
         """The figures since the last row, which starts the next."""
         *losses, norm = (total / max(1, self.steps) for total in self.totals())
-        speed = self.timed_tokens / max(time.monotonic() - self.stopwatch, 1e-9)
+        speed = self.speed()
         peak = peak_flops(self.machine.device)
-        mfu = speed * self.flops / (peak * self.machine.world) if peak else None
+        mfu = None
+        if peak:
+            mfu = speed * self.flops / (peak * self.machine.world)
         row = {
             **report("train", self.names, losses),
             "train/grad_norm": norm,
@@ -4421,20 +5269,23 @@ class Metrics:
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
+
         self.note = f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s"
         if mfu is not None:
             self.note += f" mfu {mfu:.1%}"
         if "cost/usd" in row:
             self.note += f" ${row['cost/usd']:.2f}"
+        self.noted = self.stopwatch = time.monotonic()
         self.sums.zero_()
-        self.steps, self.timed_tokens, self.stopwatch = 0, 0, time.monotonic()
+        self.steps = 0
+        self.timed_tokens = 0
         return row
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
     def write(self, row: dict) -> None:
-        """One line of metrics.jsonl and the services, if there is anything to tell."""
+        """One line of metrics.jsonl and of each service, unless the row is empty."""
         if not row or not self.machine.main:
             return
         row = {"step": self.step, "tokens": self.tokens, "time": round(self.elapsed(), 3), **row}
@@ -4444,13 +5295,17 @@ class Metrics:
             sink(row)
 
     def write_samples(self, rows: list[dict], aloud: bool = True) -> None:
-        """Answers of the model, a line each in samples.jsonl and, aloud, on the terminal."""
+        """Answers of the model, a line each in samples.jsonl and, `aloud`, on the terminal."""
         with (self.out / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json_line({"step": self.step, **row}))
-        for row in rows if aloud else ():
-            reward = f"  reward {row['reward']:.2f}" if "reward" in row else ""
-            say(f"  {row['prompt']!r} -> {row['answer']!r}{reward}")
+        if not aloud:
+            return
+        for row in rows:
+            line = f"  {row['prompt']!r} -> {row['answer']!r}"
+            if "reward" in row:
+                line += f"  reward {row['reward']:.2f}"
+            say(line)
 
     @contextlib.contextmanager
     def aside(self):
@@ -4460,7 +5315,7 @@ class Metrics:
         self.stopwatch += time.monotonic() - began
 
     def state(self) -> dict:
-        """What a resumed run's log goes on from; every rank calls it, for each holds its losses."""
+        """What a resumed run's log continues from; every rank calls it, as each has its losses."""
         return {
             "sums": self.totals(),
             "steps": self.steps,
@@ -4478,35 +5333,32 @@ COMPILE_REPAYS_S = 600.0  # of estimated eager training, from which torch.compil
 
 ASSUMED_FLOPS = {("cpu", torch.float32): 1e11, ("cpu", torch.bfloat16): 1e12}  # eager, sustained
 
-SAME_ON_RESUME = (
-    "seed",
-    "seq_len",
-    "optimizer",
-    "pack",
-    "loss",
-    "advantage",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "lora_base",
-    "data_key",
-    "reference",
-)
 
-NOT_SAME = {
+NOT_SAME = {  # what differs, where no flag of the name says it
     "data_key": "other rows in --data",
     "reference": "another reference, or none",
     "lora_base": "it adapts another model",
-}  # where no flag of the name tells it
+}
 
-
-NOT_TOLD_AS_CHANGED = ("resume", "profile", "preset", "threads", "step_samples", "data_key")
+RESUMED = {  # fields of a checkpoint that a run resumes from, and their types
+    "step": int,
+    "samples": int,
+    "best_val": (int, float),
+    "optim": list,
+    "args": dict,
+    "gauges": dict,
+    "tokenizer": bytes,
+}
 
 
 @dataclass
 class Job:
-    """What one trainer gives the loop: evaluate(module) runs on every rank, samples(model) on rank
-    0; less is better of the metric `best`; names of the loss's sums; lora: what adapters adapt."""
+    """What a trainer gives the loop.
+
+    evaluate(module) runs on every rank, samples(model) on rank 0. The best checkpoint is that of
+    the lowest `best` metric, or of the highest with `maximise`. `names` are those of the loss's
+    sums; `lora` describes adapters and their base.
+    """
 
     kind: str
     model: Transformer
@@ -4518,6 +5370,7 @@ class Job:
     samples: Callable[[Transformer], list[dict]] | None = None
     lora: dict | None = None
     best: str = "val/loss"
+    maximise: bool = False
 
     def step_samples(self, run: RunSettings, world: int) -> int:
         return self.stream.per_step or run.batch_size * run.grad_accum_steps * world
@@ -4533,26 +5386,44 @@ def can_compile(device: torch.device) -> bool:
 
 
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
-    """Whether to compile: as told, or by the estimated length of the run, alike on a resume."""
+    """Whether to compile: as --compile says, or by the estimated length of the whole run."""
     if choice != "auto":
         return choice == "1"
-    # A guess good enough to choose by, too rough to be told: a run's first steps tell the time.
-    key = (machine.device.type, machine.dtype)
-    speed = ASSUMED_FLOPS.get(key) or 0.3 * (peak_flops(machine.device) or 1e14)
+    # Good enough to choose by, too rough to print: the first steps of a run measure its time.
+    speed = ASSUMED_FLOPS.get((machine.device.type, machine.dtype))
+    if not speed:
+        speed = 0.3 * (peak_flops(machine.device) or 1e14)
     if flops / speed / machine.world < COMPILE_REPAYS_S:
         say("not compiling: the run is short (--compile 1 compiles)")
         return False
     if not can_compile(machine.device):
-        say("not compiling: no C++ compiler is found")
+        say("not compiling: there is no C++ compiler")
         return False
-    say("compiling first, which a run of this length repays (--compile 0 skips it)")
+    say("compiling first: it takes a minute or more (--compile 0 skips it)")
     return True
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Their states as saved, under the flags of this start."""
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+def damaged_field(name: str) -> UserError:
+    return UserError(
+        f"the newest checkpoint is damaged (its field {name})",
+        "remove it: the one before it is used then",
+    )
+
+
+def load_optimizers(
+    optimizers: list[torch.optim.Optimizer], states: list[dict], field_name: str = "optim"
+) -> None:
+    """Their states as saved, under the flags of this start; UserError where they do not fit."""
+    try:
+        for optimizer, saved in zip(optimizers, states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, state in saved["state"].items():
+                for value in state.values():
+                    if value.dim() and value.shape != params[i].shape:
+                        raise ValueError("a shape")
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    except BROKEN as fault:
+        raise damaged_field(field_name) from fault
 
 
 class Trainer:
@@ -4567,14 +5438,21 @@ class Trainer:
         args: dict,
         saved: dict | None,
     ):
-        self.job, self.machine, self.run, self.optim, self.args = job, machine, run, optim, args
-        self.out = Path(run.out_dir)
         saved = saved or {}  # the model has its weights
-        self.step, self.samples = saved.get("step", 0), saved.get("samples", 0)
+        self.job = job
+        self.machine = machine
+        self.run = run
+        self.optim = optim
+        self.args = args
+        self.out = Path(run.out_dir)
+        self.step = saved.get("step", 0)
+        self.samples = saved.get("samples", 0)
         self.best_val = saved.get("best_val", math.inf)
+        self.best_step = saved.get("best_step", int(self.best_val < math.inf))
         self.optimizers = make_optimizers(job.model, optim, machine.device)
-        self.ema = EMA(job.model, optim.ema, saved.get("ema")) if optim.ema else None
-        self.averaged = self.ema.in_place if self.ema else contextlib.nullcontext
+        self.ema: EMA | None = None
+        if optim.ema:
+            self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.dtype == torch.float16
         )
@@ -4582,25 +5460,37 @@ class Trainer:
             load_optimizers(self.optimizers, saved["optim"])
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
+
         flops = flops_per_token(job.model.config)
-        objective = Objective(job.model, job.loss)
         self.step_samples = job.step_samples(run, machine.world)
         total = float(flops) * run.max_steps * self.step_samples * job.sample_tokens
         self.compiled = wants_compile(run.compile, total, machine)
-        if self.compiled:
-            objective = torch.compile(objective, dynamic=False)
-        self.objective, self.wrapped = objective, distribute(objective, machine)
+        self.objective = self.compile(Objective(job.model, job.loss))
+        self.wrapped = distribute(self.objective, machine)
         self.metrics = Metrics(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
 
+    def compile(self, objective: nn.Module) -> nn.Module:
+        if not self.compiled:
+            return objective
+        return torch.compile(objective, dynamic=False)
+
+    def averaged(self):
+        """The model has its averaged weights inside the block, where --ema asks for them."""
+        if self.ema:
+            return self.ema.in_place()
+        return contextlib.nullcontext()
+
     def checkpoint(self) -> dict:
+        """All that a run resumes from; UserError where its loss is not finite."""
         model, lora = self.job.model, self.job.lora
         weights = trained_weights(model) if lora else model.state_dict()
-        return {  # its gauges refuse a model whose loss is no number
+        return {
             "format": CHECKPOINT_FORMAT,
             "kind": self.job.kind,
             "step": self.step,
             "samples": self.samples,
             "best_val": self.best_val,
+            "best_step": self.best_step,
             "model": {name: weight.detach() for name, weight in weights.items()},
             "config": asdict(model.config),
             "lora": lora,
@@ -4617,7 +5507,7 @@ class Trainer:
         return self.step % interval == 0 or self.step == self.run.max_steps
 
     def train_step(self, stop: int) -> bool:
-        """One optimiser step over all ranks; whether any rank was told to stop."""
+        """One optimizer step over all ranks; whether any rank was told to stop."""
         run, machine = self.run, self.machine
         batch = self.job.stream.step(
             self.samples, run.batch_size, run.grad_accum_steps, machine.rank, machine.world
@@ -4627,24 +5517,30 @@ class Trainer:
         lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
         losses = sum(self.accumulate(self.wrapped, batch.micros, machine.world / targets))
         norm = self.update(self.job.model, self.optimizers)
-        self.step += 1
-        if self.ema:
-            self.ema.update(self.step)
+        self.count_step()
         self.samples += batch.samples
         self.metrics.add(self.step, losses, norm, int(tokens))
-        row = self.metrics.row(lr) if self.due(run.log_interval) else {}
+        row = {}
+        if self.due(run.log_interval):
+            row = self.metrics.row(lr)
         if self.due(run.eval_interval):
             row |= self.evaluate()
         self.metrics.write(row)
         return bool(stops)
 
+    def count_step(self) -> None:
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.step)
+
     def accumulate(
         self, wrapped: nn.Module, micros: Iterable[tuple[Tensor, ...]], scale: float
     ) -> list[Tensor]:
-        """Add up the gradient of the micro-batches' losses times `scale`; these, one by one."""
-        found, micros = [], list(micros)
+        """Accumulate the gradient of the micro-batches' losses times `scale`; these, one by one."""
+        found = []
+        micros = list(micros)
         for i, micro in enumerate(micros):
-            tensors = [self.machine.to_device(t) for t in micro]
+            tensors = [self.machine.to_device(tensor) for tensor in micro]
             with no_sync(wrapped, i + 1 == len(micros)):
                 with self.machine.autocast():
                     losses = wrapped(*tensors) * scale
@@ -4666,28 +5562,45 @@ class Trainer:
         self.scaler.update()
         return norm
 
-    def evaluate(self) -> dict[str, float]:
-        """Validation metrics; a new best is saved at once."""
-        self.metrics.totals()  # refuses a model whose loss is no number
+    def evaluate(self, keep_best: bool = True) -> dict[str, float]:
+        """Validation metrics; unless `keep_best` is off, a new best is saved at once."""
+        self.metrics.totals()  # refuses a model whose loss is not finite
         with self.metrics.aside(), self.averaged():
-            self.objective.eval()
-            with torch.no_grad(), self.machine.autocast():
-                row = self.job.evaluate(self.objective)
-                if self.job.samples and self.machine.main:
-                    self.metrics.write_samples(self.job.samples(self.job.model))
-            self.objective.train()
-            if not math.isfinite(sum(row.values())):
-                raise UserError(
-                    f"the evaluation at step {self.step} gave no number",
-                    "resume with a lower --lr, or --dtype fp32",
-                )
-            if row.get(self.job.best, math.inf) < self.best_val:
+            row = self.measure_model()
+            if keep_best and self.job.best in row and self.is_best(row[self.job.best]):
                 self.best_val = row[self.job.best]
-                self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
+                self.best_step = self.step
+                self.save_best()
         if self.machine.main and not self.metrics.progress.bar and row:
             figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
             say_aside(f"step {self.step}: {figures}")
         return row
+
+    def is_best(self, value: float) -> bool:
+        """Whether a value of the metric Job.best is the best so far, or as good."""
+        if not self.best_step:
+            return True
+        if self.job.maximise:
+            return value >= self.best_val
+        return value <= self.best_val
+
+    def measure_model(self) -> dict[str, float]:
+        """The metrics of Job.evaluate, in evaluation mode; samples are written and printed."""
+        self.objective.eval()
+        with torch.no_grad(), self.machine.autocast():
+            row = self.job.evaluate(self.objective)
+            if self.job.samples and self.machine.main:
+                self.metrics.write_samples(self.job.samples(self.job.model))
+        self.objective.train()
+        if not math.isfinite(sum(row.values())):
+            raise UserError(
+                f"the evaluation at step {self.step} gave NaN or infinity",
+                "resume with a lower --lr, or --dtype fp32",
+            )
+        return row
+
+    def save_best(self) -> None:
+        self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
 
     def save(self) -> None:
         with self.metrics.aside():
@@ -4696,103 +5609,122 @@ class Trainer:
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
         self.objective.train()
-        watch = profiler(self.run, self.out, self.machine.main)
-        with Signals() as signals, watch as watched:
+        with (
+            Signals() as signals,
+            profiler(self.run, self.out, self.machine.main) as trace,
+        ):
             stop = False
             while self.step < self.run.max_steps and not stop:
                 stop = self.train_step(signals.received)
-                if watched:
-                    watched.step()
+                if trace:
+                    trace.step()
                 if stop or self.due(self.run.ckpt_interval):
                     self.save()
         self.metrics.progress.close()
         if self.step < self.run.max_steps:
-            world = self.machine.world
-            launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            say(
-                f"stopped at step {self.step}, saved; go on with:",
-                f"  {launcher} {PROGRAM} "
-                f"{self.job.kind} @{shlex.quote(str(self.out / 'args.txt'))}",
-            )
+            self.say_how_to_resume()
             return 128 + (signals.received or signal.SIGTERM)
         with self.averaged():
-            if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
-                self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
+            if self.ema and not self.best_step:  # nothing was evaluated: the last is best
+                self.save_best()
             if not self.job.lora:
                 self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
         return 0
 
+    def say_how_to_resume(self) -> None:
+        launcher = "python"
+        if self.machine.world > 1:
+            launcher = f"torchrun --nproc_per_node={self.machine.world}"
+        args = shlex.quote(str(self.out / "args.txt"))
+        say(
+            f"stopped at step {self.step} and saved; resume with:",
+            f"  {launcher} {PROGRAM} {self.job.kind} @{args}",
+        )
 
-def keep_step_size(run: RunSettings, saved: dict, world: int) -> None:
-    """Keep a step what it was on another number of ranks, unless new flags say what it is."""
+
+def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
+    """Keep the size of a step on another number of ranks, unless new flags say what it is."""
     old, now = saved["args"], run.batch_size * run.grad_accum_steps * world
     same = (old["batch_size"], old["grad_accum_steps"]) == (run.batch_size, run.grad_accum_steps)
     if now == old["step_samples"] or not same:
-        return
+        return run
     share, rest = divmod(old["step_samples"], world)
     if rest:
         raise UserError(
-            f"a step of {old['step_samples']} sequences cannot be shared by {world} ranks",
+            f"a step of {old['step_samples']} sequences cannot be divided among {world} ranks",
             "give new --batch_size and --grad_accum_steps",
         )
-    run.batch_size = max(b for b in divisors(share) if b <= run.batch_size)
-    run.grad_accum_steps = share // run.batch_size
+    batch_size = max(size for size in divisors(share) if size <= run.batch_size)
+    run = replace(run, batch_size=batch_size, grad_accum_steps=share // batch_size)
     say(
         f"resuming on {world} ranks: --batch_size {run.batch_size} --grad_accum_steps "
         f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences"
     )
+    return run
 
 
-def check_same_run(
-    saved: dict, kind: str, config: ModelSettings, tokenizer: Tokenizer, args: dict, out: Path
-) -> None:
-    """Raise UserError where the run in `out` is of another model, tokenizer or trainer."""
+def check_resumable(saved: dict, kind: str, out: Path) -> None:
+    """Raise UserError where a checkpoint is of another trainer, or is damaged."""
     if saved.get("kind") != kind or "gauges" not in saved:
         raise UserError(
             f"{out} holds a run of {saved.get('kind', 'the original program')}, not of {kind}",
-            "name another --out_dir",
+            "use another --out_dir",
         )
-    same = [key for key in SAME_ON_RESUME if key in args]
-    new = {**asdict(config), **{key: args[key] for key in same}}
+    for name, types in RESUMED.items():
+        if not isinstance(saved.get(name), types) or isinstance(saved.get(name), bool):
+            raise damaged_field(name)
+    sums, *numbers = (saved["gauges"].get(key) for key in ("sums", "step", "steps", "tokens"))
+    if not isinstance(sums, (list, tuple)) or not all(type(number) is int for number in numbers):
+        raise damaged_field("gauges")
+    if not {"batch_size", "step_samples"} <= set(saved["args"]):
+        raise damaged_field("args")
+
+
+def check_same_run(saved: dict, job: Job, args: dict, same: list[str], out: Path) -> None:
+    """Raise UserError where the run in `out` is of another model, tokenizer or data; `same` are
+    the arguments that may not change."""
+    new = asdict(job.model.config) | {key: args[key] for key in same}
     old = {"scalar_head": False, **saved["config"], **{k: saved["args"].get(k) for k in same}}
-    unlike = [
-        NOT_SAME.get(k) or f"--{k} {old.get(k)} (now {new[k]})"
-        for k in new
-        if old.get(k) != new[k] and k != "dropout"
-    ]
-    unlike += ["another tokenizer"] * (sha256(saved["tokenizer"]) != tokenizer.sha256)
+    unlike = []
+    for key, value in new.items():
+        if old.get(key) != value and key != "dropout":
+            unlike.append(NOT_SAME.get(key) or f"--{key} {old.get(key)} (now {value})")
+    if sha256(saved["tokenizer"]) != job.tokenizer.sha256:
+        unlike.append("another tokenizer")
     if unlike:
         raise UserError(
             f"{out} holds another run: {', '.join(unlike)}",
-            f"name another --out_dir, or repeat the run's own flags: {kind} @{out}/args.txt",
+            f"use another --out_dir, or repeat the run's own flags: {job.kind} @{out}/args.txt",
         )
 
 
-def changed_flags(old: dict, new: dict) -> list[str]:
-    """Flags that differ between the arguments of a run and those of its resumption, in words."""
-    names = [name for name in new if name in old and name not in NOT_TOLD_AS_CHANGED]
-    return [f"{name} {old[name]} → {new[name]}" for name in names if old[name] != new[name]]
+def changed_flags(old: dict, new: dict, names: Iterable[str]) -> list[str]:
+    """Those of the named arguments that differ between a run and its resumption, in words."""
+    changed = [name for name in names if name in old and old[name] != new[name]]
+    return [f"{name} {old[name]} → {new[name]}" for name in changed]
 
 
-def resume(job: Job, machine: Machine, run: RunSettings, args: dict) -> dict | None:
-    """What the run in --out_dir goes on from, its weights in the model; None where none is."""
+def resume(
+    job: Job, machine: Machine, run: RunSettings, args: dict, groups: tuple, extra: dict
+) -> dict | None:
+    """The checkpoint that --out_dir continues from, its weights in the model; None for a new run.
+
+    args: of this start; groups: the settings behind them; extra: what is not a flag.
+    """
     out = Path(run.out_dir)
     newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
     if not newest:
         return None
     saved = read_checkpoint(newest)
-    check_same_run(saved, job.kind, job.model.config, job.tokenizer, args, out)
-    if changed := changed_flags(saved["args"], args):
+    check_resumable(saved, job.kind, out)
+    check_same_run(saved, job, args, [*same_on_resume(*groups), *extra], out)
+    names = [f.name for f in flags(*groups) if f.metadata["repeated"]]
+    if changed := changed_flags(saved["args"], args, names):
         say(f"changed since step {saved['step']}: {', '.join(changed)}")
-    if not job.stream.per_step:
-        keep_step_size(run, saved, machine.world)
     try:
         job.model.load_state_dict(saved["model"], strict=not job.lora)
     except (RuntimeError, AttributeError, TypeError) as fault:
-        raise UserError(
-            f"{newest} is damaged (its weights do not fit its config)",
-            "remove it: the one before it is used then",
-        ) from fault
+        raise damaged_field("model") from fault
     return saved
 
 
@@ -4802,18 +5734,18 @@ def describe_run(job: Job, machine: Machine, run: RunSettings, saved: dict | Non
     total = parameter_counts(config)["total"]
     samples = job.step_samples(run, machine.world)
     step_tokens = samples * job.sample_tokens
+    epochs = samples * run.max_steps / stream.count
     model = f"{short(total)} parameters"
     if run.preset:
         model = f"{run.preset}, {model}"
     if job.lora:
         trained = sum(weight.numel() for weight in trained_weights(job.model).values())
         model += f", {trained / total:.1%} of them trained"
-    epochs = samples * run.max_steps / stream.count
     say(
         f"model: {model}, {config.n_layer} layers, context {config.seq_len}",
         f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
-        f"data: {short(stream.tokens)} training tokens; a step has {step_tokens:,.0f}, "
-        f"the run {short(step_tokens * run.max_steps)} ({epochs:.2g} epochs)",
+        f"data: {short(stream.tokens)} training tokens; {step_tokens:,.0f} per step, "
+        f"{short(step_tokens * run.max_steps)} in the run ({epochs:.2g} epochs)",
     )
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
@@ -4832,12 +5764,21 @@ def say_what_next(trainer: Trainer) -> None:
     if job.kind == "reward":
         commands = [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
     best = ""
-    if trainer.best_val < math.inf:
-        best = f"best {job.best} {trainer.best_val:.4f}; "
+    if trainer.best_step:
+        best = f"best {job.best} {trainer.best_val:.4f} at step {trainer.best_step}, in {newest}; "
     say(
         f"done after {trainer.step} steps in {duration(trainer.metrics.elapsed())}; {best}next:",
         *(f"  python {command}" for command in commands),
     )
+
+
+def begin_run(out: Path, args_text: str) -> None:
+    """Write args.txt, and remove what a kill in the middle of writing left behind; an OSError here
+    costs no hour of training."""
+    with atomic_write(out / "args.txt", "w") as file:
+        file.write(args_text)
+    for half in out.glob(".ckpt_*.tmp"):
+        half.unlink()
 
 
 def train_job(
@@ -4846,28 +5787,26 @@ def train_job(
     run: RunSettings,
     optim: OptimSettings,
     groups: tuple,
-    told: dict,
+    extra: dict,
     epochs: float = 1.0,
     make: Callable[..., Trainer] = Trainer,
 ) -> int:
-    """Train from the start or where the run in --out_dir stands; its args are `groups`, `told`."""
-    out = Path(run.out_dir)
-    args, args_text = settings_dict(*groups) | told, settings_text(*groups)
-    saved = resume(job, machine, run, args)
-    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    """Train from the start, or from where the run in --out_dir stands; the exit code.
+
+    The run's arguments are those of `groups`, the settings, and `extra`.
+    """
+    args, args_text = settings_dict(*groups) | extra, settings_text(*groups)
+    saved = resume(job, machine, run, args, groups, extra)
+    if saved and not job.stream.per_step:
+        run = keep_step_size(run, saved, machine.world)
     if not run.max_steps:
         samples = job.step_samples(run, machine.world)
-        run.max_steps = max(1, math.ceil(epochs * job.stream.count / samples))
-
-    def begin() -> None:  # OSError here costs no paid hour
-        with atomic_write(out / "args.txt", "w") as file:
-            file.write(args_text)
-        for half in out.glob(".ckpt_*.tmp"):  # left by a kill in the middle of writing
-            half.unlink()
-
-    machine.on_main(begin)
+        run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
+    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    machine.on_main(begin_run, Path(run.out_dir), args_text)
     describe_run(job, machine, run, saved)
-    trainer, saved = make(job, machine, run, optim, args, saved), None  # frees it
+    trainer = make(job, machine, run, optim, args, saved)
+    del saved  # frees its memory
     code = trainer.fit()
     if code == 0:
         say_what_next(trainer)
@@ -4969,14 +5908,22 @@ def row_logps(model: Transformer, stream: Groups, batch_size: int, machine: Mach
 
 @torch.inference_mode()
 def score_answers(
-    model: Transformer, tokenizer: Tokenizer, chats: list[Turns], batch_size: int, machine: Machine
+    model: Transformer,
+    tokenizer: Tokenizer,
+    chats: list[Turns],
+    batch_size: int,
+    machine: Machine,
+    ended: Iterable[bool] | None = None,
 ) -> list[float]:
-    """A reward model's score of the last answer of each conversation, of long ones by their end."""
+    """A reward model's score of the last answer of each conversation, of long ones by their end;
+    no </s> stands behind an answer that has not `ended` (by default all have)."""
     limit = model.config.seq_len
-    scores: list[float] = []
-    read = [np.array(encode_chat(tokenizer, turns)[0][-limit:]) for turns in chats]
-    groups = [[Example(ids, np.arange(len(ids)) == len(ids) - 1)] for ids in read]
+    groups = []
+    for turns, whole in zip(chats, ended or [True] * len(chats), strict=True):
+        ids = np.array(encode_chat(tokenizer, turns, reply=not whole)[0][-limit:])
+        groups.append([Example(ids, np.arange(len(ids)) == len(ids) - 1)])
     stream = Groups(groups, np.zeros((len(groups), 0)), limit, 0)
+    scores: list[float] = []
     for micro, _ in stream.in_order(batch_size, stream.tokens, 0, 1):
         ids, targets = machine.to_device(micro.ids), machine.to_device(micro.targets)
         with machine.autocast():
@@ -4988,20 +5935,27 @@ def score_answers(
 def sample_answers(
     model: Transformer, tokenizer: Tokenizer, questions: list[Turns], most: int, dtype: torch.dtype
 ) -> list[dict]:
-    """The likeliest answers to fixed questions, as rows of samples.jsonl."""
-    prompts, eos = [encode_chat(tokenizer, q, reply=True)[0] for q in questions], tokenizer.eos
-    answers = complete(model, prompts, SamplingSettings(most, 0.0), 0, frozenset({eos}), dtype)
-    return [
-        {"prompt": turns[-1][1], "answer": tokenizer.decode(ids), "ended": ids[-1:] == [eos]}
-        for turns, ids in zip(questions, answers, strict=True)
-    ]
+    """Greedy answers to fixed questions, as rows of samples.jsonl."""
+    prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
+    greedy = SamplingSettings(most, temperature=0.0)
+    stop = frozenset({tokenizer.eos})
+    answers = complete(model, prompts, greedy, 0, stop, dtype)
+    rows = []
+    for turns, ids in zip(questions, answers, strict=True):
+        ended = ids[-1:] == [tokenizer.eos]
+        rows.append({"prompt": turns[-1].text, "answer": tokenizer.decode(ids), "ended": ended})
+    return rows
 
 
-def open_judge(path: str, spm: str, machine: Machine) -> tuple[Transformer, Tokenizer]:
-    """A reward model; raises UserError where the checkpoint is none."""
-    saved = load_checkpoint(path)
+def open_judge(
+    path: str, spm: str, machine: Machine, base: str = ""
+) -> tuple[Transformer, Tokenizer]:
+    """A reward model; raises UserError where the checkpoint is of another kind."""
+    saved = load_checkpoint(path, base)
     if not saved["config"].get("scalar_head"):
-        raise UserError(f"{path} is no reward model", f"train one: python {PROGRAM} reward --help")
+        raise UserError(
+            f"{path} is not a reward model", f"train one: python {PROGRAM} reward --help"
+        )
     return build_model(saved, machine.device), tokenizer_of(saved, spm, path)
 
 
@@ -5174,6 +6128,9 @@ REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completi
     "countdown": countdown_reward,
 }
 
+YES_OR_NO = ("number", "math", "choice", "exact", "regex", "format", "countdown")
+
+
 REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
 
 RUN_FILE = functools.cache(runpy.run_path)  # once in each process
@@ -5227,14 +6184,20 @@ class Rewards:
     is neither known, nor a function, nor a reward model."""
 
     def __init__(self, specs: tuple[str, ...], seconds: float, batch_size: int, machine: Machine):
-        self.batch_size, self.machine = batch_size, machine
-        self.parts, self.weights = {}, []
-        for what, weight in (REWARD_SPEC.fullmatch(spec).groups() for spec in specs):
-            name = Path(what).name if Path(what).name not in self.parts else what
+        self.batch_size = batch_size
+        self.machine = machine
+        self.parts: dict[str, object] = {}
+        self.weights: list[float] = []
+        for spec in specs:
+            what, weight = REWARD_SPEC.fullmatch(spec).groups()
+            name = Path(what).name
+            if name in self.parts:
+                name = what
             if name in self.parts:
                 raise UserError(f"--reward {what} is given twice", "give it once, with a :WEIGHT")
             self.parts[name] = REWARDS.get(what) or self.open(what, seconds)
             self.weights.append(float(weight or 1.0))
+        self.yes_or_no = next(iter(self.parts)) in YES_OR_NO
 
     def open(self, what: str, seconds: float) -> object:
         path, _, name = what.partition(".py:")
@@ -5262,14 +6225,17 @@ class Rewards:
             raise ValueError(f"it is not what the reward needs ({fault})") from fault
         return row
 
-    def score(self, asked: list[Problem], texts: list[str]) -> np.ndarray:
-        """What each part gives each completion: (completions, parts)."""
+    def score(
+        self, asked: list[Problem], texts: list[str], ended: Iterable[bool] | None = None
+    ) -> np.ndarray:
+        """What each part gives each completion: (completions, parts); those that have not `ended`
+        were cut off, and a reward model sees no </s> behind them."""
         columns = []
         for part in self.parts.values():
             pairs = zip(asked, texts, strict=True)
             if isinstance(part, tuple):
                 chats = [[*one.turns, Turn("assistant", text)] for one, text in pairs]
-                columns.append(score_answers(*part, chats, self.batch_size, self.machine))
+                columns.append(score_answers(*part, chats, self.batch_size, self.machine, ended))
             else:
                 columns.append([part(one.turns[-1][1], text, one.row) for one, text in pairs])
         return np.array(columns, dtype=np.float64).T
@@ -5282,12 +6248,24 @@ class Rewards:
 ENTROPY_STEP = 0.005  # by which the bonus moves a step (He et al. 2025, Skywork-OR1, section 5)
 
 
+ENTROPY_BONUS_MOST = 0.1
+
+UNINFORMATIVE_STEPS = 3  # without any difference between rewards, before it is said
+
+LEARN_NOTHING = (
+    "use easier prompts, a model that sometimes succeeds (teach it with sft first), a larger "
+    "--group_size, or a higher --temperature"
+)
+
+
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer: its ids (n,), its text, whether it ended itself, its rewards by part."""
+    """A sampled answer: its ids (n,), the log-probabilities they were sampled with (n,), its text,
+    whether it ended by itself, its rewards by part."""
 
     problem: Problem
     ids: np.ndarray
+    logps: np.ndarray
     text: str
     ended: bool
     scores: np.ndarray
@@ -5298,8 +6276,16 @@ class Completion:
         return bool(self.scores[0] > 0.5)
 
 
+Group = list[Completion]  # the completions of one prompt
+
+
+def informative(group: Group) -> bool:
+    """Whether the first reward tells the completions of a group apart."""
+    return len({float(one.scores[0]) for one in group}) > 1
+
+
 class Sampler:
-    """Draws completions from a model in training and has them judged."""
+    """Draws completions from a model in training and scores them."""
 
     def __init__(
         self,
@@ -5310,73 +6296,74 @@ class Sampler:
         machine: Machine,
         compiled: bool,
     ):
-        self.model, self.tokenizer, self.rewards = model, tokenizer, rewards
-        self.settings, self.machine, self.compiled = settings, machine, compiled
-        self.latest: list[list[Completion]] = []
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rewards = rewards
+        self.settings = settings
+        self.machine = machine
+        self.compiled = compiled
+        self.latest: list[Group] = []
 
     def draw(
         self, problems: list[Problem], count: int, temperature: float, seed: int, first: int
-    ) -> list[list[Completion]]:
-        """`count` completions of each problem; `first` numbers the first one, for its chance."""
-        s, eos = self.settings, self.tokenizer.eos
+    ) -> list[Group]:
+        """`count` completions of each problem; `first` numbers the first of them, for its random
+        numbers."""
         asked = [one for one in problems for _ in range(count)]
-        sampling = SamplingSettings(s.max_new_tokens, temperature, 0, 1.0)
+        found, logps = self.generate(asked, temperature, seed, first)
+        texts = [self.tokenizer.decode(ids) for ids in found]
+        ended = [ids[-1] == self.tokenizer.eos for ids in found]
+        scores = self.rewards.score(asked, texts, ended)
+        totals = scores @ np.array(self.rewards.weights)
+        if self.settings.overlong:
+            lengths = torch.tensor([len(ids) for ids in found])
+            most = self.settings.max_new_tokens
+            totals += overlong_penalty(lengths, most, self.settings.overlong).numpy()
+        made = []
+        for i, problem in enumerate(asked):
+            own = np.array(found[i]), np.array(logps[i], np.float32)
+            made.append(Completion(problem, *own, texts[i], ended[i], scores[i], float(totals[i])))
+        self.latest = [made[i : i + count] for i in range(0, len(made), count)]
+        return self.latest
+
+    def generate(
+        self, asked: list[Problem], temperature: float, seed: int, first: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The ids of a completion of each problem, and their log-probabilities."""
+        logps: list[list[float]] = [[] for _ in asked]
         self.model.eval()
         with self.machine.autocast():
             found = complete(
                 self.model,
                 [one.ids.tolist() for one in asked],
-                sampling,
+                SamplingSettings(self.settings.max_new_tokens, temperature, 0, 1.0),
                 seed,
-                frozenset({eos}),
+                frozenset({self.tokenizer.eos}),
                 self.machine.dtype,
                 first,
-                s.rollout_batch,
+                self.settings.rollout_batch,
                 self.compiled,
+                logps,
             )
-        texts = [self.tokenizer.decode(ids) for ids in found]
-        scores = self.rewards.score(asked, texts)
-        totals = scores @ np.array(self.rewards.weights)
-        if s.overlong:
-            lengths = torch.tensor(list(map(len, found)))
-            totals += overlong_penalty(lengths, s.max_new_tokens, s.overlong).numpy()
-        rows = zip(asked, found, texts, scores, totals, strict=True)
-        made = [
-            Completion(one, np.array(ids), text, ids[-1] == eos, score, float(total))
-            for one, ids, text, score, total in rows
-        ]
-        self.latest = [made[i : i + count] for i in range(0, len(made), count)]
-        return self.latest
+        return found, logps
 
     def evaluate(self, prompts: Prompts, seed: int) -> dict[str, float]:
-        """Of held-out prompts: pass@1, pass@k, mean reward and length, and 1 - pass@1, by which the
-        best checkpoint is chosen. Every rank does its share."""
+        """Of held-out prompts: pass@1, pass@k, mean reward and length, and 1 - pass@1. Every rank
+        does its share."""
         s, machine = self.settings, self.machine
         places = np.arange(min(prompts.count, s.eval_prompts))
         own = np.array_split(places, machine.world)[machine.rank]
-        groups = (
-            self.draw(
-                prompts.items(own),
-                s.eval_samples,
-                s.temperature,
-                derive_seed(seed, "eval"),
-                own[0] * s.eval_samples,
-            )
-            if len(own)
-            else []
-        )
         sums = np.zeros(4)
-        for group in groups:
-            right = [one.right for one in group]
-            sums += (
-                np.mean(right),
-                any(right),
-                np.mean([one.reward for one in group]),
-                np.mean([len(one.ids) for one in group]),
-            )
-        first, some, reward, length = (
-            total / len(places) for total in machine.all_reduce_sum(*sums)
-        )
+        if len(own):
+            problems, first = prompts.items(own), own[0] * s.eval_samples
+            key = derive_seed(seed, "eval")
+            for group in self.draw(problems, s.eval_samples, s.temperature, key, first):
+                right = [one.right for one in group]
+                reward = np.mean([one.reward for one in group])
+                length = np.mean([len(one.ids) for one in group])
+                sums += (np.mean(right), any(right), reward, length)
+        means = [total / len(places) for total in machine.all_reduce_sum(*sums)]
+        first, some, reward, length = means
         return {
             "val/pass@1": first,
             f"val/pass@{s.eval_samples}": some,
@@ -5387,16 +6374,164 @@ class Sampler:
 
     def shown(self) -> list[dict]:
         """A few of the latest completions, as rows of samples.jsonl."""
-        return [
-            {
-                "prompt": one.problem.turns[-1][1],
-                "answer": one.text,
-                "ended": one.ended,
-                "reward": one.reward,
-                **dict(zip(self.rewards.parts, one.scores, strict=True)),
-            }
-            for one, *_ in self.latest[: self.settings.samples]
-        ]
+        rows = []
+        for one, *_ in self.latest[: self.settings.samples]:
+            row = {"prompt": one.problem.turns[-1].text, "answer": one.text, "ended": one.ended}
+            row["reward"] = one.reward
+            row |= zip(self.rewards.parts, one.scores, strict=True)
+            rows.append(row)
+        return rows
+
+
+class MicroRollout(typing.NamedTuple):
+    """A micro-batch of completions: which of the rollout's they are, the places of their tokens
+    among those of all (n,), and ids and targets (B, T)."""
+
+    rows: list[int]
+    tokens: Tensor
+    ids: Tensor
+    targets: Tensor
+
+
+class Rollout:
+    """The completions of one step on this rank, laid out once for its measurements and updates.
+
+    Numbers of tokens are vectors (n,), over the tokens of all completions in turn.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        temperature: float,
+        minibatches: int,
+        batch_size: int,
+        length: int = 0,
+    ):
+        """length: the one to pad all to, or 0 for that of each micro-batch."""
+        self.completions = [one for group in groups for one in group]
+        self.temperature = temperature
+        self.group_size = len(groups[0])
+        self.lengths = torch.tensor([len(one.ids) for one in self.completions])
+        self.places = torch.arange(int(self.lengths.sum())).split(self.lengths.tolist())
+        self.sampled = torch.from_numpy(np.concatenate([one.logps for one in self.completions]))
+        numbers = np.arange(len(self.completions)).reshape(len(groups), -1)
+        self.minibatches = []
+        for part in np.array_split(numbers, minibatches):
+            self.minibatches.append(list(self.lay_out(part.flatten().tolist(), batch_size, length)))
+
+    def lay_out(self, rows: list[int], batch_size: int, length: int) -> Iterator[MicroRollout]:
+        """Micro-batches of completions alike in length."""
+        examples = {}
+        for row in rows:
+            one = self.completions[row]
+            ids = np.concatenate((one.problem.ids, one.ids))
+            example = Example(ids, np.arange(len(ids)) >= len(one.problem.ids))
+            examples[row] = ids[:-1], example.targets()[:-1]
+        limit = length or max(len(ids) for ids, _ in examples.values()) + 1
+        order = sorted(rows, key=lambda row: len(examples[row][0]))
+        for i in range(0, len(order), batch_size):
+            chosen = order[i : i + batch_size]
+            longest = max(len(examples[row][0]) for row in chosen)
+            batch = padded([examples[row] for row in chosen], padded_length(longest, limit))
+            yield MicroRollout(chosen, torch.cat([self.places[row] for row in chosen]), *batch)
+
+    def micros(self) -> Iterator[MicroRollout]:
+        for part in self.minibatches:
+            yield from part
+
+    def tokens(self, part: list[MicroRollout]) -> Tensor:
+        """The places of a minibatch's tokens."""
+        return torch.cat([micro.tokens for micro in part])
+
+    def of_rows(self, numbers: Tensor) -> Tensor:
+        """Numbers of completions (rows,) at each of their tokens (n,)."""
+        return numbers.repeat_interleave(self.lengths)
+
+    def batches(
+        self, part: list[MicroRollout], by_token: list[Tensor], by_row: tuple[Tensor, ...] = ()
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The micro-batches of a minibatch with numbers of tokens (B, T) and of rows (B, …)."""
+        for micro in part:
+            laid = torch.zeros(len(by_token), *micro.ids.shape)
+            laid[:, micro.targets != IGNORE] = torch.stack(
+                [numbers[micro.tokens].float() for numbers in by_token]
+            )
+            yield micro.ids, micro.targets, *laid, *(numbers[micro.rows] for numbers in by_row)
+
+    def collect(self, values: Iterable[tuple[MicroRollout, Tensor]]) -> Tensor:
+        """The tokens' numbers (n,) from micro-batches and their (B, T)."""
+        found = torch.zeros(len(self.sampled))
+        for micro, laid in values:
+            found[micro.tokens] = laid.float().cpu()[micro.targets != IGNORE]
+        return found
+
+
+class Critic:
+    """The value model of PPO and VAPO, with its optimizer."""
+
+    def __init__(self, trainer: Trainer, model: Transformer, settings: ValueSettings, saved: dict):
+        self.trainer = trainer
+        self.model = model
+        self.optim = replace(trainer.optim, lr=settings.value_lr or 2 * trainer.optim.lr)
+        loss = functools.partial(value_loss, clip=settings.value_clip)
+        module = trainer.compile(Objective(model, loss))
+        self.wrapped = distribute(module, trainer.machine)
+        self.optimizers = make_optimizers(model, self.optim, trainer.machine.device)
+        model.grad_checkpoint = trainer.run.grad_checkpoint
+        if saved:
+            try:
+                model.load_state_dict(saved["critic"], strict=not trainer.job.lora)
+            except BROKEN as fault:
+                raise damaged_field("critic") from fault
+            load_optimizers(self.optimizers, saved.get("critic_optim"), "critic_optim")
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        if self.trainer.job.lora:
+            weights = trained_weights(self.model)
+        else:
+            weights = self.model.state_dict()
+        return {
+            "critic": {name: weight.detach() for name, weight in weights.items()},
+            "critic_optim": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> Tensor:
+        """What it expects before each token (n,)."""
+        machine = self.trainer.machine
+        self.model.eval()
+        found = []
+        for micro in rollout.micros():
+            with machine.autocast():
+                found.append((micro, token_values(self.model, machine.to_device(micro.ids))))
+        self.model.train()
+        return rollout.collect(found)
+
+    def update(self, rollout: Rollout, values: Tensor, returns: Tensor, updates: int) -> dict:
+        """One optimizer step a minibatch and update; what it explained of the returns before them
+        (1 is all)."""
+        trainer, machine = self.trainer, self.trainer.machine
+        set_step(self.optimizers, self.optim, trainer.step, trainer.run.max_steps)
+        self.wrapped.train()
+        for _ in range(updates):
+            sums = torch.zeros(2)
+            for part in rollout.minibatches:
+                [tokens] = machine.all_reduce_sum(len(rollout.tokens(part)))
+                batches = rollout.batches(part, [values, returns])
+                found = trainer.accumulate(self.wrapped, batches, machine.world / tokens)
+                trainer.update(self.model, self.optimizers)
+                sums += sum(found).cpu() * tokens / machine.world
+        error = returns - values
+        moments = returns.sum(), returns.square().sum(), error.sum(), error.square().sum()
+        loss, clipped, tokens, *moments = machine.all_reduce_sum(*sums, len(values), *moments)
+        spread = moments[1] - moments[0] ** 2 / tokens
+        unexplained = moments[3] - moments[2] ** 2 / tokens
+        return {
+            "train/value_loss": loss / tokens,
+            "train/value_clipped": clipped / tokens,
+            "train/value_explained": 1 - unexplained / spread if spread > 1e-9 else 0.0,
+        }
 
 
 class PolicyTrainer(Trainer):
@@ -5417,254 +6552,312 @@ class PolicyTrainer(Trainer):
         critic: Transformer | None,
     ):
         super().__init__(job, machine, run, optim, args, saved)
-        self.sampler, self.policy, self.value, saved = sampler, policy, value, saved or {}
-        self.share = sampler.settings.prompts // machine.world  # of the prompts
+        saved = saved or {}
+        self.sampler = sampler
+        self.policy = policy
+        self.value = value
         self.bonus, self.entropy = saved.get("entropy", (0.0, math.inf))
-        self.reference = EMA(job.model, 0.0, saved.get("reference")) if policy.kl else None
-        self.critic, self.critic_model, self.critic_optimizers = None, critic, []
+        self.reference: WeightCopy | None = None
+        if policy.kl:
+            self.reference = WeightCopy(job.model, saved.get("reference"))
+        self.critic: Critic | None = None
         if critic is not None:
-            loss = Objective(critic, functools.partial(value_loss, clip=value.value_clip))
-            self.critic = distribute(
-                torch.compile(loss, dynamic=False) if self.compiled else loss, machine
-            )
-            self.critic_optim = replace(optim, lr=value.value_lr or 2 * optim.lr)
-            self.critic_optimizers = make_optimizers(critic, self.critic_optim, machine.device)
-            if saved:
-                critic.load_state_dict(saved["critic"])
-                load_optimizers(self.critic_optimizers, saved["critic_optim"])
+            self.critic = Critic(self, critic, value, saved)
+        self.warned: set[str] = set()
+        self.uninformative = saved.get("uninformative", 0)  # steps that taught nothing
 
     def checkpoint(self) -> dict:
-        return {
-            **super().checkpoint(),
-            "entropy": (self.bonus, self.entropy),
-            "critic": self.critic_model.state_dict() if self.critic_model else None,
-            "critic_optim": [o.state_dict() for o in self.critic_optimizers],
-            "reference": self.reference.weights if self.reference else None,
-        }
+        saved = super().checkpoint()
+        saved["entropy"] = (self.bonus, self.entropy)
+        saved["uninformative"] = self.uninformative
+        saved["reference"] = self.reference.weights if self.reference else None
+        if self.critic:
+            saved |= self.critic.state()
+        return saved
 
     def temperature(self) -> float:
-        s, way = self.sampler.settings, self.step / max(1, self.run.max_steps - 1)
-        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * way
+        """The sampling temperature of this step, on the line from the first to the last."""
+        s = self.sampler.settings
+        end = s.temperature_end or s.temperature
+        return s.temperature + (end - s.temperature) * self.step / max(1, self.run.max_steps - 1)
 
-    def gather(self) -> tuple[list[Completion], dict[str, float]]:
-        """This rank's completions of the step, group by group, and what drawing them took. With
-        dynamic sampling groups without a spread are replaced while draws are left; all ranks draw
-        equally often, and each has the same number in the end."""
+    def draw_groups(self, count: int) -> list[Group]:
+        """Groups of the next `count` prompts of the stream, from all ranks, in their order."""
         s, machine = self.sampler.settings, self.machine
-        kept, zero_variance, draws, missing = [], [], 0, self.share
-        while draws < (s.max_draws if s.dynamic_sampling else 1) and missing:
-            first = self.samples + machine.rank * self.share
-            lacking = max(0, self.share - len(kept))
-            own = first + np.arange(
-                min(self.share, 2 * lacking)
-            )  # some of these may be zero_variance too
-            groups = (
-                self.sampler.draw(
-                    self.job.stream.samples(own),
-                    s.group_size,
-                    self.temperature(),
-                    derive_seed(self.args["seed"], "rollout"),
-                    first * s.group_size,
-                )
-                if lacking
-                else []
+        numbers = self.samples + np.arange(count)
+        own = np.array_split(numbers, machine.world)[machine.rank]
+        groups = []
+        if len(own):
+            problems = self.job.stream.samples(own)
+            seed = derive_seed(self.args["seed"], "rollout")
+            groups = self.sampler.draw(
+                problems, s.group_size, self.temperature(), seed, int(own[0]) * s.group_size
             )
-            for group in groups:
-                (kept if len({one.reward for one in group}) > 1 else zero_variance).append(group)
-            self.samples += s.prompts
+        self.samples += s.prompts
+        return [group for part in machine.all_gather(groups) for group in part]
+
+    def gather(self) -> tuple[list[Group], dict[str, float]]:
+        """The groups of the step on this rank, and what drawing them took.
+
+        With dynamic sampling, groups that the first reward does not tell apart are replaced while
+        draws are left; groups are chosen over all ranks, so that their number changes nothing.
+        """
+        s, machine = self.sampler.settings, self.machine
+        most = s.max_draws if s.dynamic_sampling else 1
+        kept: list[Group] = []
+        uninformative: list[Group] = []
+        draws = 0
+        while draws < most and len(kept) < s.prompts:
+            for group in self.draw_groups(min(s.prompts, 2 * (s.prompts - len(kept)))):
+                (kept if informative(group) else uninformative).append(group)
             draws += 1
-            [missing] = machine.all_reduce_sum(max(0, self.share - len(kept)))
-        drawn, alike = machine.all_reduce_sum(len(kept) + len(zero_variance), len(zero_variance))
-        rows = [one for group in (kept + zero_variance)[: self.share] for one in group]
-        return rows, {"train/zero_spread": alike / drawn, "train/draws": draws}
 
-    def micros(self, rows: list[Completion]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """Micro-batches of rows alike in length: which they are, the places of their tokens among
-        those of all completions in turn (n,), ids and targets (B, T)."""
-        whole, size = [], self.run.batch_size
-        for one in rows:
-            ids = np.concatenate((one.problem.ids, one.ids))
-            whole.append(Example(ids, np.arange(len(ids)) >= len(one.problem.ids)))
-        room = self.job.model.config.seq_len if self.compiled else max(len(e.ids) for e in whole)
-        chats = Chats(whole, room, self.args["seed"], pack=False)
-        lengths = [len(one.ids) for one in rows]
-        places = torch.arange(sum(lengths)).split(lengths)
-        order = sorted(range(len(rows)), key=lambda i: len(whole[i].ids))
-        for chosen in (order[i : i + size] for i in range(0, len(order), size)):
-            tokens = torch.cat([places[i] for i in chosen])
-            yield chosen, tokens, *chats.collate(chats.items(chosen))
+        drawn = kept + uninformative
+        alike = [len({one.reward for one in group}) == 1 for group in drawn]
+        row = {
+            "train/zero_spread": float(np.mean(alike)),
+            "train/draws": draws,
+            "train/reward_drawn": float(np.mean([one.reward for group in drawn for one in group])),
+        }
+        chosen = drawn[: s.prompts]
+        share = s.prompts // machine.world
+        return chosen[machine.rank * share :][:share], row
 
-    def laid_out(
-        self, rows: list[Completion], parts: list[Tensor], *more: Tensor
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Micro-batches with numbers of the completions' tokens (B, T), and of each row."""
-        for chosen, tokens, ids, targets in self.micros(rows):
-            laid = torch.zeros(len(parts), *ids.shape)
-            laid[:, targets != IGNORE] = torch.stack([part[tokens].float() for part in parts])
-            yield ids, targets, *laid, *(numbers[chosen] for numbers in more)
-
-    @torch.no_grad()
-    def measure(self, rows: list[Completion], what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What a model says of the completions' tokens (n,); what(ids, targets): (B, T)."""
-        found = torch.zeros(sum(len(one.ids) for one in rows))
-        for _, tokens, *both in self.micros(rows):
-            with self.machine.autocast():
-                values = what(*map(self.machine.to_device, both))
-            found[tokens] = values.float().cpu()[both[1] != IGNORE]
-        return found
-
-    def logps(self, rows: list[Completion]) -> Tensor:
-        temperature = torch.tensor(self.temperature(), device=self.machine.device)
-        return self.measure(
-            rows, lambda *both: completion_logps(self.job.model, *both, temperature)[0]
+    def lay_out(self, groups: list[Group]) -> Rollout:
+        length = self.job.model.config.seq_len if self.compiled else 0
+        return Rollout(
+            groups, self.temperature(), self.policy.minibatches, self.run.batch_size, length
         )
 
-    def advantages(self, rows: list[Completion], values: Tensor) -> tuple[Tensor, Tensor]:
-        """The advantages of the completions' tokens (n,) and the returns that the values (n,),
-        with --advantage gae, are to predict."""
-        rewards = torch.tensor([one.reward for one in rows], dtype=torch.float64)
-        s, lengths = self.value, torch.tensor([len(one.ids) for one in rows])
-        if self.policy.advantage != "gae":
-            groups = rewards.view(self.share, -1)
-            each = group_advantages(groups, self.policy.advantage == "mean_std").flatten()
-            return each.repeat_interleave(lengths), values
-        mask = torch.arange(lengths.max()) < lengths.unsqueeze(1)  # (rows, N)
-        before, paid = torch.zeros(2, *mask.shape, dtype=torch.float64)
+    def logps(self, rollout: Rollout) -> Tensor:
+        """The policy's log-probs of the completions' tokens (n,), through the same module, in the
+        same mode and micro-batches as an update, so that an unmoved policy gives the same ones."""
+        zeros = torch.zeros(len(rollout.sampled))
+        weights = torch.zeros(len(rollout.completions), 3)
+        scalars = self.scalars(rollout, unmoved=True)
+        found = []
+        for part in rollout.minibatches:
+            batches = rollout.batches(part, [zeros] * 4, (weights, scalars))
+            for micro, batch in zip(part, batches, strict=True):
+                tensors = [self.machine.to_device(tensor) for tensor in batch]
+                with self.machine.autocast():
+                    output = self.objective(*tensors).detach()
+                found.append((micro, output[len(POLICY_METRICS) :].view(micro.ids.shape)))
+        return rollout.collect(found)
+
+    def reference_logps(self, rollout: Rollout) -> Tensor:
+        if not self.reference:
+            return torch.zeros(len(rollout.sampled))
+        with self.reference.in_place():
+            return self.logps(rollout)
+
+    def scalars(self, rollout: Rollout, unmoved: bool) -> Tensor:
+        """What policy_loss takes once a step, in each row (rows, 3)."""
+        bonus = 0.0
+        if self.entropy < self.policy.entropy_target:
+            bonus = self.bonus
+        scalars = torch.tensor([rollout.temperature, bonus, float(unmoved)])
+        return scalars.repeat(len(rollout.completions), 1)
+
+    def rewards(
+        self, rollout: Rollout, old: Tensor | None, reference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The reward of each completion (rows,), and of each token (n,) its penalty for the
+        divergence from the reference, with --kl_in_reward."""
+        rewards = torch.tensor([one.reward for one in rollout.completions], dtype=torch.float64)
+        penalty = torch.zeros(len(rollout.sampled), dtype=torch.float64)
+        if self.policy.kl and self.policy.kl_in_reward:
+            penalty = self.policy.kl * (reference - old).double()
+        return rewards, penalty
+
+    def advantages(
+        self, rollout: Rollout, rewards: Tensor, penalty: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The advantages of the completions' tokens (n,) and the returns that the values (n,) are
+        to predict, where there is a value model."""
+        if values is not None:
+            return self.gae_advantages(rollout, rewards, penalty, values)
+        totals = rewards.clone()
+        rows = rollout.of_rows(torch.arange(len(rewards)))
+        totals.index_add_(0, rows, penalty)
+        groups = totals.view(-1, rollout.group_size)
+        each = group_advantages(groups, self.policy.advantage == "mean_std").flatten()
+        return rollout.of_rows(each), None
+
+    def gae_advantages(
+        self, rollout: Rollout, rewards: Tensor, penalty: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Generalized advantages (n,), standardized over all ranks, and the values' targets."""
+        s, lengths = self.value, rollout.lengths
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)  # (rows, N)
+        before = torch.zeros(mask.shape, dtype=torch.float64)
         before[mask] = values.double()
-        paid[torch.arange(len(rows)), lengths - 1] = rewards
+        paid = torch.zeros(mask.shape, dtype=torch.float64)
+        paid[mask] = penalty
+        paid[torch.arange(len(lengths)), lengths - 1] += rewards
         if s.dense_reward:
             paid += s.dense_reward * dense_rewards(before, mask, s.gamma, s.dense_smoothing)
-        lam = torch.full_like(rewards, s.lam)
-        lams = lam, length_adaptive(lengths.double(), s.length_alpha) if s.length_alpha else lam
-        critic, own = (gae(paid, before, mask, s.gamma, lam)[mask] for lam in lams)
-        count, total, squares = self.machine.all_reduce_sum(len(own), own.sum(), own.square().sum())
-        deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
-        return (own - total / count) / (deviation + SPREAD_FLOOR), critic + values
 
-    def weights(self, rows: list[Completion]) -> tuple[Tensor, float, float]:
-        """What a token of each row counts in the policy loss and as plain likelihood (n, 2), and
-        the step's rows and tokens on all ranks."""
-        lengths, right = torch.tensor([(float(len(one.ids)), one.right) for one in rows]).T
-        count, tokens, right_tokens = self.machine.all_reduce_sum(
-            len(rows), lengths.sum(), (lengths * right).sum()
+        lam = torch.full_like(rewards, s.lam)
+        targets = gae(paid, before, mask, s.gamma, lam)[mask] + values
+        if s.length_alpha:
+            lam = length_adaptive(lengths.double(), s.length_alpha)
+        own = gae(paid, before, mask, s.gamma, lam)[mask]
+        count, total, squares = self.machine.all_reduce_sum(len(own), own.sum(), own.square().sum())
+        mean = total / count
+        deviation = math.sqrt(max(0.0, squares / count - mean**2))
+        return (own - mean) / (deviation + STD_FLOOR), targets
+
+    def token_weights(
+        self, rollout: Rollout, part: list[MicroRollout]
+    ) -> tuple[Tensor, float, float]:
+        """What a token of each row counts (rows, 3), as policy_loss takes it; and the completions
+        and tokens of a minibatch on all ranks."""
+        rows = [row for micro in part for row in micro.rows]
+        learned = torch.zeros(len(rollout.completions))
+        right = torch.zeros(len(rollout.completions))
+        for row in rows:
+            one = rollout.completions[row]
+            learned[row] = one.ended or not self.policy.mask_truncated
+            right[row] = one.right
+        lengths = rollout.lengths.float()
+        own = lengths[rows]
+        count, tokens, learned_tokens, right_tokens = self.machine.all_reduce_sum(
+            len(rows), own.sum(), (own * learned[rows]).sum(), (own * right[rows]).sum()
         )
-        own = row_weights(
-            lengths, self.policy.normalise, count, tokens, self.sampler.settings.max_new_tokens
+        policy = row_weights(
+            lengths,
+            self.policy.normalise,
+            count,
+            max(1.0, learned_tokens),
+            self.sampler.settings.max_new_tokens,
         )
-        plain = self.policy.lm_loss * right * count / max(1.0, right_tokens)
-        return torch.stack((own, plain), 1), count, tokens
+        likelihood = self.policy.lm_loss * right * count / max(1.0, right_tokens)
+        entropy = torch.full_like(lengths, count / tokens)
+        return torch.stack((policy * learned, likelihood, entropy), 1), count, tokens
 
     def improve(
-        self,
-        rows: list[Completion],
-        advantages: Tensor,
-        weights: Tensor,
-        count: float,
-        tokens: float,
+        self, rollout: Rollout, advantages: Tensor, old: Tensor | None, reference: Tensor
     ) -> tuple[dict[str, float], Tensor, Tensor]:
-        """The policy's updates on the step's completions: its metrics, loss and gradient norm."""
-        machine, policy, found = self.machine, self.policy, []
-        now = torch.full_like(advantages, math.nan)
-        old = self.logps(rows) if policy.updates > 1 else now
-        with self.reference.in_place() if self.reference else contextlib.nullcontext():
-            reference = self.logps(rows) if self.reference else now
-        bonus = self.bonus if self.entropy < policy.entropy_target else 0.0
-        scalars = torch.tensor([self.temperature(), bonus]).repeat(len(rows), 1)
-        scale = machine.world / count
-        for update in range(policy.updates):
-            micros = self.laid_out(
-                rows, [old if update else now, advantages, reference], weights, scalars
-            )
-            found += self.accumulate(self.wrapped, micros, scale)
-            norm = self.update(self.job.model, self.optimizers)
-        table = torch.stack(found).cpu() / scale  # (updates and micro-batches, metrics)
-        loss, *sums = table[:, :-2].sum(0) / policy.updates
-        values = [total / tokens for total in machine.all_reduce_sum(*sums)]
-        values += [
-            machine.all_reduce_max(table[:, -2].max()),
-            -machine.all_reduce_max(-table[:, -1].min()),
-        ]
-        row = report("train", POLICY_METRICS[1:], values)
+        """The policy's optimizer steps on the step's completions: its metrics, loss and gradient
+        norm. `old` is None where each completion is learned from once, by an unmoved policy."""
+        machine, policy = self.machine, self.policy
+        width = len(POLICY_METRICS)
+        importance = torch.ones(len(rollout.sampled))
+        if policy.tis_cap:  # Yao et al. 2025, truncated importance sampling
+            importance = (old - rollout.sampled).exp().clamp(max=policy.tis_cap)
+        table, norm, steps = [], None, 0
+        for _ in range(policy.updates):
+            for part in rollout.minibatches:
+                weights, count, tokens = self.token_weights(rollout, part)
+                unmoved = steps == 0
+                before = torch.zeros_like(importance) if old is None else old
+                numbers = [before, advantages, reference, importance]
+                scalars = self.scalars(rollout, unmoved)
+                batches = rollout.batches(part, numbers, (weights, scalars))
+                scale = machine.world / count
+                found = self.accumulate(self.wrapped, batches, scale)
+                norm = self.update(self.job.model, self.optimizers)
+                sums = torch.stack([losses[:width] for losses in found]).cpu() / scale
+                loss, *means = sums[:, :-2].sum(0)
+                means = [total / tokens for total in machine.all_reduce_sum(*means)]
+                extremes = [sums[:, -2].max().item(), sums[:, -1].min().item()]
+                table.append([loss.item() * scale, *means, *extremes])
+                steps += 1
+        return *self.policy_row(np.array(table)), norm
+
+    def policy_row(self, table: np.ndarray) -> tuple[dict[str, float], Tensor]:
+        """The metrics of the step's minibatches (minibatches, metrics), and their mean loss."""
+        loss, *means = table[:, :-2].mean(0)
+        most = self.machine.all_reduce_max(table[:, -2].max())
+        least = -self.machine.all_reduce_max(-table[:, -1].min())
+        row = report("train", POLICY_METRICS[1:], [*map(float, means), most, least])
         if not self.reference:
-            del row["train/kl"]  # nothing to diverge from
+            del row["train/kl"]
         self.entropy = row["train/entropy"]
-        if policy.entropy_target:
-            move = math.copysign(ENTROPY_STEP, policy.entropy_target - self.entropy)
-            self.bonus = row["train/entropy_bonus"] = max(0.0, self.bonus + move)
-        return row, loss.to(norm.device) * scale, norm
+        if self.policy.entropy_target:
+            move = math.copysign(ENTROPY_STEP, self.policy.entropy_target - self.entropy)
+            self.bonus = min(ENTROPY_BONUS_MOST, max(0.0, self.bonus + move))
+            row["train/entropy_bonus"] = self.bonus
+        return row, torch.tensor(loss, device=self.machine.device)
 
-    def teach_critic(
-        self, rows: list[Completion], values: Tensor, returns: Tensor, tokens: float
-    ) -> dict[str, float]:
-        """The value model's updates; what it explained of the returns before them (1 is all)."""
-        machine = self.machine
-        set_step(self.critic_optimizers, self.critic_optim, self.step, self.run.max_steps)
-        for _ in range(self.policy.updates):
-            micros = self.laid_out(rows, [values, returns])
-            found = self.accumulate(self.critic, micros, machine.world / tokens)
-            self.update(self.critic_model, self.critic_optimizers)
-        loss, clipped, *sums = machine.all_reduce_sum(
-            *sum(found),
-            *(
-                power.sum()
-                for part in (returns, returns - values)
-                for power in (part, part.square())
-            ),
-        )
-        spread, error = (sums[i + 1] - sums[i] ** 2 / tokens for i in (0, 2))
-        row = {
-            "value_loss": loss / machine.world,
-            "value_clipped": clipped / machine.world,
-            "value_explained": 1 - error / spread if spread > 1e-9 else 0.0,
-        }
-        return {f"train/{key}": number for key, number in row.items()}
-
-    def reward_row(self, rows: list[Completion], count: float) -> dict[str, float]:
+    def reward_row(self, rollout: Rollout) -> dict[str, float]:
         """Means over all completions of the step, on all ranks."""
         parts = (f"reward/{name}" for name in self.sampler.rewards.parts)
         names = (*parts, "reward", "length", "truncated", "right")
-        sums = np.sum(
-            [(*one.scores, one.reward, len(one.ids), not one.ended, one.right) for one in rows],
-            axis=0,
-        )
-        means = (total / count for total in self.machine.all_reduce_sum(*sums))
-        return report("train", names, means) | {"train/temperature": self.temperature()}
+        rows = []
+        for one in rollout.completions:
+            rows.append((*one.scores, one.reward, len(one.ids), not one.ended, one.right))
+        count, *sums = self.machine.all_reduce_sum(len(rows), *np.sum(rows, axis=0))
+        row = report("train", names, (total / count for total in sums))
+        row["train/temperature"] = rollout.temperature
+        return row
 
-    def train_step(self, stop: int) -> bool:
-        """Complete, judge and learn; whether any rank was told to stop."""
-        if self.step == 0:
-            self.metrics.write(self.evaluate())
-        [stops] = self.machine.all_reduce_sum(stop)
-        seed_step(self.args["seed"], self.step, self.machine.rank)
-        lr = set_step(self.optimizers, self.optim, self.step, self.run.max_steps)
-        times = [time.monotonic()]
-        rows, row = self.gather()
-        times.append(time.monotonic())
+    def sampler_gap(self, rollout: Rollout, logps: Tensor) -> dict[str, float]:
+        """How far the trainer's log-probs are from those that the completions were drawn with."""
+        apart = (logps - rollout.sampled).abs()
+        count, total = self.machine.all_reduce_sum(len(apart), apart.sum())
+        return {
+            "train/sampler_gap": total / count,
+            "train/sampler_gap_most": self.machine.all_reduce_max(apart.max().item()),
+        }
+
+    def needs_old_logps(self) -> bool:
+        """Whether an update needs log-probs from before it; a single one has the ratio 1."""
+        p = self.policy
+        return p.updates * p.minibatches > 1 or p.tis_cap > 0 or (p.kl > 0 and p.kl_in_reward)
+
+    def learn(self, rollout: Rollout) -> tuple[dict[str, float], Tensor, Tensor]:
+        """All updates on the step's completions: metrics, loss and gradient norm."""
         self.objective.train()
-        values = (
-            self.measure(rows, lambda ids, targets: token_values(self.critic_model, ids))
-            if self.critic
-            else torch.zeros(0)
-        )
-        advantages, returns = self.advantages(rows, values)
-        weights, count, tokens = self.weights(rows)
-        row |= self.reward_row(rows, count)
+        row = self.reward_row(rollout)
+        values = self.critic.values(rollout) if self.critic else None
+        old = None
+        if self.needs_old_logps():
+            old = self.logps(rollout)
+            row |= self.sampler_gap(rollout, old)
+        reference = self.reference_logps(rollout)
+        rewards, penalty = self.rewards(rollout, old, reference)
+        advantages, returns = self.advantages(rollout, rewards, penalty, values)
         loss = norm = torch.zeros((), device=self.machine.device)
         if self.critic:
-            row |= self.teach_critic(rows, values, returns, tokens)
+            row |= self.critic.update(rollout, values, returns, self.policy.updates)
         if not self.critic or self.step >= self.value.value_warmup:
-            more, loss, norm = self.improve(rows, advantages, weights, count, tokens)
+            more, loss, norm = self.improve(rollout, advantages, old, reference)
             row |= more
+        return row, loss, norm
+
+    def set_policy_step(self) -> float:
+        """The policy's schedule begins where the value model's own steps end."""
+        alone = self.value.value_warmup if self.critic else 0
+        step, steps = max(0, self.step - alone), max(1, self.run.max_steps - alone)
+        return set_step(self.optimizers, self.optim, step, steps)
+
+    def train_step(self, stop: int) -> bool:
+        """Generate, score and learn; whether any rank was told to stop."""
+        if self.step == 0:
+            self.metrics.write(self.evaluate(keep_best=False))
+        [stops] = self.machine.all_reduce_sum(stop)
+        seed_step(self.args["seed"], self.step, self.machine.rank)
+        lr = self.set_policy_step()
+        times = [time.monotonic()]
+        groups, row = self.gather()
         times.append(time.monotonic())
-        self.step += 1
-        if self.ema:
-            self.ema.update(self.step)
-        if self.reference and self.step % (self.policy.reference_steps or math.inf) == 0:
-            self.reference = EMA(self.job.model, 0.0, None)
+        rollout = self.lay_out(groups)
+        more, loss, norm = self.learn(rollout)
+        row |= more
+        times.append(time.monotonic())
+
+        self.count_step()
+        every = self.policy.reference_steps
+        if self.reference and every and self.step % every == 0:
+            self.reset_reference()
+        [tokens] = self.machine.all_reduce_sum(len(rollout.sampled))
         self.metrics.add(self.step, loss, norm, int(tokens))
         row |= self.metrics.row(lr)
         row["perf/rollout_tok_per_s"], row["perf/update_tok_per_s"] = tokens / np.diff(times)
         self.metrics.note = f"reward {row['train/reward']:.3f} {self.metrics.note}"
+        self.warn(row)
         if self.machine.main:
             self.metrics.write_samples(self.sampler.shown(), aloud=False)
         if self.due(self.run.eval_interval):
@@ -5672,10 +6865,69 @@ class PolicyTrainer(Trainer):
         self.metrics.write(row)
         return bool(stops)
 
+    def reset_reference(self) -> None:
+        """The policy becomes the reference, and its optimizer starts again (Liu et al. 2025,
+        ProRL, section 2.2.2)."""
+        self.reference = WeightCopy(self.job.model)
+        self.optimizers = make_optimizers(self.job.model, self.optim, self.machine.device)
+
+    def warn(self, row: dict[str, float]) -> None:
+        """Say, once each, when steps teach nothing or completions are cut off."""
+        if self.policy.advantage != "gae":
+            self.uninformative += row["train/zero_spread"] == 1
+        if self.uninformative == UNINFORMATIVE_STEPS:
+            self.warn_once(
+                f"in {UNINFORMATIVE_STEPS} steps no prompt had completions of different rewards, "
+                f"so nothing is learned from them: {LEARN_NOTHING}"
+            )
+        if row["train/truncated"] > 0.5:
+            self.warn_once(
+                f"{row['train/truncated']:.0%} of the completions are cut off at "
+                f"--max_new_tokens {self.sampler.settings.max_new_tokens}: use a larger one"
+            )
+
+    def warn_once(self, what: str) -> None:
+        kind = what.split(":")[-1]
+        if kind not in self.warned:
+            self.warned.add(kind)
+            say(f"warning: {what}")
+
+    def fit(self) -> int:
+        code = super().fit()
+        if self.uninformative == self.step > 0:
+            say(f"warning: no step taught the model anything: {LEARN_NOTHING}")
+        return code
+
+
+def check_rollouts(
+    rollout: RolloutSettings, policy: PolicySettings, world: int, seq_len: int
+) -> None:
+    """UserError where prompts cannot be shared out, or completions leave no room."""
+    shares = world * policy.minibatches
+    if rollout.prompts % shares:
+        raise UserError(
+            f"--prompts {rollout.prompts} cannot be divided among {world} ranks and "
+            f"{policy.minibatches} minibatches",
+            f"use a multiple of {shares}",
+        )
+    if rollout.max_new_tokens >= seq_len:
+        raise UserError(
+            f"--max_new_tokens {rollout.max_new_tokens} leaves a prompt no room in a context of "
+            f"{seq_len}",
+            "use fewer, or a longer --seq_len",
+        )
+
 
 # ==================================================================================================
 # Tuning: what sft, dpo, reward and grpo share
 # ==================================================================================================
+
+
+def save_merged(out: Path) -> None:
+    """merged.pt: the run's best model with its adapters merged into the base."""
+    kept = ("format", "kind", "step", "samples", "best_val", "model", "config", "tokenizer")
+    merged = {key: value for key, value in load_checkpoint(out).items() if key in kept}
+    save_checkpoint(out / "merged.pt", merged)
 
 
 class Tuning:
@@ -5692,29 +6944,45 @@ class Tuning:
         *more,
         **config,
     ):
-        self.task = next((one for one in more if isinstance(one, TaskSettings) and one.task), None)
-        if bool(tune.data) == bool(self.task):
-            what = "--data and --task are both given" if tune.data else "--data is missing"
-            raise UserError(what, "give --data rows.jsonl, or in sft and grpo a --task")
-        self.kind, self.run, self.tune, self.lora, self.optim = kind, run, tune, lora, optim
+        """more: other settings of the command; config: architecture that it changes."""
+        self.kind = kind
+        self.run = run
+        self.tune = tune
+        self.lora = lora
+        self.optim = optim
         self.groups = (run, tune, *more, lora, optim, device)
-        self.machine, self.seed = open_machine(device), device.seed
+        self.task = next((one for one in more if isinstance(one, TaskSettings) and one.task), None)
+        if tune.data and self.task:
+            raise UserError("--data and --task are both given", "keep one of them")
+        if not tune.data and not self.task:
+            raise UserError(
+                "--data is missing", "give --data rows.jsonl, or in sft and grpo a --task"
+            )
+        self.machine = open_machine(device)
+        self.seed = device.seed
         self.path = checkpoint_path(tune.ckpt)
-        base = load_checkpoint(self.path)
-        self.tokenizer, self.weights = tokenizer_of(base, tune.spm, tune.ckpt), base["model"]
+        base = load_checkpoint(self.path, tune.base)
+        self.tokenizer = tokenizer_of(base, tune.spm, tune.ckpt)
+        self.weights = base["model"]
         self.key = model_key(base)
-        self.told: dict[str, object] = {"lora_base": self.key if lora.lora_rank else None}
-        old = ModelSettings(**base["config"])
-        original = old.rope_original or round(old.seq_len / old.rope_factor)
-        self.config = replace(
+        # Arguments of the run besides its flags, which a resumed run must find again.
+        self.extra: dict[str, object] = {"lora_base": self.key if lora.lora_rank else None}
+        self.config = self.tuned_config(ModelSettings(**base["config"]), config)
+        self.questions: list[Turns] = []  # of held-out rows
+
+    def tuned_config(self, old: ModelSettings, changes: dict) -> ModelSettings:
+        """The checkpoint's architecture, with the command's and the user's changes."""
+        original = 0
+        if old.rope_scaling != "none":
+            original = old.rope_original or round(old.seq_len / old.rope_factor)
+        return replace(
             old,
-            seq_len=tune.seq_len or old.seq_len,
-            dropout=tune.dropout,
+            seq_len=self.tune.seq_len or old.seq_len,
+            dropout=self.tune.dropout,
             bos_id=self.tokenizer.bos,
-            rope_original=original if old.rope_scaling != "none" else 0,
-            **{"doc_mask": False, "scalar_head": False, **config},
+            rope_original=original,
+            **{"doc_mask": False, "scalar_head": False, **changes},
         )
-        self.questions: list[Turns] = []  # of rows that are held out
 
     def parts(
         self,
@@ -5724,48 +6992,66 @@ class Tuning:
     ) -> tuple[list[Part], list[Part]]:
         """Rows to train on and rows held out; make is example or last_answer, and a stream is
         made of groups of them, what is known of each, the context length and the seed."""
-        tune, learned, train, val = self.tune, [], [], []
+        tune = self.tune
         read = functools.partial(read_rows, parse=parse, on_bad_row=tune.on_bad_row)
-        one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
-
-        def part(name: str, weight: float, rows: list[Row], kind: str = "") -> Part:
-            groups, kept = fit_rows(
-                [row[0] for row in rows],
-                one,
-                self.tokenizer.eos,
-                f"{kind}rows{' of ' * bool(name)}{name}",
-            )
-            if kind:
-                self.questions += [rows[i][0][0][:-1] for i in kept]
-            else:
-                learned.extend(groups)
-            known = [rows[i][1] for i in kept]
-            return name, weight, stream(groups, known, self.config.seq_len, self.seed)
-
+        encode = functools.partial(self.encode, make, stream)
+        train, val, learned = [], [], []
         for name, files, weight in tune.domains():
-            aux_losses: tuple[list[Row], list[Row]] = [], []
-            for row in map(parse, task_rows(self.task, self.seed)) if self.task else read(files):
-                aux_losses[held_out(row[0][0], 0.0 if tune.val_data else tune.val_split)].append(
-                    row
-                )
-            if not aux_losses[0]:
+            if self.task:
+                rows = [parse(row) for row in task_rows(self.task, self.seed)]
+            else:
+                rows = read(files)
+            share = 0.0 if tune.val_data else tune.val_split
+            own = [row for row in rows if not held_out(row[0][0], share)]
+            held = [row for row in rows if held_out(row[0][0], share)]
+            if not own:
                 raise UserError("--val_split leaves no row to train on", "use a smaller one")
-            train.append(part(name, weight, aux_losses[0]))
-            val += [part(name, weight, aux_losses[1], "held-out ")] if aux_losses[1] else []
+            label = f" of {name}" if name else ""
+            groups, _, made = encode(own, f"rows{label}")
+            learned += groups
+            train.append((name, weight, made))
+            if held:
+                val.append((name, weight, self.encode_held(encode, held, f"held-out rows{label}")))
         if tune.val_data:
-            val = [part("", 1.0, read(tune.val_data), "validation ")]
-        self.told["data_key"] = data_key(learned)
+            rows = read(tune.val_data)
+            val = [("", 1.0, self.encode_held(encode, rows, "validation rows"))]
+        self.extra["data_key"] = data_key(learned)
         return train, val
 
+    def encode(
+        self, make: Callable, stream: Callable, rows: list[Row], label: str
+    ) -> tuple[list[list[Example]], list[int], Stream]:
+        """Groups of examples of the rows that fit, which rows these are, and their stream."""
+        one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
+        groups, kept = fit_rows([turns for turns, _ in rows], one, self.tokenizer.eos, label)
+        known = [rows[i][1] for i in kept]
+        return groups, kept, stream(groups, known, self.config.seq_len, self.seed)
+
+    def encode_held(self, encode: Callable, rows: list[Row], label: str) -> Stream:
+        """The stream of held-out rows, whose questions are kept to be answered."""
+        _, kept, stream = encode(rows, label)
+        self.questions += [rows[i][0][0][:-1] for i in kept]
+        return stream
+
     def network(self, **config) -> Transformer:
+        """The checkpoint's model, with what the changed architecture adds to it."""
         network = Transformer(replace(self.config, **config))
         network.init_weights(self.seed)
         if network.score is not None and not network.config.tie:
-            network.lm_head.requires_grad_(False)  # it has no part in a score
-        network.load_state_dict(
-            {k: w for k, w in self.weights.items() if k != "score.weight"}, strict=False
-        )
+            network.lm_head.requires_grad_(False)  # a score does not depend on it
+        weights = {name: w for name, w in self.weights.items() if name != "score.weight"}
+        network.load_state_dict(weights, strict=False)
         return network.to(self.machine.device)
+
+    def adapters(self) -> dict:
+        """What a checkpoint of adapters says of itself and its base."""
+        return {
+            "base": str(self.path.resolve()),
+            "relative": os.path.relpath(self.path, self.run.out_dir),  # so that both may be moved
+            "key": self.key,
+            "scale": self.lora.scale,
+            **asdict(self.lora),
+        }
 
     def start(
         self,
@@ -5775,19 +7061,14 @@ class Tuning:
         loss: Callable[..., Tensor],
         names: tuple[str, ...] = ("loss",),
         make: Callable[..., Trainer] = Trainer,
-        **how,
+        **job_fields,
     ) -> int:
-        """Train the network, or adapters of it, on the rows; `how` is more of a Job."""
-        run, machine, lora = self.run, self.machine, None
+        """Train the network, or adapters of it, on the rows; job_fields: more of a Job."""
+        run, machine = self.run, self.machine
+        lora = None
         if self.lora.lora_rank:
             attach_lora(network, self.lora, self.seed)
-            lora = {
-                "base": str(self.path.resolve()),
-                "relative": os.path.relpath(self.path, run.out_dir),  # so that both may be moved
-                "key": self.key,
-                "scale": self.lora.scale,
-                **asdict(self.lora),
-            }
+            lora = self.adapters()
 
         def evaluate(module: nn.Module) -> dict[str, float]:
             share = run.batch_size, run.eval_tokens, machine.rank, machine.world
@@ -5795,28 +7076,14 @@ class Tuning:
             return validate(module, parts, machine, names)
 
         stream = mixed([stream for *_, stream in train], [weight for _, weight, _ in train])
-        job = Job(
-            self.kind,
-            network,
-            loss,
-            stream,
-            tokenizer=self.tokenizer,
-            names=names,
-            lora=lora,
-            **{"evaluate": evaluate, **how},
-        )
+        made = {"evaluate": evaluate, "names": names, "lora": lora, **job_fields}
+        job = Job(self.kind, network, loss, stream, tokenizer=self.tokenizer, **made)
         self.weights = None  # the network has them
         code = train_job(
-            job, machine, run, self.optim, self.groups, self.told, self.tune.epochs, make
+            job, machine, run, self.optim, self.groups, self.extra, self.tune.epochs, make
         )
         if code == 0 and lora and self.lora.lora_merge:
-            kept = ("format", "kind", "step", "samples", "best_val", "model", "config", "tokenizer")
-            machine.on_main(
-                lambda: save_checkpoint(
-                    Path(run.out_dir) / "merged.pt",
-                    {k: value for k, value in load_checkpoint(run.out_dir).items() if k in kept},
-                )
-            )
+            machine.on_main(save_merged, Path(run.out_dir))
         return code
 
 
@@ -5840,32 +7107,28 @@ def score_rows(
     reward: RewardSettings, run: RunSettings, tune: TuneSettings, device: DeviceSettings
 ) -> int:
     """Write the rows of --score again, with the reward model's score of each answer."""
-    machine, out = open_machine(device), reward.out or "scored.jsonl"
+    machine = open_machine(device)
+    out = reward.out or "scored.jsonl"
     check_writable(Path(out))
-    model, tokenizer = open_judge(tune.ckpt, tune.spm, machine)
-    found = read_rows(
-        reward.score,
-        lambda row: (row, preference(row) if "chosen" in row else [conversation(row)]),
-        tune.on_bad_row,
-        "--score",
-    )
+    model, tokenizer = open_judge(tune.ckpt, tune.spm, machine, tune.base)
+
+    def parse(row: dict) -> tuple[dict, list[Turns]]:
+        if "chosen" in row:
+            return row, list(preference(row))
+        return row, [conversation(row)]
+
+    found = read_rows(reward.score, parse, tune.on_bad_row, "--score")
     chats = [turns for _, group in found for turns in group]
     scores = iter(score_answers(model, tokenizer, chats, run.batch_size, machine))
     names = {1: ("reward",), 2: ("chosen_reward", "rejected_reward")}
     rows = [row | {name: next(scores) for name in names[len(group)]} for row, group in found]
-    right = [row["chosen_reward"] > row["rejected_reward"] for row in rows if "chosen" in row]
     write_jsonl(out, rows)
-    say(
-        f"{len(rows)} rows scored in {out}",
-        *(
-            [
-                f"the chosen answer scores higher in "
-                f"{sum(right) / len(right):.1%} of {len(right)} pairs"
-            ]
-            if right
-            else ()
-        ),
-    )
+
+    say(f"{len(rows)} rows scored in {out}")
+    pairs = [row for row in rows if "chosen" in row]
+    if pairs:
+        right = sum(row["chosen_reward"] > row["rejected_reward"] for row in pairs)
+        say(f"the chosen answer scores higher in {right / len(pairs):.1%} of {len(pairs)} pairs")
     return 0
 
 
@@ -5873,7 +7136,15 @@ def score_rows(
 # Planning: what a checkpoint is, what a run takes, the fastest flags
 # ==================================================================================================
 
-BENCH_STEPS = (2, 3)  # to warm up, and timed
+BENCH_WARMUP = 2  # steps before timing
+
+BENCH_REPEATS = (3, 12)  # fewest and most timings of a trial
+
+BENCH_SECONDS = 1.0  # a timing takes at least so long
+
+BENCH_STABLE = 0.03  # timings agree where their median is known so well
+
+BENCH_TOKENS = 1 << 19  # of a micro-batch: more never trains better, and is not tried
 
 BENCH_GAIN = 1.03  # of the best speed: below it a change is not followed
 
@@ -5892,49 +7163,61 @@ def describe_data(path: Path) -> Iterator[str]:
 
 def describe_checkpoint(path: Path) -> Iterator[str]:
     saved = load_checkpoint(path)
-    config, best = ModelSettings(**saved["config"]), saved.get("best_val", math.inf)
-    counts, inside = parameter_counts(config), saved["tokenizer"]
-    kind = "of the original program" if saved["original"] else saved.get("kind", "model")
-    told = f", best validation loss {best:.4f}" if best < math.inf else ""
-    yield f"{path}: {kind}, step {saved.get('step', '?')}{told}, {path.stat().st_size / 1e6:.1f} MB"
+    config = ModelSettings(**saved["config"])
+    counts = parameter_counts(config)
+    kind = saved.get("kind", "model")
+    if saved["original"]:
+        kind = "of the original program"
+    best = ""
+    if saved.get("best_val", math.inf) < math.inf:
+        best = f", best validation metric {saved['best_val']:.4f}"
+    size = path.stat().st_size / 1e6
+    yield f"{path}: {kind}, step {saved.get('step', '?')}{best}, {size:.1f} MB"
     yield (
         f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
         f"{counts['head'] or 'tied'}, layers {counts['blocks']:,}), "
-        f"{short(flops_per_token(config))} training FLOPs a token"
+        f"{short(flops_per_token(config))} training FLOPs per token"
     )
     yield "config: " + " ".join(f"{k}={v}" for k, v in saved["config"].items())
-    yield "tokenizer: " + (
-        f"{Tokenizer(bytes(inside)).vocab_size:,} pieces, inside"
-        if inside
-        else "none inside, use --spm"
-    )
+    if saved["tokenizer"]:
+        pieces = Tokenizer(bytes(saved["tokenizer"])).vocab_size
+        yield f"tokenizer: {pieces:,} pieces, in the checkpoint"
+    else:
+        yield "tokenizer: none in the checkpoint, use --spm"
 
 
 def plan_memory(
     config: ModelSettings, settings: InfoSettings, optim: OptimSettings
 ) -> dict[str, float]:
-    """Bytes on a device: weights, gradients, optimiser, activations (bf16, fused attention)."""
-    counts, tokens = parameter_counts(config), settings.batch_size * config.seq_len
-    total, active = counts["total"], config.n_expert_active if config.n_expert else 1
-    layer = 4 * (
-        config.head_size * (config.n_head + config.kv_heads)
-        + 3 * config.d_model
-        + 2 * config.hidden * active
-    )
-    inputs = 2 * config.d_model * config.n_layer  # all that --grad_checkpoint keeps of most layers
-    kept = inputs + layer if settings.grad_checkpoint else layer * config.n_layer
-    moments = 8 * total - 4 * counts["blocks"] * (optim.optimizer == "muon")
+    """Bytes on a device: weights, gradients, optimizer, activations (bf16, fused attention)."""
+    counts = parameter_counts(config)
+    total = counts["total"]
+    tokens = settings.batch_size * config.seq_len
+    active = config.n_expert_active if config.n_expert else 1
+    heads = config.head_size * (config.n_head + config.kv_heads)
+    layer = 4 * (heads + 3 * config.d_model + 2 * config.ffn_width * active)
+    activations = layer * config.n_layer
+    if settings.grad_checkpoint:  # of most layers only the input is kept
+        activations = 2 * config.d_model * config.n_layer + layer
+
+    optimizer = 8 * total
+    if optim.optimizer == "muon":
+        optimizer -= 4 * counts["blocks"]
+    if optim.ema:
+        optimizer += 4 * total
+    logits = min(tokens, LOSS_ROWS) * config.vocab_size * 10
     return {
-        "weights": 6 * total,  # fp32, and the bf16 copies that the matmuls read
+        "weights": 6 * total,  # fp32, and the bf16 copies that matmuls read
         "gradients": 4 * total,
-        "optimiser": moments + 4 * total * bool(optim.ema),
-        "activations": tokens * kept + min(tokens, LOSS_ROWS) * config.vocab_size * 10,
+        "optimizer": optimizer,
+        "activations": tokens * activations + logits,
     }
 
 
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
     """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
-    counts, flops = parameter_counts(config), flops_per_token(config)
+    counts = parameter_counts(config)
+    flops = flops_per_token(config)
     tokens = settings.tokens or 20 * counts["active"]  # (Hoffmann et al. 2022)
     yield (
         f"{settings.preset or 'model'}: {counts['total']:,} parameters (embedding "
@@ -5944,17 +7227,21 @@ def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) ->
     )
     memory = plan_memory(config, settings, optim)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-    yield f"memory a device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
+    yield f"memory per device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
     step = settings.batch_size * settings.grad_accum_steps * settings.gpus * config.seq_len
     yield (
-        f"compute: {short(flops)} FLOPs a token, {flops * tokens:.3g} for {short(tokens)} "
+        f"compute: {short(flops)} FLOPs per token, {flops * tokens:.3g} for {short(tokens)} "
         f"tokens, {tokens / step:,.0f} steps of {step:,} tokens"
     )
-    peak = (flops_of(settings.gpu) or 0.0) * settings.gpus
-    if speed := settings.tok_per_s or peak * settings.mfu / flops:
+    speed = settings.tok_per_s
+    if not speed:
+        speed = (flops_of(settings.gpu) or 0.0) * settings.gpus * settings.mfu / flops
+    if speed:
         hours = tokens / speed / 3600
-        cost = f", ${hours * settings.usd_per_hour:,.2f}" if settings.usd_per_hour else ""
-        yield f"time: {hours:,.1f} hours at {short(speed)} tokens a second{cost}"
+        cost = ""
+        if settings.usd_per_hour:
+            cost = f", ${hours * settings.usd_per_hour:,.2f}"
+        yield f"time: {hours:,.1f} hours at {short(speed)} tokens per second{cost}"
     elif settings.gpu:
         raise UserError(f"the speed of --gpu {settings.gpu} is not known", "give --tok_per_s")
     else:
@@ -5966,14 +7253,33 @@ def planned(settings: InfoSettings, model: ModelSettings) -> ModelSettings:
     return replace(model, vocab_size=vocab)
 
 
+def stable(speeds: list[float]) -> bool:
+    """Whether the timings agree: half of them lie within BENCH_STABLE of their median."""
+    fewest, most = BENCH_REPEATS
+    if len(speeds) < fewest:
+        return False
+    low, middle, high = np.percentile(speeds, (25, 50, 75))
+    return len(speeds) >= most or high - low <= BENCH_STABLE * middle
+
+
+def time_row(trainer: Trainer) -> dict:
+    """The metrics of as many steps as BENCH_SECONDS hold."""
+    began = time.monotonic()
+    while True:
+        trainer.train_step(0)
+        if time.monotonic() - began >= BENCH_SECONDS:
+            return trainer.metrics.row(0.0)
+
+
 def time_steps(
     config: ModelSettings, optim: OptimSettings, device: DeviceSettings, run: RunSettings
 ) -> dict:
-    """The gauges' row of a few steps on random tokens, after others that warm up."""
-    machine, network = open_machine(device), Transformer(config)
+    """The metrics of training steps on random tokens, timed until their speed is stable."""
+    machine = open_machine(device)
+    network = Transformer(config)
     network.init_weights(device.seed)
     network.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    size = sum(BENCH_STEPS) * run.batch_size * config.seq_len + 1
+    size = (BENCH_WARMUP + 8) * run.batch_size * config.seq_len + 1
     ids = np.random.default_rng(device.seed).integers(config.vocab_size, size=size)
     job = Job(
         "bench",
@@ -5985,41 +7291,50 @@ def time_steps(
     )
     with contextlib.redirect_stderr(io.StringIO()):
         trainer = Trainer(job, machine, run, optim, {"seed": device.seed}, None)
-        for count in BENCH_STEPS:
-            for _ in range(count):
-                trainer.train_step(0)
-            row = trainer.metrics.row(0.0)  # of the time since the row before
-    return row
+        for _ in range(BENCH_WARMUP):
+            trainer.train_step(0)
+        trainer.metrics.row(0.0)  # ends the warm-up, and begins to count
+        speeds = []
+        while not stable(speeds):
+            row = time_row(trainer)
+            speeds.append(row["perf/tok_per_s"])
+    return row | {"perf/tok_per_s": float(np.median(speeds))}
 
 
 def trial(
     config: ModelSettings, optim: OptimSettings, device: DeviceSettings, flags: dict
 ) -> float:
-    """Tokens a second of training with these flags, 0 where they do not fit in memory. It has a
+    """Tokens per second of training with these flags, 0 where they do not fit in memory. It has a
     process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
     step = {name: value for name, value in flags.items() if name != "dtype"}
-    device, told = replace(device, dtype=flags["dtype"]), "does not fit in memory"
+    device = replace(device, dtype=flags["dtype"])
+    shown = " ".join(f"--{name} {value}" for name, value in flags.items())
     with tempfile.TemporaryDirectory() as out, worker_pool(1, "spawn") as pool:
-        run = RunSettings(out_dir=out, **step)  # too few steps for a log or an evaluation
+        run = RunSettings(out_dir=out, max_steps=1_000_000, log_interval=1_000_000, **step)
+        run = replace(run, eval_interval=1_000_000)
         try:
             row = pool.submit(time_steps, config, optim, device, run).result()
-            told = f"{short(row['perf/tok_per_s'])} tokens a second"
-            told += f", mfu {row['perf/mfu']:.1%}" if row["perf/mfu"] else ", mfu unknown"
-            told += f", {row['gpu/memory_gb']:.2f} GB" if "gpu/memory_gb" in row else ""
-        except RuntimeError as fault:  # killed, or told so by torch
-            row = {"perf/tok_per_s": 0.0}
-            if not isinstance(fault, BrokenProcessPool) and "allocate" not in str(fault):
+        except RuntimeError as fault:  # killed, or refused by torch
+            if not isinstance(fault, BrokenProcessPool) and not out_of_memory(fault):
                 raise
-    say("  " + " ".join(f"--{name} {value}" for name, value in flags.items()) + f": {told}")
+            say(f"  {shown}: does not fit in memory")
+            return 0.0
+    figures = f"{short(row['perf/tok_per_s'])} tokens per second"
+    if row["perf/mfu"]:
+        figures += f", mfu {row['perf/mfu']:.1%}"
+    if "gpu/memory_gb" in row:
+        figures += f", {row['gpu/memory_gb']:.2f} GB"
+    say(f"  {shown}: {figures}")
     return row["perf/tok_per_s"]
 
 
 def fastest(
-    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict]
+    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict], largest: int
 ) -> tuple[dict, float]:
     """The flags of most speed, and that: each change is made to the best so far, and the batch
-    doubled for as long as it pays; layers are recomputed where memory ended that."""
-    most, full = 0.0, False
+    doubled, up to the `largest`, while it pays; layers are recomputed where memory ended that."""
+    most = 0.0
+    full = False
     for change in (*changes, {"grad_checkpoint": 1}):
         tried = flags | change
         if tried["grad_checkpoint"]:
@@ -6030,7 +7345,7 @@ def fastest(
             before = most
             if found > most:
                 flags, most = tried, found
-            if found < BENCH_GAIN * before:
+            if found < BENCH_GAIN * before or 2 * tried["batch_size"] > largest:
                 break
             tried = tried | {"batch_size": 2 * tried["batch_size"]}
         full = full or not found
@@ -6138,40 +7453,37 @@ def print_stream(stream: Iterator[tuple[int, int]], prompt: str, text: TextStrea
 
 
 def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
-    """All completions, to the terminal or as rows of a .jsonl, and a count of how they fare."""
+    """All completions, to the terminal or as rows of a .jsonl, and how many of them ended."""
     if settings.out:
         write_jsonl(settings.out, rows)
         say(f"{len(rows)} completions in {settings.out}")
     else:
         between = "\n> " if settings.chat else ""
-        say(
-            *(
-                f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}"
-                for i, row in enumerate(rows, 1)
-            )
-        )
-    same = [
-        row["completion"].strip() == str(row["expected"]).strip()
-        for row in rows
-        if "expected" in row
-    ]
-    say(
-        f"{sum(row['ended'] for row in rows) / len(rows):.1%} ended with </s>"
-        + (f"; {sum(same) / len(same):.1%} are the expected answer" if same else "")
-    )
+        for i, row in enumerate(rows, 1):
+            say(f"--- {i} of {len(rows)}\n{row['prompt']}{between}{row['completion']}")
+
+    ended = sum(row["ended"] for row in rows)
+    figures = f"{ended / len(rows):.1%} ended with </s>"
+    expected = [row for row in rows if "expected" in row]
+    if expected:
+        same = sum(row["completion"].strip() == str(row["expected"]).strip() for row in expected)
+        figures += f"; {same / len(expected):.1%} equal the expected answer"
+    say(figures)
 
 
 def cmd_prep(settings: PrepSettings) -> int:
     began = time.monotonic()
     meta = prepare(settings)
     seconds = max(time.monotonic() - began, 1e-9)
-    total = sum(counts["bytes"] for counts in meta["splits"].values())
-    say(
-        *(
+    total = 0
+    for name, counts in meta["splits"].items():
+        total += counts["bytes"]
+        ratio = counts["bytes"] / max(1, counts["tokens"])
+        say(
             f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['bytes']:,} bytes ({counts['bytes'] / max(1, counts['tokens']):.2f} a token)"
-            for name, counts in meta["splits"].items()
-        ),
+            f"{counts['bytes']:,} bytes ({ratio:.2f} per token)"
+        )
+    say(
         f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
         f"{total / 1e6 / seconds:.1f} MB/s",
         f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}",
@@ -6242,10 +7554,11 @@ def cmd_dpo(
 ) -> int:
     tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
     train, val = tuning.parts(lambda row: (list(preference(row)), [0.0]), last_answer)
-    network, loss = tuning.network(), functools.partial(preference_loss, settings=dpo)
+    network = tuning.network()
     if dpo.loss not in REFERENCE_FREE:
-        tuning.told["reference"] = tuning.key
+        tuning.extra["reference"] = tuning.key
         add_reference(tuning, network, [stream for *_, stream in train + val])
+    loss = functools.partial(preference_loss, settings=dpo)
     return tuning.start(network, train, val, loss, PAIR_METRICS)
 
 
@@ -6274,68 +7587,53 @@ def cmd_grpo(
     rollout: RolloutSettings,
     policy: PolicySettings,
     value: ValueSettings,
-    lora: LoraSettings,
+    lora: GrpoLora,
     optim: GrpoOptim,
     device: DeviceSettings,
 ) -> int:
     tuning = Tuning("grpo", run, tune, lora, optim, device, task, rollout, policy, value)
     machine, most = tuning.machine, rollout.max_new_tokens
-    if rollout.prompts % machine.world:
-        raise UserError(
-            f"--prompts {rollout.prompts} cannot be shared by {machine.world} ranks",
-            f"use a multiple of {machine.world}",
-        )
-    if most >= (room := tuning.config.seq_len):
-        raise UserError(
-            f"--max_new_tokens {most} leaves a prompt no room in a context of {room}",
-            "use fewer, or a longer --seq_len",
-        )
-    rewards = Rewards(
-        rollout.reward or (TASK_REWARDS.get(task.task, "number"),),
-        rollout.reward_timeout,
-        run.batch_size,
-        machine,
-    )
+    check_rollouts(rollout, policy, machine.world, tuning.config.seq_len)
+    specs = rollout.reward or (TASK_REWARDS.get(task.task, "number"),)
+    rewards = Rewards(specs, rollout.reward_timeout, run.batch_size, machine)
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
 
     def parse(row: dict) -> Row:
         turns, answer = row_prompt(row)
-        row = {"pattern": rollout.pattern or None, "answer": answer} | row
-        row = {key: value for key, value in row.items() if value is not None}
+        row = present({"pattern": rollout.pattern or None, "answer": answer} | row)
         return [turns], (turns, rewards.check(row))
 
     def stream(groups: list[list[Example]], known: list, _: int, seed: int) -> Prompts:
         problems = [Problem(one.ids, *told) for (one,), told in zip(groups, known, strict=True)]
         return Prompts(problems, seed, rollout.prompts, rollout.group_size * most)
 
-    train, val = tuning.parts(parse, lambda *args, limit: question(*args, limit - most), stream)
+    def prompt(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
+        return question(tokenizer, turns, limit - most)
+
+    train, val = tuning.parts(parse, prompt, stream)
     network = tuning.network()
-    critic = tuning.network(scalar_head=True) if policy.advantage == "gae" else None
-    sampler = Sampler(
-        network,
-        tuning.tokenizer,
-        rewards,
-        rollout,
-        machine,
-        run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda"),
-    )
+    critic = None
+    if policy.advantage == "gae":
+        critic = tuning.network(scalar_head=True)
+        if lora.lora_rank:
+            attach_lora(critic, lora, tuning.seed)
+    compiles = run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda")
+    sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, compiles)
     held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
-    if policy.kl:  # a run begun without has no reference to go on with
-        tuning.told["reference"] = tuning.key
-    loss, make = (
-        functools.partial(policy_loss, settings=policy),
-        functools.partial(
-            PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic
-        ),
+    if policy.kl:  # a run begun without it has no reference to go on with
+        tuning.extra["reference"] = tuning.key
+    make = functools.partial(
+        PolicyTrainer, sampler=sampler, policy=policy, value=value, critic=critic
     )
     return tuning.start(
         network,
         train,
         val,
-        loss,
+        functools.partial(policy_loss, settings=policy),
         make=make,
         samples=lambda _: sampler.shown(),
-        best="val/error",
+        best="val/error" if rewards.yes_or_no else "val/reward",
+        maximise=not rewards.yes_or_no,
         evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {},
     )
 
@@ -6343,7 +7641,8 @@ def cmd_grpo(
 def cmd_generate(
     settings: GenerateSettings, sampling: SamplingSettings, device: DeviceSettings
 ) -> int:
-    machine, saved = open_machine(device), load_checkpoint(settings.ckpt)
+    machine = open_machine(device)
+    saved = load_checkpoint(settings.ckpt, settings.base)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
     requests = make_requests(settings, tokenizer, saved)
     if settings.out:
@@ -6410,27 +7709,36 @@ def cmd_bench(
 ) -> int:
     if "RANK" in os.environ:
         raise UserError("bench times one device", "start it with python; --gpus plans for several")
-    config, place = planned(settings, model), pick_device(device.device)
+    config = planned(settings, model)
+    place = pick_device(device.device)
     flags = {
         "batch_size": settings.batch_size,
         "dtype": device.dtype,
         "compile": "0",
         "grad_checkpoint": 0,
     }
-    other = device.dtype == "auto" and pick_dtype("auto", place) != torch.float32
-    changes = [{}, *[{"dtype": "fp32"}] * other, *[{"compile": "1"}] * can_compile(place)]
-    say(f"training on {place.type}, a trial a line:")
-    flags, speed = fastest(functools.partial(trial, config, optim, device), flags, changes)
+    changes: list[dict] = [{}]
+    if device.dtype == "auto" and pick_dtype("auto", place) != torch.float32:
+        changes.append({"dtype": "fp32"})
+    if can_compile(place):
+        changes.append({"compile": "1"})
+    largest = max(settings.batch_size, BENCH_TOKENS // config.seq_len)
+    say(f"training on {place.type}, one trial per line:")
+    flags, speed = fastest(functools.partial(trial, config, optim, device), flags, changes, largest)
     if not speed:
         raise UserError(
             "not even the smallest batch fits in memory",
             "use --batch_size 1, a shorter --seq_len or a smaller model",
         )
-    settings.batch_size, settings.grad_checkpoint = flags["batch_size"], flags["grad_checkpoint"]
-    settings.tok_per_s = speed * settings.gpus
+    planned_run = replace(
+        settings,
+        batch_size=flags["batch_size"],
+        grad_checkpoint=bool(flags["grad_checkpoint"]),
+        tok_per_s=speed * settings.gpus,
+    )
     say(
         "fastest: " + " ".join(f"--{name} {value}" for name, value in flags.items()),
-        *plan(settings, config, optim),
+        *plan(planned_run, config, optim),
     )
     return 0
 
@@ -6450,42 +7758,38 @@ def docstrings(code: str) -> Iterator[str]:
             yield ast.get_docstring(node) or ""
 
 
-def demo_rows(out: Path) -> None:
-    """The docstrings of the interpreter's own library; and sums, answered in two styles, one of
-    which is preferred."""
-    texts: dict[str, None] = {}  # in order, each once
+def library_texts() -> list[str]:
+    """The docstrings of the interpreter's own library, each once."""
+    texts: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if {"test", "tests", "site-packages", "dist-packages"} & set(path.parts):
             continue
         with contextlib.suppress(SyntaxError, ValueError):  # of templates and odd encodings
             code = path.read_text(encoding="utf-8", errors="replace")
             texts |= dict.fromkeys(docstrings(code))
-    prose = [{"text": text} for text in texts if len(text) >= 200]
-    if sum(len(row["text"]) for row in prose) < 200_000:
+    texts = [text for text in texts if len(text) >= 200]
+    if sum(map(len, texts)) < 200_000:
         raise UserError(
             "this Python was installed without its documentation",
-            f"bring your own: python {PROGRAM} prep --text_path FILE --out_dir data",
+            f"use your own text: python {PROGRAM} prep --text_path FILE --out_dir data",
         )
-    pairs = [
-        {
-            "prompt": f"What is {a} + {b}?",
-            "chosen": f"The sum is {a + b}.",
-            "rejected": str(a + b),
-            "answer": str(a + b),
-        }
-        for a in range(10)
-        for b in range(10)
-    ]
-    write_jsonl(out / "corpus.jsonl", prose)
+    return texts
+
+
+def demo_rows(out: Path) -> None:
+    """The library's docstrings; and sums, answered in two styles, one of which is preferred."""
+    pairs, chats = [], []
+    for a in range(10):
+        for b in range(10):
+            prompt, answer = f"What is {a} + {b}?", str(a + b)
+            chosen, rejected = f"The sum is {answer}.", answer
+            both = {"chosen": chosen, "rejected": rejected}
+            pairs.append({"prompt": prompt, **both, "answer": answer})
+            chats.append({"prompt": prompt, "response": chosen})
+            chats.append({"prompt": prompt, "response": rejected})
+    write_jsonl(out / "corpus.jsonl", ({"text": text} for text in library_texts()))
     write_jsonl(out / "pairs.jsonl", pairs)
-    write_jsonl(
-        out / "chats.jsonl",
-        (
-            {"prompt": pair["prompt"], "response": pair[style]}
-            for pair in pairs
-            for style in ("chosen", "rejected")
-        ),
-    )
+    write_jsonl(out / "chats.jsonl", chats)
 
 
 def demo_step(command: Callable[..., int], flags: str) -> None:
@@ -6495,33 +7799,51 @@ def demo_step(command: Callable[..., int], flags: str) -> None:
         raise UserError(f"the demo stopped at {name}", "run the line above again by hand")
 
 
-def cmd_demo(settings: DemoSettings) -> int:
-    folder = Path(settings.out_dir)
-    out, steps = shlex.quote(str(folder)), settings.max_steps or (60 if settings.quick else 250)
-    vocab, layers, width, batch = (1024, 2, 128, 8) if settings.quick else (4096, 4, 256, 16)
-    shape = f"--n_layer {layers} --d_model {width} --n_head 4 --ffn_mult 3 --seq_len 256"
-    ask = "--chat --prompt 'What is 3 + 4?' --num_samples 4 --temperature 1 --max_new_tokens 16"
-    for name in ("begun", "run", "sft", "dpo", "grpo"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    say("This demo trains a small model on the documentation of your Python interpreter.")
-    demo_rows(folder)
+@dataclass(frozen=True)
+class DemoSizes:
+    """What the demo trains: sizes of its model and numbers of its steps."""
+
+    vocab: int
+    layers: int
+    width: int
+    batch: int
+    steps: int
+    grpo_steps: int
+
+
+def demo_sizes(settings: DemoSettings) -> DemoSizes:
+    if settings.quick:
+        return DemoSizes(1024, 2, 128, 8, settings.max_steps or 60, 30)
+    return DemoSizes(4096, 4, 256, 16, settings.max_steps or 250, 80)
+
+
+def demo_pretraining(out: str, sizes: DemoSizes) -> None:
+    """Text to a small base model, and what it writes after one step and after all."""
     demo_step(
         cmd_prep,
-        f"--text_path {out}/corpus.jsonl --out_dir {out}/data --vocab_size {vocab} "
+        f"--text_path {out}/corpus.jsonl --out_dir {out}/data --vocab_size {sizes.vocab} "
         "--val_split 0.05 --overwrite",
     )
-    for about, name, count in (
+    shape = (
+        f"--n_layer {sizes.layers} --d_model {sizes.width} --n_head 4 --ffn_mult 3 --seq_len 256"
+    )
+    for about, name, steps in (
         ("After a single step it writes:", "begun", 1),
-        ("After its training:", "run", steps),
+        ("After its training:", "run", sizes.steps),
     ):
         demo_step(
             cmd_train,
-            f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {batch} "
-            f"--lr 0.002 --warmup_steps {steps // 10} --eval_interval {max(1, steps // 4)} "
-            f"{shape} --compile 0 --max_steps {count}",
+            f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {sizes.batch} "
+            f"--lr 0.002 --warmup_steps {sizes.steps // 10} "
+            f"--eval_interval {max(1, sizes.steps // 4)} {shape} --compile 0 --max_steps {steps}",
         )
         say("", about)
         demo_step(cmd_generate, f"--ckpt {out}/{name} --prompt 'Return a' --max_new_tokens 60")
+
+
+def demo_alignment(out: str, sizes: DemoSizes) -> None:
+    """The base model is taught to answer, to prefer one style, and to be right."""
+    ask = "--chat --prompt 'What is 3 + 4?' --num_samples 4 --temperature 1 --max_new_tokens 16"
     for about, command, start, flags in (
         (
             "Now it is taught to answer questions, in two styles:",
@@ -6530,7 +7852,7 @@ def cmd_demo(settings: DemoSettings) -> int:
             f"--data {out}/chats.jsonl --epochs 30 --batch_size 4 --lr 0.002",
         ),
         (
-            "And to prefer the kinder one:",
+            "And to prefer the more polite one:",
             cmd_dpo,
             "sft",
             f"--data {out}/pairs.jsonl --epochs 3 --batch_size 8 --lr 0.0001 --beta 0.3",
@@ -6539,7 +7861,7 @@ def cmd_demo(settings: DemoSettings) -> int:
             "And, by reinforcement learning, to give the right sum, which dpo made it forget:",
             cmd_grpo,
             "dpo",
-            f"--data {out}/pairs.jsonl --max_steps {30 if settings.quick else 80} --prompts 25 "
+            f"--data {out}/pairs.jsonl --max_steps {sizes.grpo_steps} --prompts 25 "
             "--max_new_tokens 16 --batch_size 100 --lr 0.002 --optimizer muon --warmup_steps 2",
         ),
     ):
@@ -6550,16 +7872,27 @@ def cmd_demo(settings: DemoSettings) -> int:
             f"--ckpt {out}/{start} --out_dir {out}/{name} {flags} --compile 0 --val_split 0",
         )
         demo_step(cmd_generate, f"--ckpt {out}/{name} {ask}")
-    log = (folder / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def cmd_demo(settings: DemoSettings) -> int:
+    folder = Path(settings.out_dir)
+    out = shlex.quote(str(folder))
+    sizes = demo_sizes(settings)
+    for name in ("begun", "run", "sft", "dpo", "grpo"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    say("This demo trains a small model on the documentation of your Python interpreter.")
+    demo_rows(folder)
+    demo_pretraining(out, sizes)
+    demo_alignment(out, sizes)
+
+    log = (folder / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in log if line]
+    rewards = [row["train/reward"] for row in rows if "train/reward" in row]
+    say("", "fraction of correct sums, step by step of grpo:", curve(rewards))
     say(
         "",
-        "share of right sums, step by step of grpo:",
-        curve([row["train/reward"] for row in map(json.loads, log) if "train/reward" in row]),
-    )
-    say(
-        "",
-        f"The model is {out}/run/ckpt_best.pt. What you may do next:",
-        f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {steps * 4}",
+        f"The model is {out}/run/ckpt_best.pt. What you can do next:",
+        f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {sizes.steps * 4}",
         f"  python {PROGRAM} info {out}/run",
         f"  python convert_to_llama.py --ckpt {out}/run/ckpt_best.pt --out {out}/hf",
         f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data",
@@ -6605,35 +7938,63 @@ COMMANDS = {
 def complain(fault: UserError) -> int:
     """Print a fault, once where all ranks share it: rank 0 ends the others before they speak."""
     rank = int(os.environ.get("RANK", 0))
-    time.sleep(OTHER_RANKS_WAIT_S if rank else 0)
-    speaker = f"rank {rank}: " if rank else ""
+    speaker = ""
+    if rank:
+        time.sleep(OTHER_RANKS_WAIT_S)
+        speaker = f"rank {rank}: "
     say_aside(f"{speaker}{fault}")
     return 2
 
 
-def out_of_memory(fault: BaseException) -> UserError | None:
-    """The sentence for memory that ran out, or None where the fault is another."""
-    told = str(fault)
-    by_torch_on_cpu = "can't allocate memory" in told or "Cannot allocate memory" in told
-    by_type = isinstance(fault, (MemoryError, torch.OutOfMemoryError))
-    if not by_type and not by_torch_on_cpu:
-        return None
-    return UserError(
-        f"memory ran out ({told.splitlines()[0] if told else type(fault).__name__})",
-        "use a smaller --batch_size, a shorter --seq_len or a smaller model; when training, "
-        "--grad_checkpoint also saves memory",
-    )
+def flags_elsewhere(command: Command) -> dict[str, list[str]]:
+    """Commands by the flags that they have and this one lacks."""
+    own = {f.name for f in flags(*settings_of(command.run))}
+    found: dict[str, list[str]] = {}
+    for name, other in COMMANDS.items():
+        for f in flags(*settings_of(other.run)):
+            if f.name not in own and not f.metadata["positional"]:
+                found.setdefault(f"--{f.name}", []).append(name)
+    return found
+
+
+def earlier_flags(argv: list[str]) -> str:
+    """The args.txt of the run that a command line is about, if it does not read one itself."""
+    if any(word.startswith("@") for word in argv):
+        return ""
+    for place, word in enumerate(argv):
+        out = ""
+        if word == "--out_dir":
+            out = "".join(argv[place + 1 : place + 2])
+        elif word.startswith("--out_dir="):
+            out = word.partition("=")[2]
+        if out and os.path.exists(f"{out}/args.txt"):
+            return f"{out}/args.txt"
+    return ""
+
+
+def with_hint(fault: UserError, args: str) -> UserError:
+    """The fault, and where the flags of the run stand that was to be resumed."""
+    if not args or f"@{args}" in str(fault):
+        return fault
+    (what, fix), *more = fault.faults
+    hint = f"to go on with the run there, repeat its flags with @{args}"
+    return UserError(what, f"{fix}; {hint}", *more)
 
 
 def run_command(command: Command, argv: list[str]) -> int:
     """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
+    earlier = earlier_flags(argv)
     try:
-        code = command.run(*read_command(command.run, argv, command.about, command.example))
+        code = command.run(
+            *read_command(
+                command.run, argv, command.about, command.example, flags_elsewhere(command)
+            )
+        )
         if dist.is_initialized():  # not after a bug: a traceback must not wait for other ranks
             dist.destroy_process_group()
         return code
     except UserError as fault:
-        return complain(fault)
+        return complain(with_hint(fault, earlier))
     except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is a RuntimeError
         if sentence := out_of_memory(fault):
             return complain(sentence)
@@ -6651,7 +8012,9 @@ def run_command(command: Command, argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; the exit code."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
+    if argv is None:
+        argv = sys.argv[1:]
+    name, *rest = argv or ["help"]
     if name in ("-h", "--help", "help"):
         rows = "\n".join(f"  {name:10}{command.about}" for name, command in COMMANDS.items())
         print(
@@ -6661,8 +8024,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)
-    near = [f"did you mean {close}?" for close in difflib.get_close_matches(name, COMMANDS, 1)]
-    return complain(UserError(f"{name} is no command", *near or [f"choose {either(COMMANDS)}"]))
+    fix = f"choose {either(COMMANDS)}"
+    if near := difflib.get_close_matches(name, COMMANDS, 1):
+        fix = f"did you mean {near[0]}?"
+    return complain(UserError(f"{name} is not a command", fix))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def search(table, batch_size=4):
         speed,
         {"batch_size": batch_size, "compile": "0", "grad_checkpoint": 0},
         [{}, {"compile": "1"}],
+        1 << 20,
     )
     return (found["batch_size"], found["compile"], found["grad_checkpoint"]), most, tried
 
@@ -92,7 +93,7 @@ def test_bench_as_typed(run, monkeypatch):
         ]
     )
     assert code == 0, err
-    trials = re.findall(r"^  (--.*): ([\d.]+)([KM]?) tokens a second", told, re.MULTILINE)
+    trials = re.findall(r"^  (--.*): ([\d.]+)([KM]?) tokens per second", told, re.MULTILINE)
     sizes = [int(re.search(r"--batch_size (\d+)", flags)[1]) for flags, *_ in trials]
     assert sizes[:2] == [64, 128]
     # By all its flags: where the CPU has bf16, one batch size is timed in fp32 as well.

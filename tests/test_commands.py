@@ -414,7 +414,7 @@ def test_a_plans_memory_is_its_sum_and_follows_what_it_should(run):
         parts = {
             name: float(size)
             for name, size in re.findall(r"(\w+) ([\d.]+)[ )]", line + " ")
-            if name in ("weights", "gradients", "optimiser", "activations")
+            if name in ("weights", "gradients", "optimizer", "activations")
         }
         assert figure(line, r"about: ([\d.]+) GB") == pytest.approx(sum(parts.values()), abs=0.021)
         return parts
@@ -422,8 +422,8 @@ def test_a_plans_memory_is_its_sum_and_follows_what_it_should(run):
     plain, total = memory("--optimizer", "adamw"), 137_841_408
     assert plain["gradients"] == pytest.approx(4 * total / 1e9, abs=0.0051)
     assert plain["weights"] == pytest.approx(6 * total / 1e9, abs=0.0051)
-    assert plain["optimiser"] == pytest.approx(8 * total / 1e9, abs=0.0051)
-    assert memory("--optimizer", "muon")["optimiser"] < plain["optimiser"]
+    assert plain["optimizer"] == pytest.approx(8 * total / 1e9, abs=0.0051)
+    assert memory("--optimizer", "muon")["optimizer"] < plain["optimizer"]
     assert memory("--grad_checkpoint", 1)["activations"] < plain["activations"] / 2
     wide = memory("--batch_size", 80, "--optimizer", "adamw")
     assert 5 < wide["activations"] / plain["activations"] <= 10.1
@@ -442,7 +442,7 @@ def test_a_plans_optimiser_is_what_is_really_kept(run, moments, flags):
     matrices = sum(w.numel() for kind in ("qkv", "hidden") for w in kinds[kind])
     rest = sum(w.numel() for w in model.parameters()) - matrices
     want = (moments * matrices + 8 * rest) / 1e9
-    assert figure(line, r"optimiser ([\d.]+)") == pytest.approx(want, rel=0.01)
+    assert figure(line, r"optimizer ([\d.]+)") == pytest.approx(want, rel=0.01)
 
 
 def test_a_plan_of_experts_counts_the_active_ones(run):

@@ -542,7 +542,7 @@ def test_reverse_gives_the_checkpoint_back(model, tokenizer, folder, tmp_path):
     back = lm.load_checkpoint(tmp_path / "back.pt")
     assert back["tokenizer"] == tokenizer.data
     old, new = model.config, lm.ModelSettings(**back["config"])
-    for name in ("seq_len", "kv_heads", "head_size", "hidden", "tie", "rope_theta", "norm_eps"):
+    for name in ("seq_len", "kv_heads", "head_size", "ffn_width", "tie", "rope_theta", "norm_eps"):
         assert getattr(old, name) == getattr(new, name), name
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, back["model"][name]), name

@@ -290,7 +290,7 @@ def test_steps_of_fixed_shapes_write_the_same(line, monkeypatch):
         ends.append(end)
         return real(model, ids, positions, cache, end)
 
-    monkeypatch.setattr(lm, "compiled", lambda function, **options: {real: step}[function])
+    monkeypatch.setattr(lm, "compiled_once", lambda function, **options: {real: step}[function])
     monkeypatch.setattr(lm, "LEAST_END", 4)
     assert lm.complete(network, QUEUE, s, 11, stop, at_once=6, compiled=True) == want
     assert sizes[0] == 6 and set(sizes) <= {6, 3, 1} and sizes == sorted(sizes, reverse=True)

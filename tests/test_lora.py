@@ -305,7 +305,7 @@ def test_a_missing_model_is_a_sentence(adapted, tmp_path, run):
     (tmp_path / "copy" / own.name).unlink()  # which would be found beside the run
     other = own.rename(own.with_suffix(".away"))
     try:
-        complaint(run(["generate", "--ckpt", folder, "--prompt", "x"]), str(own), "is not there")
+        complaint(run(["generate", "--ckpt", folder, "--prompt", "x"]), str(own), "does not exist")
         shutil.copy(other, folder / own.name)  # what the sentence advises
         assert lm.load_checkpoint(folder)["model"]
     finally:
@@ -358,7 +358,7 @@ def test_advice_about_a_missing_model_does_not_overwrite_the_adapters(base, tmp_
     own.rename(tmp_path / "away.pt")
     assert (out / "ckpt_best.pt").exists()
     for name in ("ckpt_best.pt", "ckpt_last.pt"):
-        with pytest.raises(lm.UserError, match="is not there") as told:
+        with pytest.raises(lm.UserError, match="does not exist") as told:
             lm.load_checkpoint(out / name)
         assert f"copy it into {out}" not in str(told.value)  # it would replace ckpt_best.pt
 

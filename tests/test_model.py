@@ -165,7 +165,7 @@ def as_llama(model):
         LlamaConfig(
             vocab_size=c.vocab_size,
             hidden_size=c.d_model,
-            intermediate_size=c.hidden,
+            intermediate_size=c.ffn_width,
             num_hidden_layers=c.n_layer,
             num_attention_heads=c.n_head,
             head_dim=c.head_size,
@@ -236,7 +236,7 @@ def test_tied_head_is_one_tensor():
 def test_parameter_counts(shape):
     c, counts = config(**shape), lm.parameter_counts(config(**shape))
     qkv = (c.n_head + 2 * c.kv_heads) * c.head_size * c.d_model
-    block = qkv + c.n_head * c.head_size * c.d_model + 3 * c.d_model * c.hidden + 2 * c.d_model
+    block = qkv + c.n_head * c.head_size * c.d_model + 3 * c.d_model * c.ffn_width + 2 * c.d_model
     assert counts["blocks"] == c.n_layer * block + c.d_model
     assert counts["embedding"] == 61 * 32 and counts["head"] == (0 if c.tie else 61 * 32)
     assert counts["total"] == sum(p.numel() for p in build(**shape).parameters())

@@ -78,7 +78,7 @@ def test_presets_are_all_buildable_and_count_what_the_readme_says():
             **{"vocab_size": 32000, **{k: v for k, v in values.items() if k in known}}
         )
         assert not lm.check(config), name
-        d, width, D = config.d_model, config.hidden, config.head_size
+        d, width, D = config.d_model, config.ffn_width, config.head_size
         layer = d * D * (config.n_head + 2 * config.kv_heads) + d * D * config.n_head
         layer += 3 * d * width + 2 * d + (2 * D if config.qk_norm else 0)
         total = config.vocab_size * d + config.n_layer * layer + d + config.n_sink * d
@@ -188,7 +188,7 @@ def test_masks_equal_the_definition_written_out(name):
     config = lm.ModelSettings(**{**BASE, **OPTIONS[name]})
     model, ids = lm.Transformer(config), texts()
     length = config.n_sink + ids.shape[1]
-    documents, _ = model.documents(ids)
+    documents = model.documents(ids)[0] if config.doc_mask else None
     places = torch.arange(length).unsqueeze(0)
     attention_mask = lm.AttentionMask(places, places, documents, config.n_sink)
     q, k, v = (torch.randn(2, 4, length, 8, dtype=torch.float64) for _ in range(3))

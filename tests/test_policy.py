@@ -91,7 +91,7 @@ def paper_loss(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
     right_tokens = sum(len(one.ids) for one in answers if one.right)
     for one in answers:
         logps, entropy = own_logps(model, one, temperature)
-        each = gains(name, logps, one) + bonus * entropy
+        each = gains(name, logps, one)
         if kl:
             ratio = (one.reference - logps).exp()
             each = each - kl * (ratio - ratio.log() - 1)
@@ -101,6 +101,8 @@ def paper_loss(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
             objective = objective + each.sum() / (
                 len(answers) * most if name == "dr_grpo" else tokens
             )
+        # The bonus is the mean entropy of all tokens, however the loss itself is normalised.
+        objective = objective + bonus * entropy.sum() / tokens
         if name == "vapo" and one.right:
             objective = objective + 0.1 * logps.sum() / right_tokens
     return -objective
@@ -149,16 +151,21 @@ def micro_batch(answers, length, weights, scalars):
         torch.full((len(answers), length), lm.IGNORE),
     )
     old, advantages, reference = (torch.zeros(len(answers), length) for _ in range(3))
+    importance = torch.ones(len(answers), length)
     for row, one in enumerate(answers):
         whole, start = one.prompt + one.ids, len(one.prompt) - 1
         ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
         place = slice(start, start + len(one.ids))
         targets[row, place] = torch.tensor(one.ids)
         advantages[row, place] = one.advantages.float()
-        old[row, place] = math.nan if one.old is None else one.old.float()
+        old[row, place] = 0.0 if one.old is None else one.old.float()
         reference[row, place] = 0.0 if one.reference is None else one.reference.float()
-    scalars = torch.tensor(scalars).expand(len(answers), 2)
-    return ids, targets, old, advantages, reference, weights, scalars
+    unmoved = float(answers[0].old is None)
+    scalars = torch.tensor([*scalars, unmoved]).expand(len(answers), 3)
+    return ids, targets, old, advantages, reference, importance, weights, scalars
+
+
+METRICS = len(lm.POLICY_METRICS)  # behind them stand the log-probabilities
 
 
 def program_metrics(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
@@ -176,10 +183,11 @@ def program_metrics(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
     tokens, right = lengths.sum(), torch.tensor([float(one.right) for one in answers])
     each = lm.row_weights(lengths, settings.normalise, len(answers), tokens.item(), most)
     plain = settings.lm_loss * right * len(answers) / (lengths * right).sum().clamp(min=1)
-    weights, found = torch.stack((each, plain), 1), []
+    mean = torch.full_like(each, len(answers) / tokens.item())
+    weights, found = torch.stack((each, plain, mean), 1), []
     for begin, end, length in ((0, 3, 11), (3, 4, 4), (4, len(answers), 16)):
         micro = micro_batch(answers[begin:end], length, weights[begin:end], (temperature, bonus))
-        found.append(lm.policy_loss(model, *micro, settings))
+        found.append(lm.policy_loss(model, *micro, settings)[:METRICS])
     found = torch.stack(found)
     ends = found[:, -2].max(), found[:, -1].min()
     loss, *sums = found[:, :-2].sum(0)
@@ -262,7 +270,7 @@ def test_an_unlikely_token_without_a_reference_is_no_nan():
 def test_padding_and_prompts_have_no_say(ratio, rubbish):
     model, settings = build(), lm.PolicySettings(ratio=ratio, kl=0.1, entropy_target=1.0)
     answers = some_answers("grpo", model, 1.0)
-    micro = micro_batch(answers, 16, torch.rand(len(answers), 2), (1.0, 0.2))
+    micro = micro_batch(answers, 16, torch.rand(len(answers), 3), (1.0, 0.2))
     silent = micro[1] == lm.IGNORE
     other = [
         torch.where(silent, x, numbers) for x, numbers in zip(rubbish, micro[2:5], strict=True)

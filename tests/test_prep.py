@@ -260,11 +260,11 @@ def test_jsonl_documents_keep_newlines_and_lose_only_lone_surrogates(tmp_path):
     [
         ('{"text": "x"', "not JSON"),
         ("plain", "not JSON"),
-        ('["text"]', "no JSON object"),
+        ('["text"]', "not a JSON object"),
         ('{"body": "x", "id": 1}', "body, id"),
-        ('{"text": 5}', "no text under text"),
-        ('{"text": null}', "no text under text"),
-        ('"text"', "no JSON object"),
+        ('{"text": 5}', "no text under the key 'text'"),
+        ('{"text": null}', "no text under the key 'text'"),
+        ('"text"', "not a JSON object"),
         ("[" * 100_000, "not JSON"),
     ],
     ids=["cut", "plain", "list", "key", "number", "null", "string", "deep"],
@@ -918,7 +918,7 @@ DAMAGES = {
     "no folder": (shutil.rmtree, "does not exist"),
     "empty meta": (cut("meta.json", lambda data: b""), "not valid JSON"),
     "cut meta": (cut("meta.json", lambda data: data[:-5]), "not valid JSON"),
-    "meta of a list": (cut("meta.json", lambda data: b"[]"), "no JSON object"),
+    "meta of a list": (cut("meta.json", lambda data: b"[]"), "not a JSON object"),
     "no format": (drop_meta("format"), "format"),
     "newer format": (set_meta(format=99), "99"),
     "no dtype": (drop_meta("dtype"), "meta.json"),
@@ -939,7 +939,7 @@ DAMAGES = {
     "cut tokenizer": (cut("tokenizer.model", lambda data: data[:-9]), "tokenizer.model"),
     "other tokenizer": (
         lambda f: (f / "tokenizer.model").write_bytes(lm.train_tokenizer(TEXTS, 330)),
-        "put the original tokenizer.model back",
+        "restore the original tokenizer.model",
     ),
 }
 

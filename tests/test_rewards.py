@@ -675,5 +675,5 @@ def test_a_reward_model_is_a_part_beside_others(judge):
 
 
 def test_a_language_model_is_no_judge(trained):
-    with pytest.raises(lm.UserError, match="no reward model"):
+    with pytest.raises(lm.UserError, match="is not a reward model"):
         opened("number", f"{trained}:2")

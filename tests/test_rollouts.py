@@ -376,7 +376,7 @@ def test_prompts_leave_room_for_the_answer_or_are_left_out(rl, tmp_path, tiny_to
     rows = [{"prompt": text, "answer": "1"} for text in ("Why?", "Who was it?", question(3) * 2)]
     longest = len(prompt_ids(lm.Tokenizer(tiny_tokenizer), rows[-1]))
     fits = ["--val_split", 0, *REGEX, "e", "--max_new_tokens"]
-    line = "rows: {} rows, 0 cut behind the last answer that fits, {} longer than the context left"
+    line = "rows: {} rows, 0 truncated after the last answer that fits, {} longer than the context"
     code, told, err = rl(*fits, 64 - longest, rows=rows)
     assert code == 0 and line.format(3, 0) in told, err
     lengths = [len(one.ids) for groups in of_training(drawn) for group in groups for one in group]
@@ -506,7 +506,7 @@ def test_a_reward_model_judges(ran, judges, drawn, tiny_tokenizer):
     judge, tokenizer = policy(judges[0]), lm.Tokenizer(tiny_tokenizer)
     for one in every:
         chat = [lm.Turn("user", one.problem.row["prompt"]), lm.Turn("assistant", one.text)]
-        ids = torch.tensor([lm.encode_chat(tokenizer, chat)[0]])
+        ids = torch.tensor([lm.encode_chat(tokenizer, chat, reply=not one.ended)[0]])
         with torch.no_grad():
             want = judge.score(judge.hidden(ids))[0, -1, 0].item()
         assert one.reward == pytest.approx(0.5 * want, rel=1e-4, abs=1e-5)
@@ -787,7 +787,7 @@ KINDS = {
         "--updates",
         2,
     ],
-    "lora": ["--lora_rank", 2, "--kl", 0.1, "--lora_dropout", 0.1],
+    "lora": ["--lora_rank", 2, "--kl", 0.1],
 }
 
 
@@ -847,7 +847,7 @@ def test_killed_and_stopped_it_goes_on_as_if_it_had_not_been(
         patch.setattr(lm, "seed_step", lm.seed_step)  # so that leaving puts it back
         signal_at(lm, "seed_step", 1, signal.SIGUSR1)
         code, told, err = run([*argv, *out])
-    assert code == 128 + signal.SIGUSR1 and "after step 2" in told and "go on with:" in told, err
+    assert code == 128 + signal.SIGUSR1 and "after step 2" in told and "resume with:" in told, err
     assert read_pt(last)["step"] == 4  # it ends the step after the signal's
     code, told, err = run([*argv, *out])
     assert code == 0 and "after step 4" in told, err
@@ -914,7 +914,7 @@ def test_mistakes_are_sentences(rl, run, base, tmp_path):
         ("--reward", f"{code}:two"): "has no function two",
         ("--reward", f"{tmp_path}/gone.py:one"): "gone.py",
         ("--reward", f"{tmp_path}/broken.py:one"): "broken.py cannot be read",
-        ("--reward", base): "is no reward model",
+        ("--reward", base): "is not a reward model",
         ("--reward", "regex"): "pattern is missing",
         ("--reward", "countdown"): "numbers is missing",
         ("--max_new_tokens", 64): "--max_new_tokens 64 leaves a prompt no room",

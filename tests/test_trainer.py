@@ -190,7 +190,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bytes(
         assert found == code and "Traceback" not in told, told
         assert "stopped at step" in told
     assert read_pt(out / "ckpt_last.pt")["step"] < 12
-    command = shlex.split(re.search(r"go on with:\n(.*)", told)[1])
+    command = shlex.split(re.search(r"resume with:\n(.*)", told)[1])
     assert command[:2] == ["python", lm.PROGRAM]
     assert run(command[2:])[0] == 0
     alone = tmp_path / "alone"
@@ -208,7 +208,7 @@ def test_a_run_begun_with_resume_0_prints_a_command_that_works(
         signal_at(lm, "seed_step", 5, signal.SIGUSR1)
         code, told, _ = run(flags(data_dir, tmp_path / "out", "--resume", 0))
     assert code == 128 + signal.SIGUSR1
-    command = shlex.split(re.search(r"go on with:\n(.*)", told)[1])
+    command = shlex.split(re.search(r"resume with:\n(.*)", told)[1])
     code, _, err = run(command[2:])
     assert code == 0, err
 
@@ -468,5 +468,5 @@ def test_profile_writes_a_trace_and_names_the_dearest_operations(run, data_dir, 
 def test_an_evaluation_that_gives_no_number_is_one_sentence(run, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "perplexity", lambda *args: {"val/loss": math.nan})
     out = tmp_path / "out"
-    complaint(run(flags(data_dir, out)), "no number", "--lr")
+    complaint(run(flags(data_dir, out)), "NaN or infinity", "--lr")
     assert not (out / "ckpt_best.pt").exists()

@@ -367,8 +367,7 @@ def test_cut_and_left_out_rows_are_counted(tune, tmp_path):
     code, told, err = tune("sft", rows, "--val_split", 0)
     assert (
         code == 0
-        and "7 rows, 1 cut behind the last answer that fits, 2 longer than the context left out"
-        in told
+        and "7 rows, 1 truncated after the last answer that fits, 2 longer than the context" in told
     ), err
     complaint(
         tune("sft", rows[-2:], "--val_split", 0, "--out_dir", tmp_path / "other"),
@@ -387,7 +386,7 @@ TURN = "do not speak in turn"
 LAST = "the last message"
 BAD_CHATS = {
     "{": "not JSON",
-    "[1]": "no JSON object",
+    "[1]": "not a JSON object",
     "{}": "neither messages nor prompt nor instruction",
     '{"messages": []}': TURN,
     '{"messages": 3}': "messages is missing",
@@ -497,7 +496,7 @@ def test_a_json_array_is_rows_too(tune, tmp_path):
             map(lm.conversation, chat_rows(6))
         )
     path.write_text(json.dumps([*chat_rows(1), 3]))
-    complaint(tune("sft", (path,)), f"{path}, line 2: no JSON object")
+    complaint(tune("sft", (path,)), f"{path}, line 2: not a JSON object")
     path.write_text(json.dumps(chat_rows(6))[:-9])
     complaint(tune("sft", (path,)), "rows.json is not JSON")
     path.write_text("[" * 100000)
@@ -859,7 +858,7 @@ def test_sft_learns_its_rows_and_shows_answers(tune, tmp_path, run):
     assert run(["generate", *flags, "--prompt", "Who?"])[1] == "A sailor.\n"
     out = tmp_path / "o.jsonl"
     code, told, err = run(["generate", *flags, "--prompt_file", held, "--out", out])
-    assert code == 0 and "100.0% are the expected answer" in told, err
+    assert code == 0 and "100.0% equal the expected answer" in told, err
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["completion"] for row in found] == ["The river.", "A sailor."]
 
@@ -1019,7 +1018,7 @@ def test_what_is_missing_is_said(run, base, tmp_path, kind):
 
 def test_a_model_that_is_no_judge_is_refused(base, run, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", pair_rows(2))
-    complaint(run(["reward", "--ckpt", base, "--score", rows, *SCORE]), "is no reward model")
+    complaint(run(["reward", "--ckpt", base, "--score", rows, *SCORE]), "is not a reward model")
     complaint(
         run(
             [
@@ -1035,7 +1034,7 @@ def test_a_model_that_is_no_judge_is_refused(base, run, tmp_path):
                 *SCORE,
             ]
         ),
-        "is no reward model",
+        "is not a reward model",
     )
 
 
