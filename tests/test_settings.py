@@ -1,10 +1,12 @@
 """Room Settings: a flag is declared once, and flags, presets, @FILE and args.txt agree."""
 
 import dataclasses
+import pickle
 import re
 
 import hypothesis
 import pytest
+from conftest import complaint
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -540,3 +542,19 @@ def test_args_txt_has_no_line_for_what_is_no_flag():
 def test_the_checkpoint_config_makes_the_settings_again():
     config = lm.ModelSettings(d_model=64, n_head=4, vocab_size=77)
     assert lm.ModelSettings(**lm.settings_dict(config)) == config
+
+
+def test_a_flag_of_another_command_is_named_as_such(run):
+    complaint(run(["train", "--epochs", 2]), "--epochs is not a flag of this command", "sft")
+    complaint(run(["train", "--vocab_size", 300]), "--vocab_size is not a flag", "prep")
+
+
+def test_a_mistaken_start_points_to_the_flags_of_the_run_there(run, tmp_path):
+    (tmp_path / "args.txt").write_text("--data_dir=elsewhere\n")
+    result = run(["train", "--out_dir", tmp_path, "--data_dir", tmp_path / "none"])
+    complaint(result, "does not exist", f"@{tmp_path}/args.txt")
+
+
+@pytest.mark.parametrize("kind", [lm.TuneRun, lm.GrpoRun, lm.DpoOptim, lm.BenchSettings])
+def test_settings_with_other_defaults_can_be_pickled(kind):
+    assert pickle.loads(pickle.dumps(kind())) == kind()
