@@ -192,9 +192,9 @@ def test_an_impossible_path_is_the_users_mistake_in_every_command(run, argv):
     [
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         (b"\xff\xfe", "not valid JSON"),
-        ("null", "no JSON object"),
+        ("null", "not a JSON object"),
     ],
     ids=["cut", "empty", "list", "bytes", "null"],
 )
