@@ -50,8 +50,8 @@ File formats
                 ids), meta.json, written last; a document is <s> ids </s>
   checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
                 tokenizer ema gauges; whole, unwrapped fp32 weights; optim is a list, a state for
-                each optimiser; read with weights_only=True. Adapters are stored alone: lora
-                says of which model; grpo adds critic critic_optim reference entropy
+                each optimiser; read with weights_only=True. Adapters are stored alone: lora says
+                of which model; grpo adds reference entropy uninformative critic critic_optim
   metrics.jsonl one object a line: step tokens time train/* val/* moe/* perf/* gpu/* cost/*
   rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
                 output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer
@@ -139,6 +139,8 @@ LINE_EVERY_S = 10.0  # between two progress lines when stderr is no terminal
 FAULTS_SHOWN = 5  # bad rows named in full; all are counted
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file cut short
 
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # of worker processes
@@ -1897,7 +1899,7 @@ class Watched:
     def __next__(self):
         try:
             return next(self.items)
-        except (UserError, OSError, EOFError, zlib.error, lzma.LZMAError) as fault:
+        except (UserError, *UNREADABLE) as fault:
             self.fault = fault
             raise
 
@@ -2029,9 +2031,6 @@ PACKINGS = {
     # The package zstandard takes a file that was cut short for a whole one; pyarrow does not.
     ".zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
 }
-
-
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file cut short
 
 
 @dataclass(frozen=True)
@@ -2326,12 +2325,14 @@ def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[
 
 
 def check_first_rows(sources: list[Source], settings: PrepSettings) -> None:
-    """UserError where the first row of a file has no text, before a tokenizer is trained."""
+    """UserError where the first file of rows begins with one that has no text: a wrong --text_key
+    is told before a tokenizer is trained."""
     for source in sources:
         if source.kind in ("jsonl", "json", "parquet"):
-            for block in read_blocks(source, settings.text_key):
+            block = next(iter(read_blocks(source, settings.text_key)), None)
+            if block is not None:
                 next(block_documents(block, settings.text_key, settings.errors), None)
-                break
+            return
 
 
 def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
@@ -3734,7 +3735,9 @@ class Transformer(nn.Module):
         dtype = matmul_dtype(x)
         return self.cos[places].unsqueeze(1).to(dtype), self.sin[places].unsqueeze(1).to(dtype)
 
-    def context(self, ids: Tensor, x: Tensor, cache: KVCache | None) -> Context:
+    def context(
+        self, ids: Tensor, x: Tensor, cache: KVCache | None, counted: Tensor | None = None
+    ) -> Context:
         """The context of ids and their input x, which follow what the cache holds."""
         seen = max(cache.lengths) if cache else 0
         length = x.shape[1]
@@ -3749,7 +3752,10 @@ class Transformer(nn.Module):
         if cache is None and self.uses_flex(x):
             make = attention_mask.block_mask
         cos, sin = self.rotary(places, x)
-        return Context(cos, sin, cache, positions, self.masks(make, attention_mask, cache))
+        masks = self.masks(make, attention_mask, cache)
+        if counted is not None:
+            counted = F.pad(counted, (length - ids.shape[1], 0), value=True)  # sinks count
+        return Context(cos, sin, cache, positions, masks, counted=counted)
 
     def uses_flex(self, x: Tensor) -> bool:
         """Whether masks are for FlexAttention, which has neither dropout nor tiny heads."""
@@ -3785,10 +3791,8 @@ class Transformer(nn.Module):
         `counted` (B, T) are the places that the auxiliary loss is of, by default all.
         """
         x = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0)
-        context = self.context(ids, x, cache)
+        context = self.context(ids, x, cache, counted)
         sinks = x.shape[1] - ids.shape[1]
-        if counted is not None and self.config.n_expert:
-            context = replace(context, counted=F.pad(counted, (sinks, 0), value=True))
         aux_losses = []
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -4124,8 +4128,9 @@ class Decoder:
 
     def logps(self, tokens: Tensor, temperature: float) -> list[float]:
         """The log-probability of these next ids, without top-k, top-p and penalties."""
-        logps = (self.logits / temperature).log_softmax(-1)
-        return logps.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+        scores = self.logits / temperature
+        chosen = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        return (chosen - scores.logsumexp(1)).tolist()
 
 
 @torch.inference_mode()
@@ -5448,7 +5453,7 @@ class Trainer:
         self.step = saved.get("step", 0)
         self.samples = saved.get("samples", 0)
         self.best_val = saved.get("best_val", math.inf)
-        self.best_step = saved.get("best_step", int(self.best_val < math.inf))
+
         self.optimizers = make_optimizers(job.model, optim, machine.device)
         self.ema: EMA | None = None
         if optim.ema:
@@ -5490,7 +5495,6 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "best_val": self.best_val,
-            "best_step": self.best_step,
             "model": {name: weight.detach() for name, weight in weights.items()},
             "config": asdict(model.config),
             "lora": lora,
@@ -5569,7 +5573,7 @@ class Trainer:
             row = self.measure_model()
             if keep_best and self.job.best in row and self.is_best(row[self.job.best]):
                 self.best_val = row[self.job.best]
-                self.best_step = self.step
+
                 self.save_best()
         if self.machine.main and not self.metrics.progress.bar and row:
             figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
@@ -5578,7 +5582,7 @@ class Trainer:
 
     def is_best(self, value: float) -> bool:
         """Whether a value of the metric Job.best is the best so far, or as good."""
-        if not self.best_step:
+        if self.best_val == math.inf:  # the first
             return True
         if self.job.maximise:
             return value >= self.best_val
@@ -5625,7 +5629,7 @@ class Trainer:
             self.say_how_to_resume()
             return 128 + (signals.received or signal.SIGTERM)
         with self.averaged():
-            if self.ema and not self.best_step:  # nothing was evaluated: the last is best
+            if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
                 self.save_best()
             if not self.job.lora:
                 self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
@@ -5764,8 +5768,8 @@ def say_what_next(trainer: Trainer) -> None:
     if job.kind == "reward":
         commands = [f"{PROGRAM} reward --ckpt {folder} --score rows.jsonl"]
     best = ""
-    if trainer.best_step:
-        best = f"best {job.best} {trainer.best_val:.4f} at step {trainer.best_step}, in {newest}; "
+    if trainer.best_val < math.inf:
+        best = f"best {job.best} {trainer.best_val:.4f}, in {newest}; "
     say(
         f"done after {trainer.step} steps in {duration(trainer.metrics.elapsed())}; {best}next:",
         *(f"  python {command}" for command in commands),
@@ -6600,7 +6604,8 @@ class PolicyTrainer(Trainer):
         """The groups of the step on this rank, and what drawing them took.
 
         With dynamic sampling, groups that the first reward does not tell apart are replaced while
-        draws are left; groups are chosen over all ranks, so that their number changes nothing.
+        draws are left. Groups are chosen over all ranks, and every rank has its share of each
+        minibatch, so that the number of ranks changes nothing.
         """
         s, machine = self.sampler.settings, self.machine
         most = s.max_draws if s.dynamic_sampling else 1
@@ -6619,9 +6624,8 @@ class PolicyTrainer(Trainer):
             "train/draws": draws,
             "train/reward_drawn": float(np.mean([one.reward for group in drawn for one in group])),
         }
-        chosen = drawn[: s.prompts]
-        share = s.prompts // machine.world
-        return chosen[machine.rank * share :][:share], row
+        places = np.arange(s.prompts).reshape(self.policy.minibatches, machine.world, -1)
+        return [drawn[place] for place in places[:, machine.rank].flatten()], row
 
     def lay_out(self, groups: list[Group]) -> Rollout:
         length = self.job.model.config.seq_len if self.compiled else 0
@@ -6746,25 +6750,30 @@ class PolicyTrainer(Trainer):
         importance = torch.ones(len(rollout.sampled))
         if policy.tis_cap:  # Yao et al. 2025, truncated importance sampling
             importance = (old - rollout.sampled).exp().clamp(max=policy.tis_cap)
-        table, norm, steps = [], None, 0
+        before = old if old is not None else torch.zeros_like(importance)
+        numbers = [before, advantages, reference, importance]
+        table = []
         for _ in range(policy.updates):
             for part in rollout.minibatches:
                 weights, count, tokens = self.token_weights(rollout, part)
-                unmoved = steps == 0
-                before = torch.zeros_like(importance) if old is None else old
-                numbers = [before, advantages, reference, importance]
-                scalars = self.scalars(rollout, unmoved)
+                scalars = self.scalars(rollout, unmoved=not table)
                 batches = rollout.batches(part, numbers, (weights, scalars))
                 scale = machine.world / count
                 found = self.accumulate(self.wrapped, batches, scale)
                 norm = self.update(self.job.model, self.optimizers)
-                sums = torch.stack([losses[:width] for losses in found]).cpu() / scale
+                found = [output / scale for output in found]
+                sums = torch.stack([output[:width] for output in found]).cpu()
                 loss, *means = sums[:, :-2].sum(0)
                 means = [total / tokens for total in machine.all_reduce_sum(*means)]
                 extremes = [sums[:, -2].max().item(), sums[:, -1].min().item()]
                 table.append([loss.item() * scale, *means, *extremes])
-                steps += 1
-        return *self.policy_row(np.array(table)), norm
+        row, loss = self.policy_row(np.array(table))
+        if old is None:  # there was one update, by the policy that sampled
+            logps = []
+            for micro, output in zip(part, found, strict=True):
+                logps.append((micro, output[width:].view(micro.ids.shape)))
+            row |= self.sampler_gap(rollout, rollout.collect(logps))
+        return row, loss, norm
 
     def policy_row(self, table: np.ndarray) -> tuple[dict[str, float], Tensor]:
         """The metrics of the step's minibatches (minibatches, metrics), and their mean loss."""

@@ -417,33 +417,23 @@ def test_ranks_that_draw_again_wait_for_each_other(child, grpo, tmp_path):
         assert read_pt(tmp_path / name / "ckpt_last.pt")["samples"] == 4 * sum(draws)
 
 
-def never_right(program):
-    program.REWARDS["regex"] = lambda *args: 0.0
-
-
-def test_a_rank_with_groups_to_spare_waits_for_the_other(child, grpo, tmp_path):
-    out = tmp_path / "run"
-    two_in_turn(
-        child,
-        [
-            grpo(
-                out,
-                "--dynamic_sampling",
-                1,
-                "--max_draws",
-                4,
-                "--prompts",
-                12,
-                "--pattern",
-                "e",
-                "--max_steps",
-                4,
-            )
-        ],
-        (never_right,),
-    )
-    assert_ranks_agree(out)
-    assert [row["train/draws"] for row in log_rows(out)[1:]][:3] == [4, 4, 4]
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_groups_are_chosen_over_all_ranks(child, grpo, lone, tmp_path, minibatches):
+    """Where one rank draws most groups with a spread, two learn from the same ones as one does."""
+    flags = "--algo dapo --overlong 0 --prompts 8 --max_draws 4 --max_steps 3 --lr 1e-4".split()
+    flags += ["--pattern", "e", "--minibatches", minibatches]
+    outs = tmp_path / "both", tmp_path / "one"
+    two_in_turn(child, [grpo(outs[0], *flags)])
+    lone(grpo(outs[1], *flags))
+    assert_ranks_agree(outs[0])
+    both, one = (log_rows(out)[1:] for out in outs)
+    assert [row["train/draws"] for row in both] == [row["train/draws"] for row in one]
+    assert max(row["train/draws"] for row in one) > 1
+    for name in ("train/reward", "train/reward_drawn", "train/right", "train/zero_spread"):
+        assert [row[name] for row in both] == pytest.approx([row[name] for row in one]), name
+    a, b = (read_pt(out / "ckpt_last.pt") for out in outs)
+    assert a["samples"] == b["samples"]
+    assert all(torch.allclose(a["model"][n], b["model"][n], atol=1e-5) for n in a["model"])
 
 
 def test_stopped_on_two_ranks_vapo_goes_on_with_one(child, grpo, run, tmp_path):

@@ -617,3 +617,208 @@ def test_the_value_model_learns_returns_by_its_own_lambda(grpo, name, lam):
     assert row["train/value_explained"] == pytest.approx(
         1 - statistics.pvariance(error) / statistics.pvariance(truth), abs=1e-4
     )
+
+
+# ---- Several optimizer steps on a batch, and what corrects them ----
+
+
+def answers_of(rows, advantages):
+    """The completions of a run as answers, right by the reward of these tests."""
+    return [
+        Answer(one.problem.ids.tolist(), one.ids.tolist(), each, worth("", one.text, {}) > 0.5)
+        for one, each in zip(rows, advantages, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo"])
+def test_minibatches_are_the_papers_with_ratios_to_the_rollout(grpo, name):
+    lr = 3e-5 if name == "gspo" else 3e-3  # its bounds are narrow
+    flags = ["--minibatches", 2, "--updates", 2, "--lr", lr, "--seed", 5]
+    watch, log = grpo("--algo", name, *flags)
+    drawn, models = watch.last_step()
+    critic, policies = models[0], models[-4:]
+    assert len(models) == (8 if name == "ppo" else 4)
+    answers = answers_of(drawn, advantages_of(name, drawn, critic))
+    with torch.no_grad():
+        for one in answers:
+            one.old = own_logps(policies[0], one, 0.8)[0]
+    assert len(answers) == 12
+    losses = []
+    for i, model in enumerate(policies):
+        part = answers[:6] if i % 2 == 0 else answers[6:]  # two of the four prompts
+        losses.append(paper_loss(name, model, part, 0.8, 12))
+        assert_same(model.found, gradients(losses[-1], model), 3e-5)
+    assert log[-1]["train/loss"] == pytest.approx(sum(losses).item() / 4, rel=1e-3, abs=1e-6)
+    assert log[-1]["train/ratio_most"] > 1 > log[-1]["train/ratio_least"]
+
+
+def test_the_entropy_of_minibatches_is_that_of_all_tokens(grpo):
+    """Two halves of equal rows, measured before any of them moved the policy by much."""
+    watch, log = grpo("--minibatches", 2, "--lr", 1e-9)
+    drawn, (first, _) = watch.last_step()
+    answers = answers_of(drawn, advantages_of("grpo", drawn, first))
+    means = []
+    for part in (answers[:6], answers[6:]):
+        each = torch.cat([own_logps(first, one, 0.8)[1] for one in part])
+        means.append(each.mean().item())
+    assert log[-1]["train/entropy"] == pytest.approx(sum(means) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_the_ratio_of_an_unmoved_policy_is_1_in_every_update(grpo, name, dtype):
+    flags = ["--updates", 2, "--minibatches", 2, "--lr", 1e-30, "--warmup_steps", 0]
+    _, log = grpo("--algo", name, *flags, "--dtype", dtype)
+    for row in log:
+        assert row["train/ratio_most"] == row["train/ratio_least"] == 1
+        assert row["train/clip_low"] == row["train/clip_high"] == 0
+
+
+@pytest.mark.slow
+def test_compiled_the_ratio_of_an_unmoved_policy_is_1_too(grpo):
+    if not lm.can_compile(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    _, log = grpo("--updates", 2, "--lr", 1e-30, "--compile", 1, "--dtype", "bf16")
+    for row in log:
+        assert row["train/ratio_most"] == row["train/ratio_least"] == 1
+
+
+def strayed(monkeypatch):
+    """The sampler's log-probs are off by what this gives for a token (n,), in either direction."""
+    generate = lm.Sampler.generate
+
+    def wrong(sampler, *args):
+        found, logps = generate(sampler, *args)
+        return found, [
+            [value + shift for value, shift in zip(row, shifts(len(row)).tolist(), strict=True)]
+            for row in logps
+        ]
+
+    monkeypatch.setattr(lm.Sampler, "generate", wrong)
+
+    def shifts(length):
+        return torch.linspace(-0.5, 0.4, length + 1)[1:]
+
+    return shifts
+
+
+@pytest.mark.parametrize("cap", [1.2, 5.0])
+def test_truncated_importance_sampling_against_its_formula(grpo, monkeypatch, cap):
+    shifts = strayed(monkeypatch)
+    watch, log = grpo("--tis_cap", cap)
+    drawn, models = watch.last_step()
+    model, loss, apart = models[-1], 0.0, []
+    for one in answers_of(drawn, advantages_of("grpo", drawn, None)):
+        shift = shifts(len(one.ids)).double()
+        weights = (-shift).exp().clamp(max=cap)  # trainer's over sampler's probability
+        logps = own_logps(model, one, 0.8)[0]
+        loss = loss - (weights * one.advantages * logps).mean() / len(drawn)
+        apart += shift.abs().tolist()
+    assert_same(model.found, gradients(loss, model), 3e-5)
+    assert log[-1]["train/sampler_gap"] == pytest.approx(statistics.mean(apart), abs=1e-4)
+    assert log[-1]["train/sampler_gap_most"] == pytest.approx(max(apart), abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--updates", 2]])
+def test_the_gap_to_the_sampler_is_told_whatever_the_updates(grpo, flags):
+    _, log = grpo(*flags)
+    for row in log:
+        assert 0 <= row["train/sampler_gap"] <= row["train/sampler_gap_most"] < 1e-4
+
+
+@pytest.mark.parametrize("ratio, sign, moves", [(9.0, -1, False), (2.0, -1, True), (0.9, 1, True)])
+def test_the_dual_clip_bounds_the_loss_of_a_negative_advantage(ratio, sign, moves):
+    """Ye et al. 2020, eq. 5: max(min(r A, clip(r) A), c A) where A < 0."""
+    model = build()
+    one = Answer([5, 9], [7, 11, 4], sign * torch.ones(3).double())
+    with torch.no_grad():
+        one.old = own_logps(model, one, 1.0)[0] - math.log(ratio)
+    micro = micro_batch([one], 8, torch.tensor([[1 / 3, 0.0, 0.0]]), (1.0, 0.0))
+    loss = lm.policy_loss(model, *micro, lm.PolicySettings(clip_dual=3.0))[0]
+    assert loss.item() == pytest.approx(min(ratio, 3.0) if sign < 0 else -ratio, rel=1e-4)
+    assert (max(grad.abs().max() for grad in gradients(loss, model)) > 1e-3) == moves
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "vapo"])
+def test_divergence_in_the_reward_is_taken_from_it_token_by_token(grpo, base, name):
+    flags = ["--kl", 0.3, "--kl_in_reward", 1, "--lr", 1e-2, "--max_steps", 3]
+    watch, log = grpo("--algo", name, *flags)
+    drawn, models = watch.last_step()
+    critic, model = models[0], models[-1]
+    start = lm.build_model(lm.load_checkpoint(base), torch.device("cpu"))
+    penalties, zeros = [], [torch.zeros(len(one.ids)) for one in drawn]
+    for one in answers_of(drawn, zeros):
+        with torch.no_grad():
+            now, reference = (own_logps(m, one, 0.8)[0] for m in (model, start))
+        penalties.append(0.3 * (reference - now))
+    assert max(abs(p.sum().item()) for p in penalties) > 0.05
+    if name == "vapo":
+        found = []
+        for one, penalty in zip(drawn, penalties, strict=True):
+            rewards = penalty.tolist()
+            rewards[-1] += worth("", one.text, {})
+            lam = max(0.0, 1 - 1 / (0.05 * len(rewards)))
+            found.append(discounted(rewards, own_values(critic, one).tolist(), lam))
+        every = [a for row in found for a in row]
+        mean, spread = statistics.mean(every), statistics.pstdev(every) + 1e-4
+        advantages = [torch.tensor([(a - mean) / spread for a in row]).double() for row in found]
+    else:
+        totals = []
+        for one, penalty in zip(drawn, penalties, strict=True):
+            totals.append(worth("", one.text, {}) + penalty.sum().item())
+        advantages = []
+        for i, one in enumerate(drawn):
+            group = totals[i // 3 * 3 :][:3]
+            spread = 1 if name == "dr_grpo" else statistics.stdev(group) + 1e-4
+            a = (totals[i] - statistics.mean(group)) / spread
+            advantages.append(torch.full((len(one.ids),), a).double())
+    answers = answers_of(drawn, advantages)
+    with torch.no_grad():
+        for one in answers:
+            one.old = own_logps(model, one, 0.8)[0]
+    assert_same(model.found, gradients(paper_loss(name, model, answers, 0.8, 12), model), 1e-4)
+    assert "train/kl" in log[-1]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_truncated_completions_have_no_loss_with_mask_truncated(grpo, name):
+    """As TRL masks them: their rows count in a mean over rows, their tokens nowhere."""
+    short = ["--max_new_tokens", 3]
+    watch, log = grpo("--algo", name, "--mask_truncated", 1, "--overlong", 0, *short)
+    drawn, models = watch.last_step()
+    plain = "grpo" if name == "dapo" else name  # without the penalty of length
+    pairs = list(zip(drawn, advantages_of(plain, drawn, None), strict=True))
+    kept = [len(one.ids) for one in drawn if one.ended]
+    assert 0 < len(kept) < len(drawn)
+    model, loss = models[-1], 0.0
+    for one, each in pairs:
+        if not one.ended:
+            continue
+        share = {"grpo": len(one.ids) * 12, "dr_grpo": 3 * 12, "dapo": sum(kept)}[name]
+        logps = own_logps(model, Answer(one.problem.ids.tolist(), one.ids.tolist(), each), 0.8)[0]
+        loss = loss - (each * logps).sum() / share
+    assert_same(model.found, gradients(loss, model), 3e-5)
+    assert log[-1]["train/truncated"] == pytest.approx(1 - len(kept) / 12)
+
+
+def test_a_policy_far_away_is_no_overflow():
+    model = build()
+    one = Answer([5, 9], [7, 11, 4], -torch.ones(3).double())
+    one.old = torch.full((3,), -500.0).double()
+    one.reference = torch.full((3,), -500.0).double()
+    micro = micro_batch([one], 8, torch.tensor([[1 / 3, 0.0, 0.0]]), (1.0, 0.0))
+    loss = lm.policy_loss(model, *micro, lm.PolicySettings(kl=0.1))[0]
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in gradients(loss, model))
+
+
+def test_padding_has_no_part_in_the_loss_of_the_experts():
+    model = build(n_expert=4, n_expert_active=2).train()
+    ids, targets = torch.randint(3, 61, (2, 12)), torch.randint(3, 61, (2, 12))
+    targets[0, :3] = lm.IGNORE  # a prompt counts
+    targets[0, 7:] = lm.IGNORE
+    other = ids.clone()
+    other[0, 7:] = 0
+    losses = [lm.hidden_and_aux_loss(model, x, targets)[1].item() for x in (ids, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 0
+    alone = lm.hidden_and_aux_loss(model, ids[:1, :7], targets[:1, :7])[1].item()
+    assert lm.hidden_and_aux_loss(model, ids[:1], targets[:1])[1].item() == pytest.approx(alone)

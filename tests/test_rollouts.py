@@ -1000,3 +1000,137 @@ def test_rows_of_other_shapes_have_answers_too(ran, drawn):
         for group in groups
     }
     assert found == dict(zip("abcd", "1234", strict=True))
+
+
+# ---- Honest checkpoints and warnings ----
+
+
+def test_where_no_answer_is_ever_right_the_last_checkpoint_is_the_best(ran):
+    out = ran(*NO, "--max_steps", 4)
+    saved = read_pt(out / "ckpt_best.pt")
+    assert (saved["step"], saved["best_val"]) == (4, 1.0)
+
+
+def test_the_untrained_model_is_never_the_best_checkpoint(ran, monkeypatch):
+    """Where learning only harms, the best is still one that was trained."""
+    values = iter([0.0, 0.5, 0.75])
+    evaluate = lm.Sampler.evaluate
+    monkeypatch.setattr(
+        lm.Sampler, "evaluate", lambda *args: evaluate(*args) | {"val/error": next(values)}
+    )
+    out = ran(*REGEX, "e", "--max_steps", 4)
+    saved = read_pt(out / "ckpt_best.pt")
+    assert (saved["step"], saved["best_val"]) == (2, 0.5)
+
+
+def test_a_reward_that_is_no_yes_or_no_chooses_by_its_mean(rl, tmp_path):
+    code, told, err = rl("--reward", "length", "--max_steps", 6)
+    assert code == 0, err
+    saved = read_pt(tmp_path / "run" / "ckpt_best.pt")
+    values = {
+        row["step"]: row["val/reward"]
+        for row in log_of(tmp_path / "run")
+        if "val/reward" in row and row["step"]
+    }
+    assert len(values) == 3
+    best = max(reversed(list(values)), key=values.get)
+    assert (saved["step"], saved["best_val"]) == (best, values[best])
+    assert f"best val/reward {values[best]:.4f}, in " in told and "ckpt_best.pt" in told
+
+
+def test_it_says_when_nothing_is_learned(rl, tmp_path):
+    _, told, _ = rl(*NO, "--max_steps", 5)
+    assert told.count("no prompt had completions of different rewards") == 1
+    assert "no step taught the model anything" in told and "--group_size" in told
+    _, told, _ = rl(*REGEX, "e", "--max_steps", 2, "--out_dir", tmp_path / "other")
+    assert "teach" not in told and "taught" not in told and "different rewards" not in told
+
+
+def test_it_says_when_most_completions_are_cut_off(rl, terse, tmp_path):
+    _, told, _ = rl(*REGEX, "e", "--max_steps", 3)
+    assert told.count("are cut off at --max_new_tokens 8") == 1
+    _, told, _ = rl(*REGEX, "e", "--ckpt", terse, "--temperature", 0.3, "--out_dir", tmp_path / "b")
+    assert "cut off" not in told
+
+
+def test_rewards_are_logged_of_all_that_were_drawn_and_of_those_learned_from(ran, drawn):
+    out = ran("--dynamic_sampling", 1, "--max_draws", 9, "--max_steps", 1, *REGEX, "an|th|in")
+    (row,) = steps_of(out)
+    every = [one.reward for groups in of_training(drawn) for group in groups for one in group]
+    assert row["train/draws"] > 1 and row["train/reward"] > row["train/reward_drawn"]
+    assert row["train/reward_drawn"] == pytest.approx(np.mean(every))
+
+
+def test_groups_are_told_apart_by_the_first_reward_alone(ran, drawn):
+    """Wrong answers of which some are too long teach DAPO nothing."""
+    reward = ["--reward", "regex", "length:-1", "--pattern", "(?!)"]
+    out = ran("--algo", "dapo", *reward, "--max_draws", 3, "--max_steps", 1)
+    (row,) = steps_of(out)
+    assert row["train/draws"] == 3
+    assert any(len({o.reward for o in group}) > 1 for group in of_training(drawn)[0])
+
+
+# ---- Value model, reference and schedules under the flags ----
+
+
+@pytest.fixture
+def critics(monkeypatch):
+    """The value models that runs make."""
+    made, original = [], lm.Critic.__init__
+
+    def init(critic, *args):
+        original(critic, *args)
+        made.append(critic)
+
+    monkeypatch.setattr(lm.Critic, "__init__", init)
+    return made
+
+
+def test_the_value_model_has_adapters_and_recomputes_as_the_policy_does(ran, critics):
+    out = ran("--algo", "ppo", *REGEX, "e", "--lora_rank", 2, "--grad_checkpoint", 1)
+    (critic,) = critics
+    trained = {name for name, weight in critic.model.named_parameters() if weight.requires_grad}
+    assert critic.model.grad_checkpoint
+    assert trained and all("lora" in name or "score" in name for name in trained)
+    assert set(read_pt(out / "ckpt_last.pt")["critic"]) == trained
+
+
+def test_the_policy_s_schedule_begins_behind_the_value_model_s_own_steps(ran):
+    flags = ["--algo", "vapo", "--value_warmup", 2, "--warmup_steps", 4, "--max_steps", 5]
+    rows = steps_of(ran(*flags, *REGEX, "e"))
+    rates = [row["train/lr"] for row in rows]
+    assert rates[2:] == pytest.approx([1e-2 * (i + 1) / 4 for i in range(3)])
+    assert rates[0] == rates[1] == rates[2]  # nothing is learned at it
+
+
+def test_with_a_new_reference_the_optimizer_begins_anew(ran):
+    flags = ["--kl", 0.1, "--reference_steps", 2, "--ckpt_interval", 1, "--keep_last", 9]
+    out = ran(*flags, *REGEX, "e", "--max_steps", 4)
+    states = [read_pt(out / f"ckpt_0000000{i}.pt")["optim"][0]["state"] for i in range(1, 5)]
+    assert [bool(state) for state in states] == [True, False, True, False]
+    assert states[2][0]["step"] == 1
+
+
+def test_the_entropy_bonus_is_bounded(ran, monkeypatch):
+    monkeypatch.setattr(lm, "ENTROPY_STEP", 0.04)
+    rows = steps_of(ran("--entropy_target", 100, "--max_steps", 4, *EVERY))
+    assert [row["train/entropy_bonus"] for row in rows] == pytest.approx([0.04, 0.08, 0.1, 0.1])
+
+
+def test_prompts_are_divided_among_minibatches_or_refused(rl):
+    complaint(rl("--minibatches", 2, *REGEX, "e"), "--prompts 3", "2 minibatches")
+
+
+def test_answers_cut_off_are_judged_without_an_end(rl, judges, tiny_tokenizer, monkeypatch):
+    seen, scores = [], lm.reward_scores
+
+    def watched(model, ids, targets):
+        seen.extend(zip(ids.tolist(), targets.tolist(), strict=True))
+        return scores(model, ids, targets)
+
+    monkeypatch.setattr(lm, "reward_scores", watched)
+    code, _, err = rl("--reward", judges[0], "--max_steps", 1, "--val_split", 0)
+    assert code == 0, err
+    eos = lm.Tokenizer(tiny_tokenizer).eos
+    ends = [[t for t in targets if t != lm.IGNORE][-1] == eos for _, targets in seen]
+    assert ends.count(False) > 0
