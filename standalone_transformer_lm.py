@@ -77,12 +77,14 @@ import importlib
 import inspect
 import io
 import json
+import logging
 import lzma
 import math
 import multiprocessing
 import operator
 import os
 import pickle
+import queue
 import random
 import re
 import runpy
@@ -101,7 +103,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -436,6 +438,14 @@ def serve_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def cores_here() -> int:
+    """The processor cores that each process of this machine may use."""
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextlib.contextmanager
@@ -1345,8 +1355,8 @@ class RolloutSettings:
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
     reward: tuple[str, ...] = setting(
         (),
-        "number choice exact regex format length countdown FILE.py:FUNCTION or a reward model, "
-        "each optionally with :WEIGHT; the first one says what is correct; "
+        "number math choice exact regex format length countdown FILE.py:FUNCTION or a reward "
+        "model, each optionally with :WEIGHT; the first one says what is correct; "
         "default: the task's, or number",
     )
     pattern: str = setting("", "regular expression of the reward regex, for rows without their own")
@@ -1638,11 +1648,7 @@ def activate_flash(name: str) -> None:
 
 def prepare_cpu(threads: int) -> None:
     """Share the cores among the processes of this machine, and keep freed memory for reuse."""
-    cores = os.cpu_count() or 1
-    if sys.platform == "linux":
-        cores = len(os.sched_getaffinity(0))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, cores // processes))
+    torch.set_num_threads(threads or cores_here())
     # Each step asks for the large blocks that the step before freed: glibc shall keep them.
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -2371,7 +2377,7 @@ def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str
 
 def encode_sources(sources: list[Source], settings: PrepSettings, out: Path) -> dict[str, dict]:
     """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory."""
-    workers = settings.workers or os.cpu_count() or 1
+    workers = settings.workers or cores_here()
     work = functools.partial(encode_block, spm=str(out / "tokenizer.model"), settings=settings)
     totals = {name: dict.fromkeys(COUNTS, 0) for name in SPLITS}
     progress = Progress("encoding", sum(s.size for s in sources), "B")
@@ -6054,48 +6060,229 @@ def task_rows(settings: TaskSettings, seed: int) -> list[dict]:
     return list(rows.values())
 
 
-NUMBER = re.compile(  # a minus behind a number or a word subtracts
-    r"(?P<minus>(?<![\w.)])(?<![\d)%]\s)[-−]\s?|[$€£]-)?[$€£]?"
-    r"(?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}"
-    r"|(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<over>\d+))?)"
-    r"\s?(?P<percent>\\?%)?"
-)
+MARKS = re.compile(r"####\s*([^\n]+)|<answer>(.*?)</answer>|\\f?boxed\s*\{", re.I | re.S)
 
-MARKED = re.compile(
-    r"####\s*([^\n]+)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)</answer>"
-    r"|\banswer(?: is\b:?|:)\s*(?=([^\n]+))",
-    re.I | re.S,
-)
+BOX = re.compile(r"\\f?boxed\s*\{")
 
-CHOICE = re.compile(r"^\W*(?![AI]\s+[\w'])([A-Z])(?![\w'])|\(([A-Z])\)|\b([A-Z])(?=[).:,]|\W*$)")
+STATED = re.compile(r"\banswer(?: is\b:?|:)\s*(?=\S)", re.I)
+
+ANSWERS_READ = 8  # the last ones of a text, so that one that repeats itself is read in time
+
+
+def closing_braces(text: str) -> dict[int, int]:
+    """Where the brace that opens at a place is closed, for all of them that are."""
+    found, opened = {}, []
+    for match in re.finditer("[{}]", text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif opened:
+            found[opened.pop()] = match.start()
+    return found
+
+
+def answers_in(text: str) -> Iterator[str]:
+    """The answers that a text marks, best first: behind ####, in \\boxed{} or <answer>, then what
+    stands after "answer is" or "answer:", of each the last before the others."""
+    closed = closing_braces(text)
+
+    def inside(box: re.Match) -> str:
+        brace = box.end() - 1
+        return text[brace + 1 : closed.get(brace, brace)]
+
+    for match in reversed([*MARKS.finditer(text)][-ANSWERS_READ:]):
+        group = next((i for i in (1, 2) if match[i]), 0)
+        box = BOX.search(text, *match.span(group)) if group else match
+        answer = inside(box) if box else match[group]
+        if answer.strip():
+            yield answer.strip()
+    for match in reversed([*STATED.finditer(text)][-ANSWERS_READ:]):
+        yield text[match.end() :].partition("\n")[0].strip()
 
 
 def marked_answer(text: str) -> str | None:
-    """What stands behind the last ####, in the last \\boxed{}, <answer> or after "answer is"."""
-    found = [part for match in MARKED.finditer(text) for part in match.groups() if part]
-    return found[-1].strip() if found else None
+    return next(answers_in(text), None)
 
 
-def final_number(text: str) -> tuple[Fraction, bool] | None:
-    """The first number of a marked answer, or the last of the text, and if it is a percentage."""
-    marked = marked_answer(text)
-    shown, place = (text, -1) if marked is None else (marked, 0)
+SPELLINGS = [  # (what a number is written with, one spelling of it), in turn
+    (r"[−–‐‑]", "-"),
+    (r"[\u00a0\u2009\u202f]|\\[,;: ]|~", " "),  # spaces
+    (r"\\([$%#&_])", r"\1"),
+    (r"\{,\}(?=\d{3}(?!\d))", ","),
+    (r"\{,\}", "."),  # a decimal comma
+    (r"\\!|\\left\b|\\right\b|\\displaystyle\b", ""),
+    (r"\\[()\[\]]", " "),
+    (r"\\[dtc]frac", r"\\frac"),
+    *[(r"\\(?:text|math|mbox|operatorname)[a-z]*\s*\{([^{}]*)\}", r" \1 ")] * 3,  # nested, too
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|°", " degrees"),
+    (r"\\times\b|\\cdot\b|[×·⋅]", "*"),
+    (r"\\approx\b|≈", "="),
+    ("¼", " 1/4"),
+    ("½", " 1/2"),
+    ("¾", " 3/4"),
+    ("⅓", " 1/3"),
+    ("⅔", " 2/3"),
+    (r"([⁻⁰¹²³⁴-⁹]+)", r"^{\1}"),
+    (r"’(?=\d{3})", "'"),
+    (r"(?<!\d)\*\*|\*\*(?![\d-])|__", ""),  # bold type
+]
+
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+
+NUMBER = re.compile(
+    r"""
+    (?<![\d^_]) (?<![\^_]\{) (?<!\^-) (?<!\^\{-)       # neither an exponent nor an index
+    (?P<minus> (?<![\w.)}]) (?<![\d)}%]\s) -\s? | [$€£¥₹]-)?  # behind a number it subtracts
+    (?P<behind> (?<=\d/) )?                             # as in a date
+    (?: [$€£¥₹] \s? )?
+    (?:
+        (?: (?P<mixed> \d+ ) \s? )?
+        \\frac \s* (?: \{\s* (?P<top> -?\s?\d+ ) \s*\} | (?P<top_digit> \d ) )
+               \s* (?: \{\s* (?P<bottom> \d+ ) \s*\} | (?P<bottom_digit> \d ) )
+      | (?P<units> \d+ ) \s (?P<part> \d+ ) \s?/\s? (?P<parts> \d+ ) (?!\s?/|[\d.])
+      | (?P<whole>
+            (?: [1-9]\d{0,2} (?: (?:,\d{3})+ | (?:'\d{3})+ | (?:_\d{3})+ | (?:\ \d{3})+ )
+              | [1-9]\d? (?:,\d\d)+ ,\d{3}             # Indian grouping
+              | \d+ ) (?: \.\d+ )? (?!\d)
+          | \.\d+ )
+        (?: \^\s?\{?\s? (?P<power> -?\d+ ) \s?\}? | \*\* (?P<raised> -?\d+ ) )?
+        (?(behind) | (?: \s?/\s? (?P<over> \d+ ) (?!\s?/|\d) )? )
+    )
+    (?: [eE] (?P<exponent> [+-]?\d+ ) (?!\w)
+      | \s? [*xX] \s? 10 \s? (?: \^ | \*\* ) \s? \{?\s? (?P<tens> [+-]?\d+ ) \s?\}? )?
+    (?: \s? (?P<scale> thousand | million | billion | trillion ) \b )?
+    (?P<percent> \s?% | \s?per\s?cent\b )?
+    """,
+    re.VERBOSE,
+)
+
+EUROPEAN = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})(?![\d.,]\d)")
+
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+MOST_EXPONENT = 400  # of ten; numbers beyond it are no answers
+
+BEFORE_NUMBER = re.compile(r"(?:[^\W\d_][^\W\d_'.-]*[\s:,.]+)*[\s${(*:~+]*")
+
+BEHIND_NUMBER = re.compile(r"[^\d\\^+*=<>|]*\*?[\s).]*")
+
+FUNCTION = re.compile(r"\b(?:sqrt|root|log|ln|sin|cos|tan|exp)\s*\(?\s*$", re.I)
+
+UNIT_EXPONENT = re.compile(r"(?<=[^\W\d_])\s?\^\s?\{?\s?-?\d\s?\}?")
+
+VARIABLE = re.compile(r"\s?[abceinpqrxyzπ]\W*")
+
+NO_MORE_NUMBERS = re.compile(  # a sentence goes on, and not with another number of a list
+    r"\s*(?:$|[.,;:!?)}$*]+(?:$|\s(?!\s*\S*\d))|(?<=\s)(?!(?:or|and|to|by)\b)(?:[^\W\d_]|\())"
+)
+
+EQUATIONS = re.compile(r"=.*(?:\bor\b|\band\b|[,;]).*=")  # as of two solutions
+
+
+def spelled(text: str) -> str:
+    """Text with numbers in the one spelling that NUMBER reads."""
+    for written, one in SPELLINGS:
+        text = re.sub(written, one, text)
+    text = text.translate(SUPERSCRIPTS)
+    return EUROPEAN.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
+
+
+class Number(typing.NamedTuple):
+    value: Fraction
+    percent: bool
+
+
+def number_of(match: re.Match) -> Number | None:
+    """What NUMBER matched; None where it has thousands of digits, or a part of 0."""
     try:
-        match = list(NUMBER.finditer(shown))[place]
-        value = Fraction((match["top"] or match["whole"]).replace(",", ""))
-        value /= Fraction(match["bottom"] or match["over"] or 1)
-    except (IndexError, ValueError, ZeroDivisionError):  # none, thousands of digits, a part of 0
+        top = match["top"] or match["top_digit"]
+        if top:
+            value = Fraction(top.replace(" ", ""))
+            value /= Fraction(match["bottom"] or match["bottom_digit"])
+            value += Fraction(match["mixed"] or 0)
+        elif match["units"]:
+            value = Fraction(match["units"]) + Fraction(match["part"]) / Fraction(match["parts"])
+        else:
+            value = Fraction(re.sub("[,' _]", "", match["whole"]))
+            power = int(match["power"] or match["raised"] or 1)
+            if power != 1 and len(match["whole"]) * abs(power) > MOST_EXPONENT:
+                return None
+            value **= power
+            value /= Fraction(match["over"] or 1)
+        exponent = int(match["exponent"] or match["tens"] or 0)
+    except (ValueError, ZeroDivisionError):
         return None
-    return -value if match["minus"] else value, bool(match["percent"])
+    if abs(exponent) > MOST_EXPONENT:
+        return None
+    value *= Fraction(10) ** exponent * SCALES.get(match["scale"], 1)
+    return Number(-value if match["minus"] else value, bool(match["percent"]))
+
+
+def plain_number(text: str) -> Number | None:
+    """The number that a text is: with money, percent, a unit, words, or behind "x ="; None where
+    it is an expression, a list, or several numbers."""
+    if EQUATIONS.search(text):
+        return None
+    text = text.rpartition("=")[2]
+    match = NUMBER.search(text)
+    if match is None:
+        return None
+    before = text[: match.start()]
+    behind = UNIT_EXPONENT.sub("", text[match.end() :])
+    if not BEFORE_NUMBER.fullmatch(before) or FUNCTION.search(before):
+        return None
+    if not BEHIND_NUMBER.fullmatch(behind) or VARIABLE.fullmatch(behind):
+        return None
+    return number_of(match)
+
+
+def first_number(text: str) -> Number | None:
+    """The number that a statement begins with, where no expression or list follows."""
+    match = NUMBER.search(text)
+    if match is None:
+        return None
+    before, behind = text[: match.start()], UNIT_EXPONENT.sub("", text[match.end() :])
+    if not BEFORE_NUMBER.fullmatch(before) or FUNCTION.search(before):
+        return None
+    if not NO_MORE_NUMBERS.match(behind):
+        return None
+    return number_of(match)
+
+
+def final_number(text: str) -> Number | None:
+    """The number of the best marked answer that has digits, or else the last one in the text."""
+    for answer in answers_in(text):
+        answer = spelled(answer)
+        if not re.search(r"\d", answer):
+            continue
+        sentence = re.split(r"[.!?](?=\s|$)", answer)[0]
+        return plain_number(sentence) or plain_number(answer) or first_number(answer)
+    matches = list(NUMBER.finditer(spelled(text)))
+    return number_of(matches[-1]) if matches else None
+
+
+def gold_number(text: str) -> Number | None:
+    """The number that a row's answer is, which may stand marked behind its derivation."""
+    for answer in (*answers_in(text), text):
+        answer = spelled(answer)
+        if re.search(r"\d", answer):
+            return plain_number(answer)
+    return None
 
 
 def number_reward(prompt: str, completion: str, row: dict) -> float:
     """1 where the completion's final number is the answer's, 12 % being 0.12 too."""
-    wanted, given = final_number(str(row["answer"])), final_number(completion)
+    wanted, given = gold_number(str(row["answer"])), final_number(completion)
     if wanted is None or given is None:
         return 0.0
-    near = wanted[0], wanted[0] * Fraction(100) ** (given[1] - wanted[1])
-    return float(any(abs(given[0] - value) <= abs(value) / 10**6 for value in near))
+    near = wanted.value, wanted.value * Fraction(100) ** (given.percent - wanted.percent)
+    return float(any(abs(given.value - value) <= abs(value) / 10**6 for value in near))
+
+
+CHOICE = re.compile(
+    r"(?i:\b(?:option|choice|letter|answer(?:\s+is)?)\s*:?\s*[(*\"']*)([A-Za-z])(?![\w'])"
+    r"|^\W*(?![AI]\s+[\w'])([A-Z])(?![\w'])|^\W*([a-z])(?:\W*$|[).:])"
+    r"|\(([A-Za-z])\)|\b([A-Z])(?=[).:,]|\W*$)"
+)
 
 
 def choice_letter(text: str) -> str | None:
@@ -6103,21 +6290,40 @@ def choice_letter(text: str) -> str | None:
     marked = marked_answer(text)
     shown = (text if marked is None else marked).strip()
     found = [letter for match in CHOICE.finditer(shown) for letter in match.groups() if letter]
+    if not found:
+        return None
     first = marked is not None or CHOICE.match(shown)
-    return found[0 if first else -1] if found else None
+    return found[0 if first else -1].upper()
+
+
+ARITHMETIC_SPELLINGS = [
+    (r"\\times\b|\\cdot\b|[×·⋅]", "*"),
+    (r"\\div\b|÷", "/"),
+    (r"[−–]", "-"),
+    (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\left\b|\\right\b|\\[()\[\],;! ]|[$`]|\*\*", ""),
+    (r"[\[{]", "("),
+    (r"[\]}]", ")"),
+]
 
 
 def countdown_reward(prompt: str, completion: str, row: dict) -> float:
-    """1 where the row's numbers, each once, make the answer; 0.1 where they make another one."""
-    text = (marked_answer(completion) or completion).partition("=")[0]
+    """1 where the row's numbers, each once, make the answer; 0.1 where they make another one. Of
+    an equation either side counts."""
+    text = marked_answer(completion) or completion
+    for written, one in ARITHMETIC_SPELLINGS:
+        text = re.sub(written, one, text)
     numbers, wanted = sorted(map(int, row["numbers"])), int(row["answer"])
-    try:
-        value = arithmetic(text)
-    except ValueError:
-        return 0.0
-    if sorted(map(int, re.findall(r"\d+", text))) != numbers:
-        return 0.0
-    return 1.0 if value == wanted else 0.1
+    for side in text.split("="):
+        side = side.strip().rstrip(".").strip()
+        try:
+            value = arithmetic(side)
+            used = sorted(map(int, re.findall(r"\d+", side)))
+        except ValueError:
+            continue
+        if used == numbers:
+            return 1.0 if value == wanted else 0.1
+    return 0.0
 
 
 REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completion, row
@@ -6134,6 +6340,7 @@ REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completi
 
 YES_OR_NO = ("number", "math", "choice", "exact", "regex", "format", "countdown")
 
+REWARD_NAMES = ("number", "math", *[name for name in REWARDS if name != "number"])
 
 REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
 
@@ -6144,43 +6351,131 @@ def call_user(path: str, name: str, *args) -> float:
     return float(RUN_FILE(path)[name](*args))
 
 
-class UserReward:
-    """A function of the user's file, in a process of its own, so that neither an error nor an
-    endless loop nor a crash in it ends the run: that completion gets 0, and it is told once."""
+MATH_PACKAGE = "math-verify[antlr4_13_2]"
 
-    def __init__(self, path: str, name: str, seconds: float):
-        self.path, self.name, self.seconds = path, name, seconds
-        self.pool, self.told = None, set()
-        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
-        if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
-            raise UserError(
-                f"{path} has no function {name}",
-                f"write def {name}(prompt, completion, row): return a number",
-            )
 
-    def __call__(self, prompt: str, completion: str, row: dict) -> float:
+def parsed_math(text: str) -> list:
+    """What math-verify reads in a text; the time limit is that of the process it runs in."""
+    module = need("math_verify", MATH_PACKAGE)
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return module.parse(text, parsing_timeout=None)
+
+
+def boxed(answer: str) -> str:
+    return f"\\boxed{{{answer.strip().strip('$')}}}"
+
+
+def math_gold(text: str) -> list:
+    """What a row's answer is; an empty list where nothing is read in it."""
+    return parsed_math(boxed(marked_answer(text) or text))
+
+
+def math_reward(prompt: str, completion: str, row: dict) -> float:
+    """1 where the completion's answer is the row's: as plain numbers where both are, or else by
+    math-verify, which knows expressions, roots, tuples, intervals, sets and equations."""
+    answer, marked = str(row["answer"]), marked_answer(completion)
+    numbers = gold_number(answer), marked and plain_number(spelled(marked))
+    if all(numbers):
+        return number_reward(prompt, boxed(marked), row)
+    given = parsed_math(completion if marked is None else boxed(marked))
+    verify = need("math_verify", MATH_PACKAGE).verify
+    return float(bool(given) and verify(math_gold(answer), given, timeout_seconds=None))
+
+
+class Worker:
+    """A process that makes one call at a time, and is replaced where it dies or takes too long."""
+
+    def __init__(self):
+        self.pool: ProcessPoolExecutor | None = None
+
+    def start(self) -> None:
+        if self.pool is None:
+            context = multiprocessing.get_context(START_METHOD)
+            self.pool = ProcessPoolExecutor(1, context, serve_parent)
+            self.pool.submit(os.getpid).result()  # the start takes none of the call's time
+
+    def call(self, function: Callable, args: tuple, seconds: float) -> object:
+        """What the function returns, or the exception that it ended with, instead of raising it."""
         try:
-            if self.pool is None:
-                start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-                self.pool = ProcessPoolExecutor(1, start, serve_parent)
-                self.pool.submit(os.getpid).result()  # the start takes none of the call's time
-            asked = self.pool.submit(call_user, self.path, self.name, prompt, completion, row)
-            fault = asked.exception(self.seconds)
+            self.start()
+            future = self.pool.submit(function, *args)
+            fault = future.exception(seconds)
         except TooLong:
-            fault = TooLong(f"took more than {self.seconds:g} seconds")
+            fault = TooLong(f"took more than {seconds:g} seconds")
         except BrokenProcessPool as broken:  # between two calls
             fault = broken
-        if fault is None and math.isfinite(asked.result()):
-            return asked.result()
-        what = f"{type(fault).__name__}: {fault}" if fault else f"gave {asked.result()}"
+        if isinstance(fault, (TooLong, BrokenProcessPool)):
+            self.kill()
+        return future.result() if fault is None else fault
+
+    def kill(self) -> None:
+        for process in list(self.pool._processes.values()):
+            process.kill()
+            process.join(1.0)
+        self.pool = None
+
+
+class CallReward:
+    """A function that scores completions in processes of its own, so that neither an error nor an
+    endless loop nor a crash in it ends the run: that completion gets 0, and it is told once."""
+
+    def __init__(self, name: str, function: Callable[[str, str, dict], float], seconds: float):
+        self.name = name
+        self.function = function
+        self.seconds = seconds
+        self.told: set[str] = set()
+        self.workers = [Worker() for _ in range(cores_here())]
+
+    def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
+        """The scores of (prompt, completion, row), in their order."""
+        workers = self.workers[: len(calls)]
+        for worker in workers:
+            worker.start()  # by this thread, one after the other
+        if len(workers) < 2:
+            found = [workers[0].call(self.function, call, self.seconds) for call in calls]
+        else:
+            idle = queue.SimpleQueue()
+            for worker in workers:
+                idle.put(worker)
+
+            def by_idle(call: tuple) -> object:
+                worker = idle.get()
+                try:
+                    return worker.call(self.function, call, self.seconds)
+                finally:
+                    idle.put(worker)
+
+            with ThreadPoolExecutor(len(workers)) as threads:
+                found = list(threads.map(by_idle, calls))
+        return [self.accepted(value) for value in found]
+
+    def accepted(self, value: object) -> float:
+        """A score, or 0 instead of an exception or of what is no number."""
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        what = f"gave {value}"
+        if isinstance(value, BaseException):
+            what = f"{type(value).__name__}: {value}"
         if what not in self.told and len(self.told) < FAULTS_SHOWN:
             self.told.add(what)
-            say(f"warning: {self.path}:{self.name} {what}; that completion gets 0")
-        if isinstance(fault, (TooLong, BrokenProcessPool)):
-            for process in list(self.pool._processes.values()):
-                process.kill()
-            self.pool = None
+            say(f"warning: {self.name} {what}; that completion gets 0")
         return 0.0
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.pool:
+                worker.pool.shutdown()
+
+
+def user_reward(path: str, name: str, seconds: float) -> CallReward:
+    """The reward FILE.py:FUNCTION; UserError where the file has no such function."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
+    if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
+        raise UserError(
+            f"{path} has no function {name}",
+            f"write def {name}(prompt, completion, row): return a number",
+        )
+    return CallReward(f"{path}:{name}", functools.partial(call_user, path, name), seconds)
 
 
 class Rewards:
@@ -6204,17 +6499,20 @@ class Rewards:
         self.yes_or_no = next(iter(self.parts)) in YES_OR_NO
 
     def open(self, what: str, seconds: float) -> object:
+        if what == "math":
+            need("math_verify", MATH_PACKAGE)
+            return CallReward("the reward math", math_reward, seconds)
         path, _, name = what.partition(".py:")
         path += ".py" if name else ""
         if not what or not Path(path).exists():
             raise UserError(
                 f"--reward {what} is neither known, nor FILE.py:FUNCTION, nor a file",
-                f"choose {either(REWARDS)}",
+                f"choose {either(REWARD_NAMES)}",
             )
         if not name:
             return open_judge(path, "", self.machine)
         try:
-            return UserReward(path, name, seconds)
+            return user_reward(path, name, seconds)
         except (SyntaxError, ValueError) as fault:
             raise UserError(f"{path} cannot be read ({fault})", "mend the file") from fault
 
@@ -6223,10 +6521,18 @@ class Rewards:
         try:
             for name in (name for name in self.parts if name in REWARDS):
                 REWARDS[name]("", "1", row)
+            answer = str(row["answer"]) if {"number", "math"} & set(self.parts) else ""
         except KeyError as fault:
             raise ValueError(f"{fault.args[0]} is missing, which the reward needs") from fault
         except (TypeError, ValueError, OverflowError, re.error) as fault:
             raise ValueError(f"it is not what the reward needs ({fault})") from fault
+        if "number" in self.parts and gold_number(answer) is None:
+            raise ValueError(f"the answer {answer[:60]!r} is no plain number: use --reward math")
+        if "math" in self.parts and gold_number(answer) is None:
+            worker = self.parts["math"].workers[0]
+            found = worker.call(math_gold, (answer,), self.parts["math"].seconds)
+            if not isinstance(found, list) or not found:
+                raise ValueError(f"math-verify reads nothing in the answer {answer[:60]!r}")
         return row
 
     def score(
@@ -6234,14 +6540,19 @@ class Rewards:
     ) -> np.ndarray:
         """What each part gives each completion: (completions, parts); those that have not `ended`
         were cut off, and a reward model sees no </s> behind them."""
+        calls = [
+            (one.turns[-1].text, text, one.row) for one, text in zip(asked, texts, strict=True)
+        ]
         columns = []
         for part in self.parts.values():
-            pairs = zip(asked, texts, strict=True)
-            if isinstance(part, tuple):
+            if isinstance(part, CallReward):
+                columns.append(part.score(calls))
+            elif isinstance(part, tuple):
+                pairs = zip(asked, texts, strict=True)
                 chats = [[*one.turns, Turn("assistant", text)] for one, text in pairs]
                 columns.append(score_answers(*part, chats, self.batch_size, self.machine, ended))
             else:
-                columns.append([part(one.turns[-1][1], text, one.row) for one, text in pairs])
+                columns.append([part(*call) for call in calls])
         return np.array(columns, dtype=np.float64).T
 
 

@@ -1,8 +1,10 @@
 """Rewards on hostile texts, and perplexity, on any batch size and ranks, against a slow count."""
 
 import dataclasses
+import importlib.util
 import math
 import multiprocessing
+import sys
 import time
 from fractions import Fraction
 from types import SimpleNamespace
@@ -248,6 +250,355 @@ TRAPS = {  # numbers whose neighbours are easily misread
 }
 
 
+PLAIN = {  # a row's answer -> its value; each must be read alike in a box, behind #### and in prose
+    "42": 42,
+    "-42": -42,
+    "−42": -42,
+    "–42": -42,
+    "+42": 42,
+    "0": 0,
+    "-0": 0,
+    "007": 7,
+    "3.50": Fraction(7, 2),
+    ".5": Fraction(1, 2),
+    "-.25": Fraction(-1, 4),
+    "72.": 72,
+    "1,000": 1000,
+    "1,234,567.89": Fraction("1234567.89"),
+    "1{,}000": 1000,
+    "10,\\!000": 10000,
+    "1\\,000\\,000": 10**6,
+    "1 000 000": 10**6,
+    "1\u00a0000": 1000,
+    "1\u202f234": 1234,
+    "1'000": 1000,
+    "1’000’000": 10**6,
+    "1_000": 1000,
+    "12,34,567": 1234567,
+    "1.000.000": 10**6,
+    "1.234,56": Fraction("1234.56"),
+    "3{,}5": Fraction(7, 2),
+    "$18": 18,
+    "\\$18": 18,
+    "$18.00": 18,
+    "-$5": -5,
+    "$-5": -5,
+    "€3": 3,
+    "£2.50": Fraction(5, 2),
+    "¥300": 300,
+    "18 dollars": 18,
+    "$1,200 per month": 1200,
+    "$5 million": 5 * 10**6,
+    "2.5 million": 2500000,
+    "3 billion people": 3 * 10**9,
+    "12 thousand": 12000,
+    "12%": 12,
+    "12 %": 12,
+    "12\\%": 12,
+    "12 percent": 12,
+    "12 per cent": 12,
+    "0.5\\%": Fraction(1, 2),
+    "3/4": Fraction(3, 4),
+    "-3/4": Fraction(-3, 4),
+    "3 / 4": Fraction(3, 4),
+    "\\frac{3}{4}": Fraction(3, 4),
+    "\\dfrac{3}{4}": Fraction(3, 4),
+    "\\tfrac34": Fraction(3, 4),
+    "\\cfrac{3}{4}": Fraction(3, 4),
+    "\\frac34": Fraction(3, 4),
+    "\\frac{3}4": Fraction(3, 4),
+    "\\frac3{4}": Fraction(3, 4),
+    "-\\frac{3}{4}": Fraction(-3, 4),
+    "\\frac{-3}{4}": Fraction(-3, 4),
+    "\\frac{ 10 }{ 4 }": Fraction(5, 2),
+    "½": Fraction(1, 2),
+    "¾ cup": Fraction(3, 4),
+    "1 1/2": Fraction(3, 2),
+    "1\\frac12": Fraction(3, 2),
+    "1\\frac{1}{2}": Fraction(3, 2),
+    "1 \\frac{1}{2}": Fraction(3, 2),
+    "2½": Fraction(5, 2),
+    "-1 1/2": Fraction(-3, 2),
+    "-2\\frac13": Fraction(-7, 3),
+    "10 3/4 inches": Fraction(43, 4),
+    "1.5e3": 1500,
+    "1.5E3": 1500,
+    "2e-3": Fraction(1, 500),
+    "1.5e+3": 1500,
+    "1.5 \\times 10^3": 1500,
+    "1.5 \\times 10^{3}": 1500,
+    "6.02 \\cdot 10^{23}": 602 * 10**21,
+    "3 × 10⁵": 300000,
+    "3*10^5": 300000,
+    "3 x 10^-2": Fraction(3, 100),
+    "-4 \\times 10^{-2}": Fraction(-1, 25),
+    "3*10**5": 300000,
+    "10^{3}": 1000,
+    "10^3": 1000,
+    "2^{10}": 1024,
+    "10⁶": 10**6,
+    "5^2": 25,
+    "x = 7": 7,
+    "x=-7": -7,
+    "n = 3/4": Fraction(3, 4),
+    "f(2) = 9": 9,
+    "8 * 9 = 72": 72,
+    "\\pi \\approx 3.14": Fraction("3.14"),
+    "x_1 = 5": 5,
+    "P(A) = 0.25": Fraction(1, 4),
+    "12\\text{ cm}^2": 12,
+    "12 cm^2": 12,
+    "12\\,\\text{cm}^{2}": 12,
+    "12\\text{cm}": 12,
+    "12 m/s": 12,
+    "12 km/h": 12,
+    "9.8\\ \\mathrm{m/s^2}": Fraction("9.8"),
+    "12 m^3": 12,
+    "90^\\circ": 90,
+    "90^{\\circ}": 90,
+    "90°": 90,
+    "90 degrees": 90,
+    "37 °C": 37,
+    "5 apples": 5,
+    "5\\text{ apples}": 5,
+    "72 square feet": 72,
+    "3 hours": 3,
+    "5ft": 5,
+    "15 mph": 15,
+    "6\\text{ units}": 6,
+    "5-year-old": 5,
+    "12 cm²": 12,
+    "7 kg": 7,
+    "$42$": 42,
+    "$$42$$": 42,
+    "\\(42\\)": 42,
+    "\\[42\\]": 42,
+    "**42**": 42,
+    "__42__": 42,
+    "*42*": 42,
+    "(42)": 42,
+    "{42}": 42,
+    "\\text{42}": 42,
+    "\\mathbf{42}": 42,
+    "\\boxed{42}": 42,
+    "\\left(42\\right)": 42,
+    "42 .": 42,
+    "42!": 42,
+    "42\n": 42,
+    " 42 ": 42,
+    "~42": 42,
+    "The total is 42": 42,
+    "Total: 42": 42,
+    "about 42": 42,
+}
+NOT_PLAIN = [  # expressions, lists and several numbers: golds for --reward math
+    "3\\sqrt{2}",
+    "2\\sqrt{3}",
+    "\\sqrt{2}",
+    "sqrt(2)",
+    "sqrt 2",
+    "(3,5)",
+    "(3, 5)",
+    "[3,5)",
+    "[0,1]",
+    "\\{1,2,3\\}",
+    "1, 2, 3",
+    "1 and 2",
+    "3 or 5",
+    "3-5",
+    "3–5",
+    "between 3 and 5",
+    "\\pi",
+    "3\\pi",
+    "2π",
+    "3x",
+    "3x + 2",
+    "x^2",
+    "x+1",
+    "2 + 3i",
+    "7i",
+    "\\frac{x}{2}",
+    "\\frac{\\sqrt{2}}{2}",
+    "\\frac{3}{x}",
+    "\\log 5",
+    "log(5)",
+    "\\ln 2",
+    "\\infty",
+    "none",
+    "",
+    "A",
+    "(A)",
+    "\\text{B}",
+    "x",
+    "y = 2x + 1",
+    "x = 2 \\text{ or } x = 3",
+    "3:5",
+    "2 - \\sqrt{3}",
+    "5!+x",
+    "10:30",
+    "3 \\pm 1",
+    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+    "1/0",
+    "\\frac{1}{0}",
+    "5/6/2024",
+    "2024-05-17",
+    "12ab3",
+    "n^{3}",
+    "2^{x}",
+    "2^n",
+    "e^2",
+    "3e",
+    "x \\le 5",
+    "x > 5",
+    "\\ge 3",
+    "p/q",
+    "3\\cdot 5",
+    "6 \\div 2",
+    "9" * 5000,
+    "1e999999999",
+    "10^{999999999}",
+    "9^{9^9}",
+]
+COMPLETIONS = {  # how completions answer
+    "\\boxed{42}. I am sure this answer is right.": 42,
+    "#### 42\nThe answer is above.": 42,
+    "<answer>42</answer> The answer is unique.": 42,
+    "\\boxed{1}, no, \\boxed{2}": 2,
+    "\\boxed{no idea} The answer is 3": 3,
+    "####\nThe answer is 4.": 4,
+    "\\boxed{\\frac{1}{\\text{\\textbf{2}}}} so 1/2": Fraction(1, 2),
+    "\\boxed{\\boxed{\\boxed{5}}}": 5,
+    "\\boxed{\\text{\\textbf{7}}}": 7,
+    "$\\boxed{x = {-7}}$": -7,
+    "\\fbox{9}": 9,
+    "\\boxed {8}": 8,
+    "\\boxed{5": 5,
+    "\\boxed{(3,5)} so 5": None,
+    "\\boxed{3\\sqrt{2}} = 3": None,
+    "The answer is (3,5).": None,
+    "The answer is 3 or 5": None,
+    "The answer is 8. Check: 4 + 4 = 9": 8,
+    "The answer is 3.5. Done": Fraction(7, 2),
+    "The answer is: $1,200.50.": Fraction("1200.5"),
+    "answer: **12**": 12,
+    "Final answer: 12 (twelve)": 12,
+    "The area is 12 cm^2.": 12,
+    "The area is 12 cm²": 12,
+    "so it is $x_2$ = 5": 5,
+    "So a_1 + a_2 = 9.": 9,
+    "9 m/s^{2}": 9,
+    "She pays $5 for 3.": 3,
+    "That is 1.5e3 metres.": 1500,
+    "about 6.02 \\times 10^{23} atoms": 602 * 10**21,
+    "He has 2 1/2 pizzas left.": Fraction(5, 2),
+    "It's 12:30": 30,
+    "I think 5, maybe 6": 6,
+    "it costs 3 €": 3,
+    "1st place": 1,
+    "The answer is 50%.": 50,
+    "It rose by 12.5 percent.": Fraction(25, 2),
+    "The price is 3.99.": Fraction("3.99"),
+    "In 2019, 100 people came": 100,
+    "#### $1,000 (a thousand)": 1000,
+    "Answer: 6 × 7 = 42": 42,
+    "<ANSWER> 7 </ANSWER>": 7,
+    "<answer>\n12 apples\n</answer>": 12,
+    "answer is\n\n12": 12,
+    "The answer isn't 5 but 6": 6,
+    "0.1 + 0.2 = 0.3": Fraction(3, 10),
+    "a) 5": 5,
+    "5)": 5,
+    "Step 1: 2+2. Step 2: 4": 4,
+    "1/2 + 1/3 = 5/6": Fraction(5, 6),
+    "5/6/2024": 2024,
+}
+
+FORMS = (
+    "{}",
+    r"\boxed{{{}}}",
+    "#### {}",
+    "<answer>{}</answer>",
+    "The answer is {}",
+    "so 5 and\n#### {}\nThe answer is 3.",
+)
+
+
+def test_the_tables_are_long_enough():
+    assert len(PLAIN) + len(COMPLETIONS) >= 150
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_plain_number_is_read_alike_in_a_row_and_in_every_mark(text):
+    assert lm.gold_number(text).value == PLAIN[text]
+    for form in FORMS:
+        assert lm.final_number(form.format(text)).value == PLAIN[text], form
+        assert lm.number_reward("", form.format(text), {"answer": text}) == 1, form
+
+
+@pytest.mark.parametrize("text", NOT_PLAIN, ids=lambda text: text[:20])
+def test_what_is_no_plain_number_is_neither_a_gold_nor_a_right_answer(text):
+    assert lm.gold_number(text) is None
+    if any(character.isdigit() for character in text):
+        assert lm.final_number(rf"so 5, \boxed{{{text}}}") is None
+    with pytest.raises(ValueError, match="no plain number: use --reward math"):
+        opened("number").check({"answer": text})
+
+
+@pytest.mark.parametrize("text", COMPLETIONS)
+def test_marks_rank_above_prose_and_the_number_is_the_answer_s(text):
+    found = lm.final_number(text)
+    assert (found and found.value) == COMPLETIONS[text]
+
+
+HOSTILE = [
+    piece * times + end
+    for piece in (
+        "9",
+        "1,",
+        "(",
+        "{",
+        "\\frac{",
+        "\\boxed{",
+        "####",
+        "answer is ",
+        "-",
+        "1 ",
+        "1/",
+        ".",
+    )
+    for times, end in ((1, ""), (7, "5"), (5000, ""), (5000, "5}"))
+] + [
+    lead + body
+    for lead in ("#### ", "\\boxed{", "<answer>", "The answer is ", "")
+    for body in (
+        "1e" + "9" * 30,
+        "9^{9^{9^{9}}}",
+        "\\frac{1}{0}",
+        "1/0",
+        "0/0",
+        "\x00\ud800\u2028",
+        "٣٤",
+        "²³¹",
+        "--5",
+        "1.2.3.4",
+        "$$$",
+        "½½½",
+    )
+]
+
+
+@pytest.mark.timeout(60)
+def test_hostile_texts_end_in_a_score():
+    assert len(HOSTILE) >= 100
+    rows = {"answer": "5", "pattern": "5", "numbers": [2, 3]}
+    for text in HOSTILE:
+        for name, reward in lm.REWARDS.items():
+            began = time.monotonic()
+            assert isinstance(reward("", text, rows), float)
+            assert time.monotonic() - began < 2, (name, text[:40])
+        assert lm.number_reward("", "5", {"answer": text}) in (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [*ANSWERS.items(), *TRAPS.items()], ids=lambda value: str(value)[:30]
 )
@@ -351,8 +702,17 @@ LETTERS = {  # answers to a question of four choices, as models and rows write t
     "He has hepatitis.\nThe answer is C. Not D.": "C",
     "": None,
     "cholesterol": None,
-    "b": None,
     "Aspirin": None,
+    "b": "B",
+    "(c)": "C",
+    "b) Cholesterol embolization": "B",
+    "the answer is d": "D",
+    "Answer: (a)": "A",
+    "option C because the others are wrong": "C",
+    "I choose option b, since A fails": "B",
+    "Choice D it is": "D",
+    "a good question": None,
+    "i do not know": None,
     "It's": None,
 }
 SENTENCES = {  # A and I are also words
@@ -407,7 +767,17 @@ def test_the_letter_that_a_text_chooses(text, letter):
         ("countdown", "3 ** 4 - 2", {"numbers": [2, 3, 4], "answer": "79"}, 0),
         ("countdown", "4 / (3 - 3)", {"numbers": [3, 3, 4], "answer": "1"}, 0),
         ("countdown", "", {"numbers": [3], "answer": "3"}, 0),
-        ("countdown", "x = 3", {"numbers": [3], "answer": "3"}, 0),
+        ("countdown", "x = 3", {"numbers": [3], "answer": "3"}, 1),
+        ("countdown", "3 × 4 − 2", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", r"$3 \times 4 - 2$", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", r"\boxed{3 \cdot 4 - 2}", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", "6 ÷ 2 + 4.", {"numbers": [2, 6, 4], "answer": "7"}, 1),
+        ("countdown", r"\frac{6}{2} + 4", {"numbers": [2, 6, 4], "answer": "7"}, 1),
+        ("countdown", "10 = 3 * 4 - 2", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", "The answer is 3 * 4 - 2.", {"numbers": [2, 3, 4], "answer": "10"}, 1),
+        ("countdown", "10 = 10", {"numbers": [2, 3, 4], "answer": "10"}, 0),
+        ("choice", "b", {"answer": "B"}, 1),
+        ("choice", "B", {"answer": "b"}, 1),
         ("countdown", "3_4", {"numbers": [3, 4], "answer": "34"}, 0),  # two numbers, read as one
         ("countdown", "34 # 2 5", {"numbers": [2, 5, 34], "answer": "34"}, 0),  # a comment
     ],
@@ -423,8 +793,8 @@ def opened(*specs, seconds=5.0):
 def shut(rewards):
     """End the processes of the user's functions now, not with the tests."""
     for part in rewards.parts.values():
-        if isinstance(part, lm.UserReward) and part.pool:
-            part.pool.shutdown()
+        if isinstance(part, lm.CallReward):
+            part.close()
 
 
 def problem(row, prompt="?"):
@@ -552,6 +922,13 @@ def short(prompt):
 def spoils(prompt, completion, row):
     return row.pop("answer") == completion
 """
+PAUSE = """
+import os, time
+
+def score(prompt, completion, row):
+    time.sleep(0.2)
+    return len(completion) + os.getpid() / 1e9
+"""
 FAULTS = {  # a completion, and what is told of it
     "raises": "no such thing",
     "hangs": "more than 2 seconds",
@@ -629,8 +1006,81 @@ def test_a_process_that_hangs_does_not_stay_behind(mine):
     rewards.score([problem({"more": 1})] * 2, ["fine", "hangs"])
     rewards.score([problem({"more": 1})], ["fine"])
     (one,) = rewards.parts.values()
-    (left,) = set(multiprocessing.active_children()) - before
-    assert list(one.pool._processes) == [left.pid]
+    left = {child.pid for child in set(multiprocessing.active_children()) - before}
+    assert left == {pid for worker in one.workers if worker.pool for pid in worker.pool._processes}
+
+
+def test_calls_are_made_in_several_processes_and_give_the_same(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(PAUSE)
+    texts, found, seconds = ["x" * i for i in range(12)], [], []
+    for cores in (1, 4):
+        monkeypatch.setattr(lm, "cores_here", lambda cores=cores: cores)
+        rewards = opened(f"{tmp_path}/slow.py:score")
+        rewards.score([problem({})] * 4, texts[:4])  # starts the processes
+        began = time.monotonic()
+        found.append(rewards.score([problem({})] * 12, texts)[:, 0])
+        seconds.append(time.monotonic() - began)
+        shut(rewards)
+    assert [scores.astype(int).tolist() for scores in found] == [list(range(12))] * 2
+    assert [len(set((scores % 1).round(9))) for scores in found] == [1, 4]
+    assert seconds[1] < 0.5 * seconds[0]
+
+
+# ---- Expressions ----
+
+math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
+)
+GOLDS = [r"12\text{ cm}^2", "(3,5)", "10^{3}", r"10,\!000", "1 1/2", r"2\sqrt{3}", "[3,5)"]
+GOLDS += [r"\{1,2\}", "x=3", r"\pi", r"\frac{\sqrt{3}}{2}", "2x+1", "42", r"$\frac{1}{2}$"]
+UNLIKE = [r"3\sqrt{2}", "5", "3", "7", "(5,3)", "[3,5]", "2x-1"]
+
+
+@math_verify
+def test_math_knows_expressions_and_tells_them_apart():
+    rewards = opened("math")
+    asked, texts, wanted = [], [], []
+    for gold in GOLDS:
+        rewards.check({"answer": gold})
+        for form in (r"so \boxed{%s}.", "#### %s", "<answer>%s</answer>"):
+            asked.append(problem({"answer": gold}))
+            texts.append(form % gold)
+            wanted.append(1)
+        for other in UNLIKE:
+            asked.append(problem({"answer": gold}))
+            texts.append(rf"\boxed{{{other}}}")
+            wanted.append(int((gold, other) == ("x=3", "3")))
+    asked += [problem({"answer": r"\frac{1}{2}"})] * 2 + [problem({"answer": r"\sqrt{8}"})]
+    texts += ["0.5", r"\boxed{\frac{2}{4}}", r"\boxed{2\sqrt{2}}"]
+    found = rewards.score(asked, texts)[:, 0].tolist()
+    assert found == wanted + [1, 1, 1]
+    shut(rewards)
+
+
+@math_verify
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_answer_that_math_cannot_read_is_a_bad_row(text):
+    rewards = opened("math")
+    with pytest.raises(ValueError, match="reads nothing in the answer"):
+        rewards.check({"answer": text})
+    shut(rewards)
+
+
+@math_verify
+def test_an_expression_that_takes_forever_gets_0(capsys):
+    rewards = opened("math", seconds=3.0)
+    asked = [problem({"answer": r"\sqrt{2}"})] * 3
+    texts = [r"\boxed{\sqrt{2}}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sqrt{2}}"]
+    began = time.monotonic()
+    assert rewards.score(asked, texts)[:, 0].tolist() == [1, 0, 1]
+    assert time.monotonic() - began < 15
+    shut(rewards)
+
+
+def test_without_its_package_math_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(lm.UserError, match="math-verify"):
+        opened("math")
 
 
 # ---- Reward models ----
