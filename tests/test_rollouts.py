@@ -910,7 +910,7 @@ def test_mistakes_are_sentences(rl, run, base, tmp_path):
     (tmp_path / "broken.py").write_text("def one(:\n")
     wrong = {
         ("--task", "add", "--data", "x.jsonl"): "--data and --task are both given",
-        ("--reward", "nomber"): "choose " + " or ".join(lm.REWARDS),
+        ("--reward", "nomber"): "choose " + " or ".join(lm.REWARD_NAMES),
         ("--reward", f"{code}:two"): "has no function two",
         ("--reward", f"{tmp_path}/gone.py:one"): "gone.py",
         ("--reward", f"{tmp_path}/broken.py:one"): "broken.py cannot be read",
