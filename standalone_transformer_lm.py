@@ -1310,6 +1310,9 @@ class PolicySettings:
         "weight tokens by trainer over sampler probability, up to X "
         "(truncated importance sampling); 0: off",
     )
+    fp32_head: bool = setting(
+        False, "compute logits in fp32, in sampling and in training, where --dtype is bf16"
+    )
     kl: float = setting(0.0, "weight of the KL divergence from the reference model")
     kl_in_reward: bool = setting(
         False, "subtract the divergence from the reward, instead of adding it to the loss"
@@ -3677,6 +3680,7 @@ class Transformer(nn.Module):
         assert config.rope_layout == "half", "load_checkpoint converts other layouts to this one"
         self.config = config
         self.grad_checkpoint = False
+        self.fp32_head = False  # logits in fp32 where all else is bf16 (MiniMax 2025, section 3.2)
         empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
         self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
         self.sinks: nn.Parameter | None = None
@@ -3836,7 +3840,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of final hidden states, soft-capped (Gemma Team 2024, section 2)."""
-        logits = self.lm_head(hidden)
+        if self.fp32_head:
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden.float(), self.lm_head.weight.float())
+        else:
+            logits = self.lm_head(hidden)
         cap = self.config.softcap
         if cap:
             logits = cap * torch.tanh(logits / cap)
@@ -7932,6 +7940,7 @@ def cmd_grpo(
 
     train, val = tuning.parts(parse, prompt, stream)
     network = tuning.network()
+    network.fp32_head = policy.fp32_head
     critic = None
     if policy.advantage == "gae":
         critic = tuning.network(scalar_head=True)

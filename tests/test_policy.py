@@ -822,3 +822,17 @@ def test_padding_has_no_part_in_the_loss_of_the_experts():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 0
     alone = lm.hidden_and_aux_loss(model, ids[:1, :7], targets[:1, :7])[1].item()
     assert lm.hidden_and_aux_loss(model, ids[:1], targets[:1])[1].item() == pytest.approx(alone)
+
+
+def test_with_fp32_head_logits_are_fp32_in_sampling_and_training(grpo):
+    model = build()
+    ids = torch.randint(3, 61, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        hidden = model.hidden(ids)
+        assert model.logits(hidden).dtype == torch.bfloat16
+        model.fp32_head = True
+        assert model.logits(hidden).dtype == torch.float32
+        want = hidden.double() @ model.lm_head.weight.double().T
+    assert torch.allclose(model.logits(hidden).double(), want, atol=1e-5)
+    watch, log = grpo("--fp32_head", 1, "--dtype", "bf16")
+    assert watch.last_step()[1][-1].fp32_head and log[-1]["train/ratio_most"] == 1
