@@ -784,7 +784,10 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def write_folder(
-    folder: Path, weights: dict[str, Tensor], model: lm.ModelSettings, tokenizer: lm.Tokenizer
+    folder: Path,
+    weights: dict[str, Tensor],
+    model: lm.ModelSettings,
+    tokenizer: lm.Tokenizer,
 ) -> None:
     weights, model = folded(weights, model)
     family = family_of(model)

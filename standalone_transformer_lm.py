@@ -356,7 +356,12 @@ class Progress:
     """
 
     def __init__(
-        self, what: str, total: float | None, unit: str, start: float = 0, talks: bool = True
+        self,
+        what: str,
+        total: float | None,
+        unit: str,
+        start: float = 0,
+        talks: bool = True,
     ):
         self.what = what
         self.total = total
@@ -633,7 +638,9 @@ def settings_of(command: Callable) -> tuple[type, ...]:
 
 
 def unknown_flags(
-    unknown: list[str], groups: tuple[type, ...], elsewhere: dict[str, list[str]]
+    unknown: list[str],
+    groups: tuple[type, ...],
+    elsewhere: dict[str, list[str]],
 ) -> Iterator[tuple[str, str]]:
     """Faults of the words that no flag took; `elsewhere`: commands by the flags that they have."""
     names = [f"--{f.name}" for f in flags(*groups)]
@@ -1561,7 +1568,9 @@ class Machine:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def all_reduce_sum(
-        self, *numbers: float, how: dist.ReduceOp = dist.ReduceOp.SUM
+        self,
+        *numbers: float,
+        how: dist.ReduceOp = dist.ReduceOp.SUM,
     ) -> list[float]:
         """Each number summed over all ranks, or as `how` says; on the CPU, so no device waits."""
         found = torch.tensor(numbers, dtype=torch.float64)
@@ -1838,7 +1847,9 @@ class Turn(typing.NamedTuple):
 
 
 def encode_chat(
-    tokenizer: Tokenizer, turns: Iterable[Turn | tuple[str, str]], reply: bool = False
+    tokenizer: Tokenizer,
+    turns: Iterable[Turn | tuple[str, str]],
+    reply: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """ids of the turns, and which are learned: what the assistant says, its calls and its </s>.
 
@@ -1926,7 +1937,9 @@ def tokenizer_fault(vocab_size: int, fault: Exception) -> UserError:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, character_coverage: float = 0.9999
+    texts: Iterable[str],
+    vocab_size: int,
+    character_coverage: float = 0.9999,
 ) -> bytes:
     """A SentencePiece BPE model that spells every string: decode(encode(s)) == s.
 
@@ -3124,7 +3137,10 @@ def row_sources(paths: Iterable[str], flag: str) -> list[Source]:
 
 
 def read_rows(
-    paths: Iterable[str], parse: Callable[[dict], object], on_bad_row: str, flag: str = "--data"
+    paths: Iterable[str],
+    parse: Callable[[dict], object],
+    on_bad_row: str,
+    flag: str = "--data",
 ) -> list:
     """Every row of the files, parsed; bad ones raise UserError, or a warning where "skip" says."""
     good, bad = [], []
@@ -3199,7 +3215,10 @@ def held_out(turns: Turns, share: float) -> bool:
 
 
 def fit_rows(
-    rows: list[list[Turns]], make: Callable[[Turns], Example | None], eos: int, name: str
+    rows: list[list[Turns]],
+    make: Callable[[Turns], Example | None],
+    eos: int,
+    name: str,
 ) -> tuple[list[list[Example]], list[int]]:
     """Groups of examples and the rows they come from; says how many were cut or left out."""
     groups, kept = [], []
@@ -3382,7 +3401,12 @@ class KVCache:
         return (torch.tensor(self.lengths).unsqueeze(1) + torch.arange(new)).to(self.k.device)
 
     def write(
-        self, layer: int, k: Tensor, v: Tensor, positions: Tensor, fixed: int = 0
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        fixed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row, or
         to a `fixed` end, which keeps the shapes of one step those of the next."""
@@ -3476,7 +3500,11 @@ class AttentionMask:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | BlockMask | None,
+    dropout: float,
 ) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): FlexAttention where the mask is a
     BlockMask, else SDPA; without a mask it is causal, and a single query sees every key."""
@@ -3629,7 +3657,11 @@ class MoE(nn.Module):
         return y.view_as(x), self.aux_loss(scores, probs, experts, counted)
 
     def aux_loss(
-        self, scores: Tensor, probs: Tensor, experts: Tensor, counted: Tensor | None
+        self,
+        scores: Tensor,
+        probs: Tensor,
+        experts: Tensor,
+        counted: Tensor | None,
     ) -> Tensor:
         """Load-balance and z-loss of scores and probs (N, E) and of the chosen experts
         (N, active), of the counted tokens alone."""
@@ -3746,7 +3778,11 @@ class Transformer(nn.Module):
         return self.cos[places].unsqueeze(1).to(dtype), self.sin[places].unsqueeze(1).to(dtype)
 
     def context(
-        self, ids: Tensor, x: Tensor, cache: KVCache | None, counted: Tensor | None = None
+        self,
+        ids: Tensor,
+        x: Tensor,
+        cache: KVCache | None,
+        counted: Tensor | None = None,
     ) -> Context:
         """The context of ids and their input x, which follow what the cache holds."""
         seen = max(cache.lengths) if cache else 0
@@ -3773,7 +3809,10 @@ class Transformer(nn.Module):
         return x.device.type == "cuda" and self.config.head_size >= 16 and not dropout
 
     def masks(
-        self, make: Callable, attention_mask: AttentionMask, cache: KVCache | None
+        self,
+        make: Callable,
+        attention_mask: AttentionMask,
+        cache: KVCache | None,
     ) -> dict[bool, Tensor | BlockMask | None]:
         """Masks by whether a layer is windowed; None where causal order is all there is."""
         seen = max(cache.lengths) if cache else 0
@@ -3942,7 +3981,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_lora(
-    weights: dict[str, Tensor], adapter: dict[str, Tensor], scale: float
+    weights: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+    scale: float,
 ) -> dict[str, Tensor]:
     """The weights with an adapter's trained_weights worked into them."""
     merged = weights | {name: w for name, w in adapter.items() if ".lora_" not in name}
@@ -4023,7 +4064,9 @@ def uniforms(seed: int, row: int, count: int) -> Tensor:
 
 
 def prefill(
-    model: Transformer, histories: list[list[int]], dtype: torch.dtype
+    model: Transformer,
+    histories: list[list[int]],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, KVCache]:
     """Run prompts of any lengths through the model: logits (B, V) after each, and their cache."""
     lengths = [len(history) for history in histories]
@@ -4053,7 +4096,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Transformer, rows: int, room: int, dtype: torch.dtype, compiled: bool = False
+        self,
+        model: Transformer,
+        rows: int,
+        room: int,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ):
         self.model = model
         self.dtype = dtype
@@ -4239,7 +4287,10 @@ def by_parts(work: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: 
 
 
 def token_losses(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, z_loss: float = 0.0
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy (N,) in nats of targets (B, T), 0 where IGNOREd; head: hidden to logits."""
 
@@ -4292,26 +4343,61 @@ def smoothed(margin: Tensor, share: float) -> Tensor:
     return -F.logsigmoid(margin) * (1 - share) - F.logsigmoid(-margin) * share
 
 
+# Losses (B,) of pairs: their rewards (B, 2), the policy's mean log-probs per token (B, 2), settings
+
+
+def sigmoid_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Rafailov et al. 2023 (DPO), eq. 7."""
+    return smoothed(gap(rewards), s.label_smoothing)
+
+
+def ipo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Azar et al. 2023, eq. 17."""
+    return (gap(rewards) / s.beta - 0.5 / s.beta).square()
+
+
+def hinge_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Zhao et al. 2023 (SLiC-HF)."""
+    return F.relu(1 - gap(rewards))
+
+
+def robust_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Chowdhury et al. 2024, eq. 10: unbiased under flipped labels; the weights add up to 1."""
+    share = s.label_smoothing
+    return smoothed(gap(rewards), -share / (1 - 2 * share))
+
+
+def apo_zero_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """D'Oosterlinck et al. 2024, section 3: the chosen up and the rejected down."""
+    chosen, rejected = rewards.sigmoid().unbind(1)
+    return 1 - chosen + rejected
+
+
+def apo_down_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """The same, section 3: both down, the rejected further."""
+    chosen = rewards[:, 0].sigmoid()
+    return chosen + 1 - gap(rewards).sigmoid()
+
+
+def simpo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
+    """Meng et al. 2024, eq. 6."""
+    return smoothed(gap(rewards) - s.simpo_gamma, s.label_smoothing)
+
+
 def orpo_loss(rewards: Tensor, means: Tensor, s: DpoSettings) -> Tensor:
     """Likelihood of the chosen and its odds over the rejected (Hong et al. 2024, eq. 6)."""
     odds = means - torch.log1p(-means.clamp(max=-1e-6).exp())
     return -means[:, 0] - s.beta * F.logsigmoid(gap(odds))
 
 
-# name -> loss (B,) of pairs' rewards (B, 2), their policy's mean log-probs a token (B, 2), settings
 PREFERENCE_LOSSES = {
-    # Rafailov et al. 2023, eq. 7; Azar et al. 2023; Zhao et al. 2023
-    "sigmoid": lambda rewards, means, s: smoothed(gap(rewards), s.label_smoothing),
-    "ipo": lambda rewards, means, s: (gap(rewards) / s.beta - 0.5 / s.beta).square(),
-    "hinge": lambda rewards, means, s: F.relu(1 - gap(rewards)),
-    # Chowdhury et al. 2024, eq. 10: unbiased under flipped labels, by weights that add up to 1 too
-    "robust": lambda rewards, means, s: smoothed(
-        gap(rewards), -s.label_smoothing / (1 - 2 * s.label_smoothing)
-    ),
-    # D'Oosterlinck et al. 2024, section 3: chosen up and rejected down; or both down, it further
-    "apo_zero": lambda rewards, means, s: 1 - rewards[:, 0].sigmoid() + rewards[:, 1].sigmoid(),
-    "apo_down": lambda rewards, means, s: rewards[:, 0].sigmoid() + 1 - gap(rewards).sigmoid(),
-    "simpo": lambda rewards, means, s: smoothed(gap(rewards) - s.simpo_gamma, s.label_smoothing),
+    "sigmoid": sigmoid_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "robust": robust_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "simpo": simpo_loss,
     "orpo": orpo_loss,
 }
 
@@ -4327,7 +4413,11 @@ JUDGE_METRICS = ("loss", "margin", "accuracy") + ("bin",) * BINS
 
 
 def preference_loss(
-    model: Transformer, ids: Tensor, targets: Tensor, reference: Tensor, settings: DpoSettings
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    reference: Tensor,
+    settings: DpoSettings,
 ) -> Tensor:
     """PAIR_METRICS summed over pairs: ids, targets (2B, T), chosen and rejected in turn; reference:
     log-probs (B, 2). length_bias: by how many tokens the answer of higher reward is longer."""
@@ -4360,8 +4450,10 @@ def reward_scores(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Ten
 def judge_metrics(logits: Tensor, aux_loss: Tensor | float) -> Tensor:
     """JUDGE_METRICS summed, of logits (B,) in favour of what is right. A bin holds the confidence
     less the success of the judgements of such confidence (Guo et al. 2017, eq. 3)."""
-    loss, logits = (aux_loss - F.logsigmoid(logits)).sum(), logits.detach()
-    right, confidence = (logits > 0).float(), logits.abs().sigmoid()
+    loss = (aux_loss - F.logsigmoid(logits)).sum()
+    logits = logits.detach()
+    right = (logits > 0).float()
+    confidence = logits.abs().sigmoid()
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     error = torch.zeros(BINS, device=logits.device).scatter_add_(0, bins, confidence - right)
     return torch.cat((torch.stack((loss, logits.sum(), right.sum())), error))
@@ -4435,7 +4527,11 @@ def row_weights(lengths: Tensor, kind: str, rows: float, tokens: float, most: in
 
 
 def completion_logps(
-    model: Transformer, ids: Tensor, targets: Tensor, temperature: Tensor, spread: bool = False
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    spread: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and entropies (B, T), 0 where ignored, and the auxiliary loss; entropies have a
     gradient only with `spread`."""
@@ -4511,7 +4607,12 @@ def token_values(critic: Transformer, ids: Tensor) -> Tensor:  # (B, T)
 
 
 def value_loss(
-    critic: Transformer, ids: Tensor, targets: Tensor, old: Tensor, returns: Tensor, clip: float
+    critic: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    old: Tensor,
+    returns: Tensor,
+    clip: float,
 ) -> Tensor:
     """Half the squared error of a micro-batch's values, which does not fall where they move from
     the old ones (B, T) by more than `clip` (0: off); and how many tokens that clips."""
@@ -4519,7 +4620,8 @@ def value_loss(
     bounded = values
     if clip:
         bounded = old + (values - old).clamp(-clip, clip)
-    errors, clipped = (values - returns).square(), (bounded - returns).square()
+    errors = (values - returns).square()
+    clipped = (bounded - returns).square()
     mask = targets != IGNORE
     loss = 0.5 * (mask * torch.maximum(errors, clipped)).sum()
     return torch.stack([loss, ((clipped > errors) & mask).sum()])
@@ -4531,7 +4633,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: Transformer, loss: Callable[..., Tensor]):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model = model
+        self.loss = loss
 
     def forward(self, *batch: Tensor) -> Tensor:
         return self.loss(self.model, *batch).reshape(-1)
@@ -4608,7 +4711,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict], lr: float, weight_decay: float, momentum: float, scale: str
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        scale: str,
     ):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(groups, {**defaults, "scale": scale, "rows": None})
@@ -4671,7 +4779,9 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def make_optimizers(
-    model: Transformer, settings: OptimSettings, device: torch.device
+    model: Transformer,
+    settings: OptimSettings,
+    device: torch.device,
 ) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
     kinds = split_parameters(model)
@@ -4762,7 +4872,10 @@ def muon_momentum(step: int, settings: OptimSettings) -> float:
 
 
 def set_step(
-    optimizers: list[torch.optim.Optimizer], settings: OptimSettings, step: int, max_steps: int
+    optimizers: list[torch.optim.Optimizer],
+    settings: OptimSettings,
+    step: int,
+    max_steps: int,
 ) -> float:
     """Set learning rates and Muon's momentum for a step; returns AdamW's learning rate."""
     scale = lr_scale(step, settings, max_steps)
@@ -5430,7 +5543,9 @@ def damaged_field(name: str) -> UserError:
 
 
 def load_optimizers(
-    optimizers: list[torch.optim.Optimizer], states: list[dict], field_name: str = "optim"
+    optimizers: list[torch.optim.Optimizer],
+    states: list[dict],
+    field_name: str = "optim",
 ) -> None:
     """Their states as saved, under the flags of this start; UserError where they do not fit."""
     try:
@@ -5552,7 +5667,10 @@ class Trainer:
             self.ema.update(self.step)
 
     def accumulate(
-        self, wrapped: nn.Module, micros: Iterable[tuple[Tensor, ...]], scale: float
+        self,
+        wrapped: nn.Module,
+        micros: Iterable[tuple[Tensor, ...]],
+        scale: float,
     ) -> list[Tensor]:
         """Accumulate the gradient of the micro-batches' losses times `scale`; these, one by one."""
         found = []
@@ -5723,7 +5841,12 @@ def changed_flags(old: dict, new: dict, names: Iterable[str]) -> list[str]:
 
 
 def resume(
-    job: Job, machine: Machine, run: RunSettings, args: dict, groups: tuple, extra: dict
+    job: Job,
+    machine: Machine,
+    run: RunSettings,
+    args: dict,
+    groups: tuple,
+    extra: dict,
 ) -> dict | None:
     """The checkpoint that --out_dir continues from, its weights in the model; None for a new run.
 
@@ -5951,7 +6074,11 @@ def score_answers(
 
 
 def sample_answers(
-    model: Transformer, tokenizer: Tokenizer, questions: list[Turns], most: int, dtype: torch.dtype
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: list[Turns],
+    most: int,
+    dtype: torch.dtype,
 ) -> list[dict]:
     """Greedy answers to fixed questions, as rows of samples.jsonl."""
     prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
@@ -5966,7 +6093,10 @@ def sample_answers(
 
 
 def open_judge(
-    path: str, spm: str, machine: Machine, base: str = ""
+    path: str,
+    spm: str,
+    machine: Machine,
+    base: str = "",
 ) -> tuple[Transformer, Tokenizer]:
     """A reward model; raises UserError where the checkpoint is of another kind."""
     saved = load_checkpoint(path, base)
@@ -6544,7 +6674,10 @@ class Rewards:
         return row
 
     def score(
-        self, asked: list[Problem], texts: list[str], ended: Iterable[bool] | None = None
+        self,
+        asked: list[Problem],
+        texts: list[str],
+        ended: Iterable[bool] | None = None,
     ) -> np.ndarray:
         """What each part gives each completion: (completions, parts); those that have not `ended`
         were cut off, and a reward model sees no </s> behind them."""
@@ -6628,7 +6761,12 @@ class Sampler:
         self.latest: list[Group] = []
 
     def draw(
-        self, problems: list[Problem], count: int, temperature: float, seed: int, first: int
+        self,
+        problems: list[Problem],
+        count: int,
+        temperature: float,
+        seed: int,
+        first: int,
     ) -> list[Group]:
         """`count` completions of each problem; `first` numbers the first of them, for its random
         numbers."""
@@ -6650,7 +6788,11 @@ class Sampler:
         return self.latest
 
     def generate(
-        self, asked: list[Problem], temperature: float, seed: int, first: int
+        self,
+        asked: list[Problem],
+        temperature: float,
+        seed: int,
+        first: int,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The ids of a completion of each problem, and their log-probabilities."""
         logps: list[list[float]] = [[] for _ in asked]
@@ -6771,7 +6913,10 @@ class Rollout:
         return numbers.repeat_interleave(self.lengths)
 
     def batches(
-        self, part: list[MicroRollout], by_token: list[Tensor], by_row: tuple[Tensor, ...] = ()
+        self,
+        part: list[MicroRollout],
+        by_token: list[Tensor],
+        by_row: tuple[Tensor, ...] = (),
     ) -> Iterator[tuple[Tensor, ...]]:
         """The micro-batches of a minibatch with numbers of tokens (B, T) and of rows (B, …)."""
         for micro in part:
@@ -6983,7 +7128,10 @@ class PolicyTrainer(Trainer):
         return scalars.repeat(len(rollout.completions), 1)
 
     def rewards(
-        self, rollout: Rollout, old: Tensor | None, reference: Tensor
+        self,
+        rollout: Rollout,
+        old: Tensor | None,
+        reference: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The reward of each completion (rows,), and of each token (n,) its penalty for the
         divergence from the reference, with --kl_in_reward."""
@@ -6994,7 +7142,11 @@ class PolicyTrainer(Trainer):
         return rewards, penalty
 
     def advantages(
-        self, rollout: Rollout, rewards: Tensor, penalty: Tensor, values: Tensor | None
+        self,
+        rollout: Rollout,
+        rewards: Tensor,
+        penalty: Tensor,
+        values: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The advantages of the completions' tokens (n,) and the returns that the values (n,) are
         to predict, where there is a value model."""
@@ -7008,7 +7160,11 @@ class PolicyTrainer(Trainer):
         return rollout.of_rows(each), None
 
     def gae_advantages(
-        self, rollout: Rollout, rewards: Tensor, penalty: Tensor, values: Tensor
+        self,
+        rollout: Rollout,
+        rewards: Tensor,
+        penalty: Tensor,
+        values: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Generalized advantages (n,), standardized over all ranks, and the values' targets."""
         s, lengths = self.value, rollout.lengths
@@ -7032,7 +7188,9 @@ class PolicyTrainer(Trainer):
         return (own - mean) / (deviation + STD_FLOOR), targets
 
     def token_weights(
-        self, rollout: Rollout, part: list[MicroRollout]
+        self,
+        rollout: Rollout,
+        part: list[MicroRollout],
     ) -> tuple[Tensor, float, float]:
         """What a token of each row counts (rows, 3), as policy_loss takes it; and the completions
         and tokens of a minibatch on all ranks."""
@@ -7060,7 +7218,11 @@ class PolicyTrainer(Trainer):
         return torch.stack((policy * learned, likelihood, entropy), 1), count, tokens
 
     def improve(
-        self, rollout: Rollout, advantages: Tensor, old: Tensor | None, reference: Tensor
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        old: Tensor | None,
+        reference: Tensor,
     ) -> tuple[dict[str, float], Tensor, Tensor]:
         """The policy's optimizer steps on the step's completions: its metrics, loss and gradient
         norm. `old` is None where each completion is learned from once, by an unmoved policy."""
@@ -7228,7 +7390,10 @@ class PolicyTrainer(Trainer):
 
 
 def check_rollouts(
-    rollout: RolloutSettings, policy: PolicySettings, world: int, seq_len: int
+    rollout: RolloutSettings,
+    policy: PolicySettings,
+    world: int,
+    seq_len: int,
 ) -> None:
     """UserError where prompts cannot be shared out, or completions leave no room."""
     shares = world * policy.minibatches
@@ -7347,7 +7512,11 @@ class Tuning:
         return train, val
 
     def encode(
-        self, make: Callable, stream: Callable, rows: list[Row], label: str
+        self,
+        make: Callable,
+        stream: Callable,
+        rows: list[Row],
+        label: str,
     ) -> tuple[list[list[Example]], list[int], Stream]:
         """Groups of examples of the rows that fit, which rows these are, and their stream."""
         one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
@@ -7432,7 +7601,10 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
 
 
 def score_rows(
-    reward: RewardSettings, run: RunSettings, tune: TuneSettings, device: DeviceSettings
+    reward: RewardSettings,
+    run: RunSettings,
+    tune: TuneSettings,
+    device: DeviceSettings,
 ) -> int:
     """Write the rows of --score again, with the reward model's score of each answer."""
     machine = open_machine(device)
@@ -7515,7 +7687,9 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
 
 
 def plan_memory(
-    config: ModelSettings, settings: InfoSettings, optim: OptimSettings
+    config: ModelSettings,
+    settings: InfoSettings,
+    optim: OptimSettings,
 ) -> dict[str, float]:
     """Bytes on a device: weights, gradients, optimizer, activations (bf16, fused attention)."""
     counts = parameter_counts(config)
@@ -7600,7 +7774,10 @@ def time_row(trainer: Trainer) -> dict:
 
 
 def time_steps(
-    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, run: RunSettings
+    config: ModelSettings,
+    optim: OptimSettings,
+    device: DeviceSettings,
+    run: RunSettings,
 ) -> dict:
     """The metrics of training steps on random tokens, timed until their speed is stable."""
     machine = open_machine(device)
@@ -7630,7 +7807,10 @@ def time_steps(
 
 
 def trial(
-    config: ModelSettings, optim: OptimSettings, device: DeviceSettings, flags: dict
+    config: ModelSettings,
+    optim: OptimSettings,
+    device: DeviceSettings,
+    flags: dict,
 ) -> float:
     """Tokens per second of training with these flags, 0 where they do not fit in memory. It has a
     process of its own, so that it leaves neither memory nor compiled code, and may die alone."""
@@ -7657,7 +7837,10 @@ def trial(
 
 
 def fastest(
-    speed: Callable[[dict], float], flags: dict, changes: Iterable[dict], largest: int
+    speed: Callable[[dict], float],
+    flags: dict,
+    changes: Iterable[dict],
+    largest: int,
 ) -> tuple[dict, float]:
     """The flags of most speed, and that: each change is made to the best so far, and the batch
     doubled, up to the `largest`, while it pays; layers are recomputed where memory ended that."""
@@ -7757,7 +7940,10 @@ def make_requests(settings: GenerateSettings, tokenizer: Tokenizer, saved: dict)
 
 
 def best_rows(
-    settings: GenerateSettings, requests: list[Request], rows: list[dict], machine: Machine
+    settings: GenerateSettings,
+    requests: list[Request],
+    rows: list[dict],
+    machine: Machine,
 ) -> list[dict]:
     """Of each --best_of rows the one that the reward model scores highest."""
     judge, tokenizer = open_judge(settings.reward_ckpt, "", machine)
@@ -7968,7 +8154,9 @@ def cmd_grpo(
 
 
 def cmd_generate(
-    settings: GenerateSettings, sampling: SamplingSettings, device: DeviceSettings
+    settings: GenerateSettings,
+    sampling: SamplingSettings,
+    device: DeviceSettings,
 ) -> int:
     machine = open_machine(device)
     saved = load_checkpoint(settings.ckpt, settings.base)
@@ -8034,7 +8222,10 @@ def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings)
 
 
 def cmd_bench(
-    settings: BenchSettings, model: ModelSettings, optim: OptimSettings, device: DeviceSettings
+    settings: BenchSettings,
+    model: ModelSettings,
+    optim: OptimSettings,
+    device: DeviceSettings,
 ) -> int:
     if "RANK" in os.environ:
         raise UserError("bench times one device", "start it with python; --gpus plans for several")
