@@ -64,6 +64,7 @@ def test_bench_where_nothing_fits(monkeypatch, run):
     complaint(run(["bench", "--preset", "138m", "--device", "cpu"]), "not even", "--batch_size 1")
 
 
+@pytest.mark.slow
 def test_bench_as_typed(run, monkeypatch):
     """Real trials, each in a process of its own, and what they mean in hours and money."""
     monkeypatch.setattr(lm, "can_compile", lambda device: False)

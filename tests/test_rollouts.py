@@ -788,6 +788,7 @@ KINDS = {
         2,
     ],
     "lora": ["--lora_rank", 2, "--kl", 0.1],
+    "minibatches": ["--minibatches", 3, "--updates", 2, "--tis_cap", 2.0],
 }
 
 

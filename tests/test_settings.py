@@ -558,3 +558,21 @@ def test_a_mistaken_start_points_to_the_flags_of_the_run_there(run, tmp_path):
 @pytest.mark.parametrize("kind", [lm.TuneRun, lm.GrpoRun, lm.DpoOptim, lm.BenchSettings])
 def test_settings_with_other_defaults_can_be_pickled(kind):
     assert pickle.loads(pickle.dumps(kind())) == kind()
+
+
+def dpo_of(*flags):
+    found = lm.read_command(lm.cmd_dpo, ["--ckpt", "x.pt", "--data", "y.jsonl", *flags])
+    return next(one for one in found if isinstance(one, lm.DpoSettings))
+
+
+def test_simpo_has_a_beta_of_its_own_unless_one_is_given():
+    assert dpo_of("--loss", "simpo").beta == 2.0
+    assert dpo_of("--loss", "simpo", "--beta", "0.5").beta == 0.5
+    assert dpo_of().beta == dpo_of("--loss", "ipo").beta == 0.1
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "apo_zero", "apo_down", "orpo"])
+def test_label_smoothing_is_refused_where_a_loss_ignores_it(loss):
+    with pytest.raises(lm.UserError, match=f"label_smoothing has no meaning in --loss {loss}"):
+        dpo_of("--label_smoothing", "0.1", "--loss", loss)
+    assert dpo_of("--label_smoothing", "0.1").label_smoothing == 0.1
