@@ -303,6 +303,77 @@ ONLY = {  # config key: the one value that our model computes, whatever the fami
     "quantization_config": None,
 }
 SCALINGS = {"default": "none", "linear": "linear", "yarn": "yarn"}
+ODD_SCALING = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def is_list(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(type(part) is kind for part in value)
+
+
+FORMS = (  # (what a value must be, its test, the keys of config.json that must be so)
+    (
+        "a positive whole number",
+        is_count,
+        """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim max_position_embeddings num_local_experts num_experts
+        num_experts_per_tok moe_intermediate_size original_max_position_embeddings""",
+    ),
+    ("a positive number", is_number, "rms_norm_eps rope_theta factor"),
+    (
+        "true or false",
+        lambda value: type(value) is bool,
+        "tie_word_embeddings use_sliding_window norm_topk_prob",
+    ),
+    ("a number of tokens", lambda value: value == 0 or is_count(value), "sliding_window"),
+    ("text", lambda value: isinstance(value, str), "model_type rope_type type"),
+    ("a list of text", is_list(str), "layer_types"),
+    ("a list of whole numbers", is_list(int), "no_rope_layers mlp_only_layers"),
+    ("an object", lambda value: isinstance(value, dict), "rope_parameters rope_scaling"),
+)
+
+
+def wrong_values(config: dict) -> list[str]:
+    """What config.json says that cannot be meant; a key that is null is as good as absent."""
+    faults = []
+    for form, fits, keys in FORMS:
+        for key in keys.split():
+            value = config.get(key)
+            if value is not None and not fits(value):
+                faults.append(f"{key} is {value!r:.40}, not {form}")
+    return faults
+
+
+def refuse_config(faults: list[str]) -> None:
+    if faults:
+        raise lm.UserError(
+            f"config.json describes a model that is not ours: {'; '.join(faults)}",
+            "give the folder of a model without these",
+        )
+
+
+def rope_of(config: dict) -> dict:
+    """What config.json says of the rotary embedding, in the spelling of transformers 4 or 5."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "rope_type" not in rope:
+        rope = {**rope, "rope_type": rope.get("type", "default")}
+    return rope
+
+
+def unknown_scaling(rope: dict) -> list[str]:
+    odd = sorted(ODD_SCALING & set(rope))
+    if odd:
+        return [f"rope_scaling is of type {rope['rope_type']!r} with {odd}"]
+    if rope["rope_type"] not in SCALINGS:
+        return [f"rope_scaling is of type {rope['rope_type']!r}"]
+    return []
 
 
 @dataclass(frozen=True)
@@ -312,7 +383,8 @@ class Family:
     `requires` and `allows` name the settings beyond a plain LLaMA that its models always and may
     have. `layer` maps our keys of a layer to theirs: several of theirs are ours stacked by rows
     (q, k, v), and a name with {} is one for each expert. `config` makes the keys of config.json
-    that LLaMA lacks, `settings` the reverse; `only` are the values that we can read.
+    that LLaMA lacks, `settings` the reverse; `only` are the values that we can read, and `needs`
+    the keys that must be there besides those of a LLaMA.
     """
 
     architecture: str
@@ -323,6 +395,7 @@ class Family:
     config: Callable[[lm.ModelSettings], dict]
     settings: Callable[[dict], dict]
     only: dict[str, object] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
     def names(self, model: lm.ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(our key, their keys) of every weight."""
@@ -382,24 +455,15 @@ def common_config(model: lm.ModelSettings) -> dict:
 
 def common_settings(config: dict, family: Family) -> dict:
     """Our settings for a config.json. Raises UserError with all that they cannot say."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    faults = [
-        f"{key} is {config[key]!r}, not {wanted!r}"
-        for key, wanted in {**ONLY, **family.only}.items()
-        if config.get(key) not in (None, wanted)
-    ]
-    odd = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"} & set(rope)
-    if rope_type not in SCALINGS or odd:
-        faults.append(
-            f"rope_scaling is of type {rope_type!r}" + (f" with {sorted(odd)}" if odd else "")
-        )
-    faults += [f"{key} is missing" for key in NEEDS if not config.get(key)]
-    if faults:
-        raise lm.UserError(
-            f"config.json describes a model that is not ours: {'; '.join(faults)}",
-            "give the folder of a model without these",
-        )
+    refuse_config(wrong_values(config))
+    rope = rope_of(config)
+    faults = wrong_values(rope)
+    for key, wanted in {**ONLY, **family.only}.items():
+        if config.get(key) not in (None, wanted):
+            faults.append(f"{key} is {config[key]!r:.40}, not {wanted!r}")
+    faults += unknown_scaling(rope)
+    faults += [f"{key} is missing" for key in (*NEEDS, *family.needs) if not config.get(key)]
+    refuse_config(faults)
     heads = config["num_attention_heads"]
     return {
         "vocab_size": config["vocab_size"],
@@ -409,13 +473,13 @@ def common_settings(config: dict, family: Family) -> dict:
         "n_head": heads,
         "n_kv_head": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "seq_len": config.get("max_position_embeddings", 2048),
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        "rope_scaling": SCALINGS[rope_type],
-        "rope_factor": float(rope.get("factor", 1.0)),
-        "rope_original": int(rope.get("original_max_position_embeddings", 0)),
-        "tie": bool(config.get("tie_word_embeddings", False)),
+        "seq_len": config.get("max_position_embeddings") or 2048,
+        "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rope_scaling": SCALINGS[rope["rope_type"]],
+        "rope_factor": float(rope.get("factor") or 1.0),
+        "rope_original": int(rope.get("original_max_position_embeddings") or 0),
+        "tie": bool(config.get("tie_word_embeddings")),
     }
 
 
@@ -431,28 +495,33 @@ def window_settings(config: dict) -> dict:
     return {"window": config.get("sliding_window") or 0}
 
 
+def layer_kinds(model: lm.ModelSettings, n_layer: int) -> list[str]:
+    """transformers' name for the attention of each layer."""
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    return [kinds[model.windowed(i)] for i in range(n_layer)]
+
+
 def qwen3_config(model: lm.ModelSettings) -> dict:
-    kinds = [
-        "sliding_attention" if model.windowed(i) else "full_attention" for i in range(model.n_layer)
-    ]
     return {
         "use_sliding_window": bool(model.window),
         "sliding_window": model.window or None,
-        "layer_types": kinds,
+        "layer_types": layer_kinds(model, model.n_layer),
     }
 
 
 def qwen3_settings(config: dict) -> dict:
     kinds = config.get("layer_types") or []
-    window = config.get("sliding_window") if config.get("use_sliding_window") else 0
-    every = kinds.index("full_attention") + 1 if window and "full_attention" in kinds else 0
-    model = {"qk_norm": True, "window": window or 0, "full_every": every}
-    described = lm.ModelSettings(**model)
-    if kinds and kinds != [
-        "sliding_attention" if described.windowed(i) else "full_attention"
-        for i in range(len(kinds))
-    ]:
-        raise lm.UserError("layer_types is no pattern of ours", "give a model with every n-th full")
+    window = every = 0
+    if config.get("use_sliding_window"):
+        window = config.get("sliding_window") or 0
+    if window and "full_attention" in kinds:
+        every = kinds.index("full_attention") + 1
+    model = {"qk_norm": True, "window": window, "full_every": every}
+    if kinds and kinds != layer_kinds(lm.ModelSettings(**model), len(kinds)):
+        raise lm.UserError(
+            "layer_types of config.json is no pattern that this program has",
+            "give a model in which every n-th layer has full attention",
+        )
     return model
 
 
@@ -468,10 +537,15 @@ def smollm3_config(model: lm.ModelSettings) -> dict:
 
 def smollm3_settings(config: dict) -> dict:
     rotates = config.get("no_rope_layers") or []
-    every = rotates.index(0) + 1 if 0 in rotates else 0
+    every = 0
+    if 0 in rotates:
+        every = rotates.index(0) + 1
     model = lm.ModelSettings(nope_every=every)
     if rotates != [int(model.rotates(i)) for i in range(config["num_hidden_layers"])]:
-        raise lm.UserError("no_rope_layers is no pattern of ours", "give a model with every n-th 0")
+        raise lm.UserError(
+            "no_rope_layers of config.json is no pattern that this program has",
+            "give a model in which every n-th layer is without RoPE",
+        )
     return {"nope_every": every}
 
 
@@ -576,6 +650,7 @@ FAMILIES = (
         },
         mixtral_config,
         mixtral_settings,
+        needs=("num_local_experts", "num_experts_per_tok"),
     ),
     Family(
         "Qwen3MoeForCausalLM",
@@ -595,6 +670,7 @@ FAMILIES = (
         qwen3_moe_config,
         qwen3_moe_settings,
         {"use_sliding_window": False, "decoder_sparse_step": 1},
+        needs=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     ),
 )
 PLAIN = frozenset(
@@ -639,33 +715,54 @@ def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Famil
     renamed = {}
     for ours, theirs in family.names(model):
         weight = weights[ours]
+        parts = [weight]
         if weight.dim() == 3:  # (E, in, out), of which each expert is a linear map of its own
             parts = [expert.T.contiguous() for expert in weight]
-        else:
-            parts = [part.clone() for part in weight.split(heads)] if len(theirs) == 3 else [weight]
+        elif len(theirs) == 3:
+            parts = [part.clone() for part in weight.split(heads)]
         renamed |= zip(theirs, parts, strict=True)
     return renamed
 
 
-def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
-    """The reverse, in fp32. Raises UserError for weights that are missing or left over."""
-    names = dict(family.names(model))
-    wanted = {name for theirs in names.values() for name in theirs}
-    tied = {"lm_head.weight"} if model.tie else set()
-    derived = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
+def check_names(weights: dict[str, Tensor], wanted: set[str], tie: bool) -> None:
+    """Raise UserError for weights that are missing or left over."""
+    spare = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
+    if tie:
+        spare.add("lm_head.weight")
     faults = [f"it lacks {name}" for name in sorted(wanted - set(weights))]
-    faults += [f"it has {name}" for name in sorted(set(weights) - wanted - tied - derived)]
+    faults += [f"it has {name}" for name in sorted(set(weights) - wanted - spare)]
+    if len(faults) > 3:
+        faults[3:] = [f"and {len(faults) - 3} more"]
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise lm.UserError(
-            f"the weights are not those of its config.json: {'; '.join(faults[:3])}{more}",
+            f"the weights are not those of its config.json: {'; '.join(faults)}",
             "download the folder again, or name another",
         )
+
+
+def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
+    """The reverse, in fp32. Raises UserError for weights that are not the config's."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    if model.n_layer > len(layers) + 1:
+        raise lm.UserError(
+            f"config.json says num_hidden_layers {model.n_layer}, the weights have {len(layers)}",
+            "download the folder again, or name another",
+        )
+    names = dict(family.names(model))
+    check_names(weights, {name for theirs in names.values() for name in theirs}, model.tie)
     ours = {}
-    for name, theirs in names.items():
-        parts = [weights[part].float() for part in theirs]
-        experts = name.endswith(("mlp.w1", "mlp.w2", "mlp.w3"))
-        ours[name] = torch.stack([part.T for part in parts]) if experts else torch.cat(parts)
+    try:
+        for name, theirs in names.items():
+            parts = [weights[part].float() for part in theirs]
+            if name.endswith(("mlp.w1", "mlp.w2", "mlp.w3")):  # a tensor (E, in, out) of experts
+                ours[name] = torch.stack([part.T for part in parts])
+            else:
+                ours[name] = torch.cat(parts)
+    except RuntimeError as fault:
+        raise lm.UserError(
+            f"the weights do not fit together in {name} ({fault})",
+            "download the folder again, or name another",
+        ) from fault
     return {**ours, "lm_head.weight": ours.get("lm_head.weight", ours["tok_emb.weight"])}
 
 
@@ -842,10 +939,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, no code run. Raises UserError where it is missing or damaged."""
-    is_bin = path.suffix == ".bin"
-    damage = lm.BROKEN if is_bin else lm.need("safetensors").SafetensorError
+    damage = lm.BROKEN
     try:
-        if not is_bin:
+        if path.suffix == ".safetensors":
+            damage = lm.need("safetensors").SafetensorError
             return lm.need("safetensors.torch").load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as fault:
@@ -860,6 +957,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 # ==================================================================================================
 # Verification: the folder against the checkpoint, through transformers
 # ==================================================================================================
+
+
+class MismatchError(RuntimeError):
+    """The folder does not compute what the checkpoint does."""
+
 
 LOGIT_TOLERANCE = 1e-4
 ROUNDING = 3e-5  # of the largest logit: what fp32 itself loses in a deep model with large ones
@@ -929,11 +1031,11 @@ def greedy_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
 
 
 def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
-    """Raise RuntimeError where AutoTokenizer and SentencePiece disagree on the sample texts."""
+    """Raise MismatchError where AutoTokenizer and SentencePiece disagree on the sample texts."""
     for text in SAMPLE_TEXTS:
         ours = [tokenizer.bos, *tokenizer.encode(text)]
         if hf(text).input_ids != ours:
-            raise RuntimeError(
+            raise MismatchError(
                 f"the folder's tokenizer.json encodes {text!r} otherwise than tokenizer.model does"
             )
 
@@ -941,24 +1043,38 @@ def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
 def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: bool) -> str:
     """One sentence on how `folder` compares with `model` and, if the folder is `ours`, its ids.
 
-    Raises RuntimeError where they differ.
+    Raises MismatchError where they differ.
     """
     transformers = quiet_transformers()
     if transformers is None:
         return "not verified, for transformers is not installed"
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     gap = logit_gap(hf, model, tokenizer)
-    if not gap <= LOGIT_TOLERANCE:
-        raise RuntimeError(f"the folder's logits differ by {gap:.2g} from the checkpoint's")
-    if not greedy_gap(hf, model, tokenizer) <= 2 * LOGIT_TOLERANCE:
-        raise RuntimeError("the folder's greedy continuation differs from the checkpoint's")
+    if gap > LOGIT_TOLERANCE or math.isnan(gap):
+        raise MismatchError(f"the folder's logits differ by {gap:.2g} from the checkpoint's")
+    greedy = greedy_gap(hf, model, tokenizer)
+    if greedy > 2 * LOGIT_TOLERANCE or math.isnan(greedy):
+        raise MismatchError("the folder's greedy continuation differs from the checkpoint's")
+    same = "greedy tokens are the same"
     if ours:
         compare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), tokenizer)
-    same = "greedy tokens and token ids are" if ours else "greedy tokens are"
+        same = "greedy tokens and token ids are the same"
     return (
-        f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, "
-        f"{same} the same"
+        f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, {same}"
     )
+
+
+def verify_import(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer) -> str:
+    """`verify` of a folder that others made. Raises UserError where transformers refuses it."""
+    try:
+        return verify(folder, model, tokenizer, ours=False)
+    except MismatchError:
+        raise
+    except Exception as fault:
+        raise lm.UserError(
+            f"transformers cannot load {folder}: {str(fault).strip().splitlines()[0]}",
+            "mend its config.json, or download the folder again",
+        ) from fault
 
 
 # ==================================================================================================
@@ -974,6 +1090,7 @@ class ConvertSettings:
 
     ckpt: str = lm.setting("", "checkpoint, or the folder of a run, to make a folder of")
     reverse: str = lm.setting("", "Hugging Face folder of a LLaMA to make a checkpoint of")
+    base: str = lm.setting("", "of adapters in --ckpt, the checkpoint that they adapt, if moved")
     spm: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
     out: str = lm.setting("", "folder to write; with --reverse the checkpoint, CKPT.pt")
     rope_theta: float = lm.setting(
@@ -989,14 +1106,17 @@ class ConvertSettings:
             yield "--ckpt and --reverse are both given", "keep one of them"
         if self.reverse and self.rope_theta:
             yield "--rope_theta is for --ckpt alone", "drop it: config.json tells it"
-        if not self.out:
-            wanted = "file, --out imported.pt" if self.reverse else "folder, --out hf"
-            yield "--out is missing", f"name a {wanted}"
+        if self.reverse and self.base:
+            yield "--base is for --ckpt alone", "drop it"
+        if self.reverse and not self.out:
+            yield "--out is missing", "name a file, --out imported.pt"
+        elif not self.out:
+            yield "--out is missing", "name a folder, --out hf"
 
 
 def export(settings: ConvertSettings) -> None:
     """Checkpoint → folder."""
-    saved = lm.load_checkpoint(settings.ckpt)
+    saved = lm.load_checkpoint(settings.ckpt, settings.base)
     if settings.rope_theta:
         saved["config"]["rope_theta"] = settings.rope_theta
     tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
@@ -1013,16 +1133,17 @@ def read_folder(folder: Path, spm: str) -> dict:
     if not (folder / "config.json").exists():
         raise lm.UserError(f"{folder} has no config.json", "name the folder of a LLaMA")
     config = lm.read_json(folder / "config.json")
-    family = next((f for f in FAMILIES if f.model_type == config.get("model_type")), None)
-    if family is None:
-        known = ", ".join(f.model_type for f in FAMILIES)
+    families = {family.model_type: family for family in FAMILIES}
+    named = config.get("model_type")
+    if not isinstance(named, str) or named not in families:
         raise lm.UserError(
-            f"config.json describes a model that is not ours: model_type is "
-            f"{config.get('model_type')!r}",
-            f"give one of {known}",
+            f"config.json describes a model that is not ours: model_type is {named!r}",
+            f"give one of {', '.join(families)}",
         )
+    family = families[named]
     model = lm.ModelSettings(**{**common_settings(config, family), **family.settings(config)})
-    lm.raise_all(lm.check(model))
+    if faults := lm.check(model):
+        refuse_config([fault for fault, _ in faults])
     if not spm and not (folder / "tokenizer.model").exists():
         raise lm.UserError(
             f"{folder} has no tokenizer.model",
@@ -1048,7 +1169,15 @@ def import_folder(settings: ConvertSettings) -> None:
         raise lm.UserError(f"{out} exists already", "name another --out")
     saved = read_folder(folder, settings.spm)
     tokenizer = lm.tokenizer_of(saved, "", folder)
-    result = verify(folder, lm.build_model(saved, torch.device("cpu")), tokenizer, ours=False)
+    try:
+        model = lm.build_model(saved, torch.device("cpu"))
+    except RuntimeError as fault:
+        raise lm.UserError(
+            f"the weights in {folder} have other shapes than its config.json says "
+            f"({str(fault).splitlines()[-1].strip()})",
+            "download the folder again, or name another",
+        ) from fault
+    result = verify_import(folder, model, tokenizer)
     lm.save_checkpoint(out, saved)
     lm.say(f"{out}: {result}")
 

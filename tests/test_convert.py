@@ -799,3 +799,60 @@ def test_a_bin_that_holds_no_tensors_is_a_sentence(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(lm.UserError, match="no dict of tensors"):
         converter.read_weights(tmp_path)
+
+
+HOSTILE = (None, "", "text", -1, 0, 1.5, True, [], ["x"], [1], {}, {"rope_type": 3}, 10**6, 1e400)
+
+
+@pytest.mark.slow
+def test_any_value_in_config_json_is_read_or_told_in_a_sentence(foreign, tmp_path):
+    """Every key that is read, with every kind of value: no traceback, and no checkpoint of it."""
+    hf = foreign()
+    whole = json.loads((hf / "config.json").read_text())
+    told = 0
+    for key in [*whole, "rope_scaling", "layer_types", "sliding_window", "no_such_key"]:
+        for value in HOSTILE:
+            (hf / "config.json").write_text(json.dumps({**whole, key: value}))
+            code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
+            assert code in (0, 2) and "Traceback" not in err, (key, value, err)
+            assert (code == 0) == (tmp_path / "a.pt").exists(), (key, value)
+            (tmp_path / "a.pt").unlink(missing_ok=True)
+            told += code == 2
+    assert told > 100
+
+
+@pytest.mark.parametrize("family", converter.FAMILIES, ids=lambda family: family.model_type)
+def test_a_family_names_the_keys_that_it_misses(family, foreign, tmp_path):
+    hf = foreign(model_type=family.model_type, layer_types=[1], no_rope_layers="1")
+    code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
+    assert code == 2 and "layer_types is [1], not a list of text" in err
+    assert "no_rope_layers is '1', not a list of whole numbers" in err
+    (hf / "config.json").write_text(json.dumps({"model_type": family.model_type}))
+    code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
+    assert code == 2
+    for key in (*converter.NEEDS[1:], *family.needs):
+        assert f"{key} is missing" in err
+
+
+def test_reverse_believes_the_weights_about_the_number_of_layers(foreign, tmp_path):
+    hf = foreign(num_hidden_layers=1_000_000)
+    code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
+    assert code == 2 and "num_hidden_layers 1000000, the weights have 2" in err
+
+
+def test_adapters_are_exported_with_a_base_that_was_moved(ckpt, model, tokenizer, tmp_path):
+    lora = lm.LoraSettings(lora_rank=2)
+    adapted = model_of(tokenizer.vocab_size, n_kv_head=2)
+    lm.attach_lora(adapted, lora, 0)
+    weights = {n: w for n, w in adapted.state_dict().items() if "lora" in n}
+    weights = {n: torch.full_like(w, 0.05) for n, w in weights.items()}
+    fields = {"base": "gone.pt", "key": lm.model_key(lm.load_checkpoint(ckpt)), "scale": 0.5}
+    adapters = tmp_path / "adapters" / "ckpt_last.pt"
+    adapters.parent.mkdir()
+    lm.save_checkpoint(adapters, {**lm.read_checkpoint(ckpt), "model": weights, "lora": fields})
+    code, _, err = call(converter.main, "--ckpt", adapters, "--out", tmp_path / "hf")
+    assert code == 2 and "--base" in err
+    convert("--ckpt", adapters, "--base", ckpt, "--out", tmp_path / "hf")
+    merged = lm.build_model(lm.load_checkpoint(adapters, ckpt), torch.device("cpu"))
+    assert difference(tmp_path / "hf", merged) <= TOLERANCE
+    assert difference(tmp_path / "hf", model) > 100 * TOLERANCE
