@@ -5480,7 +5480,11 @@ RESUMED = {  # fields of a checkpoint that a run resumes from, and their types
     "args": dict,
     "gauges": dict,
     "tokenizer": bytes,
+    "scaler": dict,
+    "rng": dict,
 }
+
+GAUGES = {"sums": (list, tuple), "step": int, "steps": int, "tokens": int, "seconds": (int, float)}
 
 
 @dataclass
@@ -5799,21 +5803,30 @@ def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
     return run
 
 
-def check_resumable(saved: dict, kind: str, out: Path) -> None:
+def check_fields(saved: dict, types: dict[str, object], name: str = "") -> None:
+    """Raise UserError for a field of another type; `name` is the field that `saved` itself is."""
+    for key, kind in types.items():
+        if not isinstance(saved.get(key), kind) or isinstance(saved[key], bool):
+            raise damaged_field(name or key)
+
+
+def check_resumable(saved: dict, job: Job, out: Path) -> None:
     """Raise UserError where a checkpoint is of another trainer, or is damaged."""
-    if saved.get("kind") != kind or "gauges" not in saved:
+    stored = saved.get("kind", "the original program")
+    if not isinstance(stored, str) or stored != job.kind or "gauges" not in saved:
         raise UserError(
-            f"{out} holds a run of {saved.get('kind', 'the original program')}, not of {kind}",
-            "use another --out_dir",
+            f"{out} holds a run of {stored}, not of {job.kind}", "use another --out_dir"
         )
-    for name, types in RESUMED.items():
-        if not isinstance(saved.get(name), types) or isinstance(saved.get(name), bool):
-            raise damaged_field(name)
-    sums, *numbers = (saved["gauges"].get(key) for key in ("sums", "step", "steps", "tokens"))
-    if not isinstance(sums, (list, tuple)) or not all(type(number) is int for number in numbers):
+    check_fields(saved, RESUMED)
+    check_fields(saved["gauges"], GAUGES, "gauges")
+    check_fields(saved["args"], {"batch_size": int, "step_samples": int}, "args")
+    sums = saved["gauges"]["sums"]
+    numbers = [isinstance(number, (int, float)) for number in sums]
+    if not all(numbers) or len(sums) != len(job.names) + 1:
         raise damaged_field("gauges")
-    if not {"batch_size", "step_samples"} <= set(saved["args"]):
-        raise damaged_field("args")
+    for name in ("args", "config"):
+        if any(isinstance(value, Tensor) for value in saved[name].values()):
+            raise damaged_field(name)
 
 
 def check_same_run(saved: dict, job: Job, args: dict, same: list[str], out: Path) -> None:
@@ -5857,7 +5870,8 @@ def resume(
     if not newest:
         return None
     saved = read_checkpoint(newest)
-    check_resumable(saved, job.kind, out)
+    check_resumable(saved, job, out)
+    refuse_broken_weights(saved["model"], newest)
     check_same_run(saved, job, args, [*same_on_resume(*groups), *extra], out)
     names = [f.name for f in flags(*groups) if f.metadata["repeated"]]
     if changed := changed_flags(saved["args"], args, names):

@@ -1,6 +1,7 @@
 """Saving, loading, rotating and resuming: no damage, no hostile file and no full disk goes far."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -610,3 +611,62 @@ def test_changed_flags_are_told_on_a_resume(trained, data_dir, tmp_path, run):
     assert code == 0, err
     (line,) = [line for line in told.split("\n") if line.startswith("changed since step 12:")]
     assert "lr 0.01 → 0.005" in line and "max_steps 12 → 13" in line
+
+
+HOSTILE = (None, "text", -1, True, 1.5, [], [1], {}, {"state": 3}, b"\xff", torch.zeros(2))
+
+
+def mutations(saved):
+    """(path of a field, hostile value) for each field of a checkpoint, two levels deep."""
+    for key, value in saved.items():
+        inner = []
+        if isinstance(value, dict) and key not in ("model", "args"):
+            inner = [(key, name) for name in value]
+        if isinstance(value, list):
+            inner = [(key, place) for place in range(len(value))]
+        for path in [(key,), *inner[:6]]:
+            for hostile in HOSTILE:
+                yield path, hostile
+
+
+@pytest.mark.slow
+def test_a_resume_from_any_mutated_field_goes_on_or_is_a_sentence(copied, run, data_dir):
+    whole = lm.read_checkpoint(copied / "ckpt_last.pt")
+    leaks, told = [], 0
+    for path, hostile in mutations(whole):
+        changed = dict(whole)
+        target = changed
+        for part in path[:-1]:
+            target[part] = target[part].copy()
+            target = target[part]
+        target[path[-1]] = hostile
+        for old in copied.glob("ckpt_*.pt"):
+            old.unlink()
+        torch.save(changed, copied / "ckpt_last.pt")
+        try:
+            code, _, err = again(run, data_dir, copied, "--max_steps", 13)
+        except Exception as fault:
+            code, err = 1, repr(fault)
+        told += code == 2
+        if code not in (0, 2) or "Traceback" in err:
+            leaks.append((path, hostile, err.strip()[-300:]))
+    assert not leaks and told > 50
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "name", "kind"])
+def test_a_resume_from_mutated_weights_is_a_sentence(change, copied, run, data_dir):
+    saved = lm.read_checkpoint(copied / "ckpt_last.pt")
+    name = "blocks.1.attn.proj.weight"
+    weight = saved["model"].pop(name)
+    saved["model"] |= {
+        "nan": {name: weight * math.nan},
+        "shape": {name: weight[:-1]},
+        "name": {"blocks.1.attn.other.weight": weight},
+        "kind": {name: "text"},
+    }[change]
+    for old in copied.glob("ckpt_*.pt"):
+        old.unlink()
+    torch.save(saved, copied / "ckpt_last.pt")
+    code, _, err = again(run, data_dir, copied, "--max_steps", 13)
+    assert code == 2 and ("is damaged (its " in err or "weights that are NaN" in err), err
+    assert "Traceback" not in err

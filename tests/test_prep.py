@@ -2,6 +2,7 @@
 
 import bz2
 import collections
+import copy
 import glob
 import gzip
 import io
@@ -955,6 +956,32 @@ def test_what_is_wrong_with_a_folder_is_said(run, data_dir, tmp_path, name):
     assert str(folder) in str(caught.value)
     refused(run(["train", "--data_dir", folder, "--out_dir", tmp_path / "run"]), said)
     assert not (tmp_path / "run").exists()
+
+
+HOSTILE = (None, "text", "", -1, 0, 1.5, True, [], [1], {}, {"tokens": "x"}, 10**30)
+
+
+def test_any_value_in_meta_json_is_read_or_told_by_its_field(run, data_dir, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    paths = [(key,) for key in meta] + [("splits", name) for name in meta["splits"]]
+    paths += [("splits", "val", key) for key in meta["splits"]["val"]]
+    told = 0
+    for path in paths:
+        for hostile in HOSTILE:
+            changed = copy.deepcopy(meta)
+            target = changed
+            for part in path[:-1]:
+                target = target[part]
+            target[path[-1]] = hostile
+            (folder / "meta.json").write_text(json.dumps(changed))
+            try:
+                lm.TokenFolder(folder)
+            except lm.UserError as fault:
+                assert "meta.json" in str(fault) or str(folder) in str(fault)
+                told += 1
+    assert told > 60
 
 
 def test_a_sound_folder_is_described(run, data_dir):

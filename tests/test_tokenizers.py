@@ -206,6 +206,20 @@ def test_a_missing_tokenizer_and_a_folder_in_its_place_are_named(tmp_path):
             lm.Tokenizer.load(path)
 
 
+def test_a_flipped_byte_of_a_tokenizer_is_another_tokenizer_or_a_sentence(tiny_tokenizer):
+    """SentencePiece itself takes most flips; what it takes must be usable, the rest told."""
+    told = 0
+    for at in range(0, len(tiny_tokenizer), 23):
+        data = bytearray(tiny_tokenizer)
+        data[at] ^= 0x55
+        try:
+            tokenizer = lm.Tokenizer(bytes(data))
+            tokenizer.decode(tokenizer.encode("The harbour, 12 engines"))
+        except lm.UserError:
+            told += 1
+    assert told > 5
+
+
 # ---- The word encoder ----
 
 
