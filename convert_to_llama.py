@@ -19,6 +19,7 @@ versions of transformers, `tokenizer.apply_chat_template(..., sanitize_control_t
 import base64
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -1066,11 +1067,14 @@ def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: b
 
 def verify_import(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer) -> str:
     """`verify` of a folder that others made. Raises UserError where transformers refuses it."""
+    refusals = (*lm.BROKEN, OSError, ImportError)
+    with contextlib.suppress(ImportError):  # transformers 5 checks a config with it
+        refusals += (importlib.import_module("huggingface_hub.errors").StrictDataclassError,)
     try:
         return verify(folder, model, tokenizer, ours=False)
     except MismatchError:
         raise
-    except Exception as fault:
+    except refusals as fault:
         raise lm.UserError(
             f"transformers cannot load {folder}: {str(fault).strip().splitlines()[0]}",
             "mend its config.json, or download the folder again",

@@ -9,6 +9,7 @@ Quick start
   torchrun --nproc_per_node=8 standalone_transformer_lm.py train --data_dir data --out_dir run
   python standalone_transformer_lm.py generate --ckpt run/ckpt_best.pt --prompt "Once upon a time"
   python standalone_transformer_lm.py sft   --ckpt run --data chats.jsonl --out_dir sft
+  python standalone_transformer_lm.py eval  --ckpt run sft --tasks arc_easy=arc.jsonl
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
 Every command explains its flags with --help. `train @OUT/args.txt --max_steps 300000` repeats a
@@ -34,6 +35,7 @@ Rooms
   Trainer            the one training loop, given a loss
   Evaluation         how good is a model
   Tasks and rewards  rows made by rule, and functions that score completions
+  Benchmarks         files become tasks of eval, and a model's answers become figures
   Rollouts           generate, score, advantage, update
   Tuning             what sft, dpo, reward and grpo share
   Planning           what a checkpoint is, what a run takes, the fastest flags
@@ -53,6 +55,7 @@ File formats
                 each optimiser; read with weights_only=True. Adapters are stored alone: lora says
                 of which model; grpo adds reference entropy uninformative critic critic_optim
   metrics.jsonl one object a line: step tokens time train/* val/* moe/* perf/* gpu/* cost/*
+  results.json  of eval: {"results": {CKPT: {TASK: {"acc": …, "acc_stderr": …, "rows": …}}}}
   rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
                 output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer
 
@@ -66,6 +69,7 @@ import bisect
 import bz2
 import codecs
 import contextlib
+import csv
 import ctypes
 import difflib
 import errno
@@ -91,6 +95,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import string
 import struct
 import sys
 import sysconfig
@@ -102,7 +107,7 @@ import warnings
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
@@ -1426,6 +1431,65 @@ class GenerateSettings:
             yield "--best_of and --reward_ckpt need each other", "give both, or neither"
         if self.system and not self.chat:
             yield "--system is for a chat model", "add --chat"
+
+
+@with_defaults(max_new_tokens=256, temperature=0.0, top_p=1.0)
+class EvalSampling(SamplingSettings):
+    """Sampling of answers."""
+
+
+@dataclass
+class EvalSettings:
+    """What to evaluate, and on what."""
+
+    ckpt: tuple[str, ...] = setting((), "checkpoints, or folders of runs, to compare")
+    base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
+    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    tasks: tuple[str, ...] = setting(
+        (),
+        "NAME=FILE or NAME@SHOTS=FILE[,FILE OF SHOTS]; NAME is arc hellaswag piqa winogrande mmlu "
+        "commonsenseqa openbookqa boolq medqa choice (multiple choice), sst2 classify, ppl, rouge, "
+        "gsm8k, or a checker of answers: number math letter exact regex; "
+        "or a data folder; of a FILE alone the columns tell the NAME",
+    )
+    suite: tuple[str, ...] = setting(
+        (), "basics DIR: every file of a folder that is a task, without and with --n_shot examples"
+    )
+    n_shot: int = setting(0, "solved examples before each question; 5 in a --suite")
+    limit: int = setting(0, "rows of each task, from its first; 0: all")
+    chat: str = setting(
+        "auto",
+        "ask for answers in the chat format; auto: where the model was taught it",
+        choices=("auto", "0", "1"),
+    )
+    num_samples: int = setting(1, "answers to each question, for pass@k and majority vote", least=1)
+    reward_ckpt: str = setting("", "reward model that chooses one of --num_samples answers")
+    pattern: str = setting("", "regular expression of the checker regex")
+    reward_timeout: float = setting(5.0, "maximum seconds of a check by math", least=0.01)
+    stride: int = setting(
+        0, "tokens that each window of ppl predicts; 0: half the context; the context: disjoint"
+    )
+    batch_size: int = setting(32, "sequences at a time on a device", least=1)
+    out_dir: str = setting("eval", "folder for results.json and answers.jsonl")
+    worst: int = setting(0, "print the N most telling errors of each task")
+    confusion: bool = setting(False, "print the confusion matrix of classify and sst2")
+    harness: str = setting("", "tasks of lm-evaluation-harness, arc_easy,hellaswag,gsm8k")
+    harness_path: str = setting("", "folder of task files of your own for --harness")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.ckpt:
+            yield "--ckpt is missing", "give checkpoints to compare, --ckpt runs/lm runs/sft"
+        if not (self.tasks or self.suite or self.harness):
+            yield (
+                "there is nothing to evaluate",
+                "give --tasks NAME=FILE …, --suite basics DIR or --harness NAMES",
+            )
+        if self.suite and (len(self.suite) != 2 or self.suite[0] != "basics"):
+            yield f"--suite {' '.join(self.suite)} is not known", "use --suite basics DIR"
+        if self.reward_ckpt and self.num_samples == 1:
+            yield "--reward_ckpt has one answer to choose from", "add --num_samples 8"
+        if len(set(self.ckpt)) < len(self.ckpt):
+            yield "--ckpt names a checkpoint twice", "name it once"
 
 
 @dataclass
@@ -2865,6 +2929,8 @@ Turns = list[Turn]
 
 UNTAUGHT_KINDS = ("train",)  # checkpoints that have seen no conversation
 
+TAUGHT_KINDS = ("sft", "dpo", "grpo")  # checkpoints that answer in the chat format
+
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
 Part = tuple[str, float, Stream]  # a domain's name, weight and encoded rows
@@ -4203,7 +4269,7 @@ def generate(
     seed: int,
     stop: frozenset[int] = frozenset(),
     dtype: torch.dtype = torch.float32,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     at_once: int = 0,
     compiled: bool = False,
     logps: list[list[float]] | None = None,
@@ -4211,12 +4277,13 @@ def generate(
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
     At most `at_once` rows are generated together (0: all); as rows end, waiting ones take their
-    places. In fp32 a row draws the same ids alone as in any batch, where `first` counts the rows
-    before it; in bf16 the size of a batch changes the rounding of its matmuls.
+    places. A row draws by the seed and its number, by default its place: in fp32 the same ids alone
+    as in any batch, while in bf16 the size of a batch changes the rounding of matmuls.
     Beyond the context the oldest half is dropped. `logps` takes, for each prompt, the
     log-probability of each id at the sampling temperature.
     """
     most = settings.max_new_tokens
+    numbers = numbers or range(len(prompts))
     waiting = deque(range(len(prompts)))
     rows = min(at_once or len(prompts), len(prompts))
     room = min(model.config.seq_len, max(map(len, prompts)) + most)
@@ -4228,7 +4295,7 @@ def generate(
                 begun = []
                 for _ in idle[: len(waiting)]:
                     row = waiting.popleft()
-                    points = uniforms(seed, first + row, most).tolist()
+                    points = uniforms(seed, numbers[row], most).tolist()
                     begun.append(Slot(row, list(prompts[row]), points))
                 decoder.read(idle[: len(begun)], begun)
             else:
@@ -6106,6 +6173,236 @@ def sample_answers(
     return rows
 
 
+LOGITS_AT_ONCE = 4096  # places whose logits over the vocabulary are in memory together
+
+
+class Scored(typing.NamedTuple):
+    """What a model gives a continuation: its log-probability in nats, and whether each of its
+    tokens is the likeliest."""
+
+    logp: float
+    greedy: bool
+
+
+Pair = tuple[list[int], list[int]]  # ids of a context, and of what continues it
+
+
+def text_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Ids of a context behind <s> and of its continuation, encoded as one text; a space between
+    them belongs to the continuation, as in lm-evaluation-harness."""
+    stem = context.rstrip()
+    whole = tokenizer.encode(context + continuation)
+    start = len(tokenizer.encode(stem))
+    return [tokenizer.bos, *whole[:start]], whole[start:]
+
+
+def rolling_window(length: int, done: int, limit: int, stride: int) -> tuple[int, int]:
+    """(begin, end) of the window of ids that predicts those behind id `done`: the first one as many
+    as fit, each later one `stride`, with as many ids before them as fit."""
+    size = stride if done else limit
+    end = min(done + size, length - 1)
+    return max(0, end - limit), end
+
+
+def rolling_starts(length: int, limit: int, stride: int) -> Iterator[int]:
+    """The id behind which each window over `length` ids begins to predict."""
+    done = 0
+    while done < length - 1:
+        yield done
+        done = rolling_window(length, done, limit, stride)[1]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under evaluation; `name` is that of the command line, `key` tells its weights."""
+
+    name: str
+    key: str
+    model: Transformer
+    tokenizer: Tokenizer
+    machine: Machine
+    chats: bool  # it is asked in the chat format
+    batch_size: int
+
+    @torch.inference_mode()
+    def score(self, pairs: list[Pair]) -> list[Scored]:
+        """The continuations of pairs, the longest first; of a pair longer than the context its
+        end."""
+        limit = self.model.config.seq_len
+        order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
+        found: list[Scored | None] = [None] * len(pairs)
+        for first in range(0, len(order), self.batch_size):
+            places = order[first : first + self.batch_size]
+            rows, counts = [], []
+            for place in places:
+                context, continuation = pairs[place]
+                rows.append((context + continuation)[-(limit + 1) :])
+                counts.append(min(len(continuation), len(rows[-1]) - 1))
+            for place, scored in zip(places, self.score_rows(rows, counts), strict=True):
+                found[place] = scored
+        return found
+
+    def score_rows(self, rows: list[list[int]], counts: list[int]) -> list[Scored]:
+        """The last counts[i] ids of each row."""
+        inputs = [torch.tensor(row[:-1]) for row in rows]
+        ids = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+        places = [
+            (row, column)
+            for row, count in enumerate(counts)
+            for column in range(len(inputs[row]) - count, len(inputs[row]))
+        ]
+        targets = [token for row, n in zip(rows, counts, strict=True) for token in row[-n:]]
+        logps, greedy = [], []
+        with self.machine.autocast():
+            hidden = self.model.hidden(self.machine.to_device(ids))
+            for first in range(0, len(places), LOGITS_AT_ONCE):
+                chosen = torch.tensor(places[first : first + LOGITS_AT_ONCE]).T
+                wanted = torch.tensor(targets[first : first + LOGITS_AT_ONCE])
+                wanted = self.machine.to_device(wanted)
+                logits = self.model.logits(hidden[chosen[0], chosen[1]]).float()  # (n, V)
+                best = logits.argmax(1)
+                right = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+                logps.append(right.double().cpu())
+                greedy.append((best == wanted).cpu())
+        logps, greedy = torch.cat(logps).split(counts), torch.cat(greedy).split(counts)
+        return [
+            Scored(float(logp.sum()), bool(same.all()))
+            for logp, same in zip(logps, greedy, strict=True)
+        ]
+
+    def complete(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingSettings,
+        seed: int,
+        numbers: Sequence[int] | None = None,
+    ) -> tuple[list[str], list[bool]]:
+        """Texts that continue the prompts, and which of them ended; `numbers` are the prompts' own,
+        which they draw by."""
+        limit = self.model.config.seq_len
+        room = max(1, limit - sampling.max_new_tokens)
+        cut = [prompt if len(prompt) <= limit else prompt[-room:] for prompt in prompts]
+        stop = frozenset({self.tokenizer.eos})
+        with self.machine.autocast():
+            found = complete(
+                self.model,
+                cut,
+                sampling,
+                seed,
+                stop,
+                self.machine.dtype,
+                numbers=numbers,
+                at_once=self.batch_size,
+            )
+        texts = []
+        for prompt, new in zip(cut, found, strict=True):
+            before = self.tokenizer.decode(prompt)
+            texts.append(self.tokenizer.decode(prompt + new)[len(before) :])
+        return texts, [new[-1:] == [self.tokenizer.eos] for new in found]
+
+
+def before_any(text: str, marks: Iterable[str]) -> str:
+    """The text up to the first of the marks in it."""
+    for mark in marks:
+        if mark:
+            text = text.partition(mark)[0]
+    return text
+
+
+def harness_sampling(options: dict) -> SamplingSettings:
+    """What a task of the harness asks for; greedy where it does not sample."""
+    temperature = 0.0
+    if options.get("do_sample"):
+        temperature = options.get("temperature", 1.0)
+    return SamplingSettings(
+        max_new_tokens=options.get("max_gen_toks", 256),
+        temperature=temperature,
+        top_p=options.get("top_p", 1.0),
+    )
+
+
+def harness_stops(options: dict) -> list[str]:
+    until = options.get("until") or []
+    if isinstance(until, str):
+        return [until]
+    return until
+
+
+def harness_model(candidate: Candidate, seed: int) -> object:
+    """A candidate as a model of lm-evaluation-harness, which an optional package defines."""
+    api = need("lm_eval.api.model", "lm-eval")
+    tokenizer = candidate.tokenizer
+
+    class Adapter(api.LM):
+        """Every request of the harness, batched by this program's engine."""
+
+        def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
+            pairs = [text_pair(tokenizer, *request.args) for request in requests]
+            return [tuple(scored) for scored in candidate.score(pairs)]
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+            limit = candidate.model.config.seq_len
+            found = []
+            for request in requests:
+                ids = [tokenizer.bos, *tokenizer.encode(request.args[0])]
+                pairs = []
+                for done in rolling_starts(len(ids), limit, limit):
+                    begin, end = rolling_window(len(ids), done, limit, limit)
+                    pairs.append((ids[begin : done + 1], ids[done + 1 : end + 1]))
+                found.append(sum(scored.logp for scored in candidate.score(pairs)))
+            return found
+
+        def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+            texts: dict[int, str] = {}
+            alike: dict[str, list[int]] = {}  # requests by their options
+            for place, request in enumerate(requests):
+                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+            for text, places in alike.items():
+                options = json.loads(text)
+                prompts = [
+                    [tokenizer.bos, *tokenizer.encode(requests[place].args[0])] for place in places
+                ]
+                found, _ = candidate.complete(prompts, harness_sampling(options), seed, places)
+                for place, answer in zip(places, found, strict=True):
+                    texts[place] = before_any(answer, harness_stops(options))
+            return [texts[place] for place in range(len(requests))]
+
+    return Adapter()
+
+
+def run_harness(
+    candidate: Candidate, settings: EvalSettings, seed: int
+) -> dict[str, dict[str, float]]:
+    """What lm-evaluation-harness finds: figures by task; UserError for what it refuses."""
+    harness = need("lm_eval", "lm-eval")
+    tasks = need("lm_eval.tasks", "lm-eval")
+    manager = tasks.TaskManager(include_path=settings.harness_path or None)
+    try:
+        found = harness.simple_evaluate(
+            model=harness_model(candidate, seed),
+            tasks=settings.harness.split(","),
+            task_manager=manager,
+            num_fewshot=settings.n_shot or None,
+            limit=settings.limit or None,
+            bootstrap_iters=1000,
+            random_seed=seed,
+        )
+    except (ValueError, KeyError, OSError) as fault:
+        raise UserError(
+            f"lm-evaluation-harness cannot run {settings.harness} ({str(fault).splitlines()[0]})",
+            "see `lm-eval ls tasks` for names; its data sets are downloaded",
+        ) from fault
+    results = {}
+    for task, figures in found["results"].items():
+        kept = {}
+        for name, value in figures.items():
+            metric, _, about = name.partition(",")
+            if isinstance(value, float):
+                kept[metric if about == "none" else name] = value
+        results[task] = {**kept, "rows": found["n-samples"].get(task, {}).get("effective", 0)}
+    return results
+
+
 def open_judge(
     path: str,
     spm: str,
@@ -6712,6 +7009,1071 @@ class Rewards:
 
 
 # ==================================================================================================
+# Benchmarks: files become tasks of eval, and a model's answers become figures
+# ==================================================================================================
+
+BASICS_SHOTS = 5  # of a suite, unless --n_shot says another number
+
+CHUNK_BATCHES = 8  # after which answers are written, so that a killed evaluation goes on there
+
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; `about` is a subject, a passage or an activity."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+    about: str = ""
+
+
+def answer_place(answer: object, labels: list[str], choices: list[str]) -> int:
+    """Which choice an answer names: by its label, its place from 0, its letter or its text."""
+    text = str(answer).strip()
+    if text in labels:
+        return labels.index(text)
+    place = -1
+    if isinstance(answer, int):
+        place = answer
+    elif text in choices:
+        place = choices.index(text)
+    elif text.isdigit():
+        place = int(text)
+    elif len(text) == 1:
+        place = LETTERS.find(text.upper())
+    refuse(not 0 <= place < len(choices), f"the answer {text[:40]!r} is none of the choices")
+    return place
+
+
+def labelled(options: object) -> tuple[list[str], list[str]]:
+    """Labels and texts of choices, in any published form: a list of texts or of {label, text}, a
+    dict of lists or of texts by letter."""
+    if isinstance(options, dict) and {"text", "label"} <= set(options):
+        return list(map(str, options["label"])), list(map(str, options["text"]))
+    if isinstance(options, dict):
+        return list(map(str, options)), list(map(str, options.values()))
+    refuse(not isinstance(options, list) or not options, "choices are missing or empty")
+    if isinstance(options[0], dict):
+        labels = [str(first_of(option, ("label", "key"))) for option in options]
+        return labels, [str(first_of(option, ("text", "value"))) for option in options]
+    return [], list(map(str, options))
+
+
+def listed_question(row: dict) -> Question:
+    """A row with its choices in a list: ARC, CommonsenseQA, OpenBookQA, MMLU, MedQA and others."""
+    stem = first_of(row, ("question", "question_stem", "sent1", "query", "input"))
+    options = first_of(row, ("choices", "options"))
+    if isinstance(stem, dict):
+        options = stem.get("choices", options)
+        stem = stem.get("stem")
+    if options is None and "ending0" in row:
+        options = [row[f"ending{place}"] for place in range(4)]
+    if options is None and {"A", "B"} <= set(row):
+        options = {letter: row[letter] for letter in LETTERS if letter in row}
+    refuse(options is None, "it has no choices")
+    labels, choices = labelled(options)
+    keys = ("answerKey", "answer_idx", "answer", "label", "target", "gold")
+    answer = first_of(row, keys)
+    refuse(answer is None, "it has no answer")
+    about = first_of(row, ("subject", "activity_label", "category")) or ""
+    return Question(
+        clean(stem, "question"), tuple(choices), answer_place(answer, labels, choices), str(about)
+    )
+
+
+def hellaswag_question(row: dict) -> Question:
+    text = row.get("ctx", "")
+    if "ctx_a" in row:
+        text = f"{row['ctx_a']} {str(row.get('ctx_b', '')).capitalize()}"
+    endings = labelled(row["endings"])[1]
+    place = answer_place(row.get("label"), [], endings)
+    return Question(text, tuple(endings), place, str(row.get("activity_label", "")))
+
+
+def piqa_question(row: dict) -> Question:
+    choices = [str(row["sol1"]), str(row["sol2"])]
+    return Question(str(row["goal"]), tuple(choices), answer_place(row.get("label"), [], choices))
+
+
+def winogrande_question(row: dict) -> Question:
+    choices = [str(row["option1"]), str(row["option2"])]
+    place = answer_place(row.get("answer"), ["1", "2"], choices)
+    refuse("_" not in row["sentence"], "its sentence has no _")
+    return Question(row["sentence"], tuple(choices), place)
+
+
+def boolq_question(row: dict) -> Question:
+    answer = first_of(row, ("answer", "label"))
+    refuse(answer not in (0, 1, "0", "1"), f"the answer {answer!r} is neither true nor false")
+    question = clean(row.get("question"), "question")
+    return Question(question, ("no", "yes"), int(answer), clean(row["passage"], "passage"))
+
+
+QUESTION_SHAPES = (  # (columns that tell a published file, how its rows are read)
+    ({"endings"}, hellaswag_question),
+    ({"goal", "sol1", "sol2"}, piqa_question),
+    ({"sentence", "option1", "option2"}, winogrande_question),
+    ({"passage", "question"}, boolq_question),
+)
+
+
+def choice_question(row: dict) -> Question:
+    """A row of any published multiple-choice set. ValueError says what is wrong with it."""
+    row = present(row)
+    for columns, read in QUESTION_SHAPES:
+        if columns <= set(row):
+            return read(row)
+    return listed_question(row)
+
+
+def plain_form(asked: Question) -> list[tuple[str, str]]:
+    context = f"Question: {asked.text}\nAnswer:"
+    return [(context, f" {choice}") for choice in asked.choices]
+
+
+def bare_form(asked: Question) -> list[tuple[str, str]]:
+    return [(asked.text, f" {choice}") for choice in asked.choices]
+
+
+def without_brackets(text: str) -> str:
+    """HellaSwag's texts without the marks of WikiHow, as lm-evaluation-harness cleans them."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def hellaswag_form(asked: Question) -> list[tuple[str, str]]:
+    context = asked.text
+    if asked.about:
+        context = f"{asked.about}: {context}"
+    context = without_brackets(context)
+    return [(context, f" {without_brackets(choice)}") for choice in asked.choices]
+
+
+def winogrande_form(asked: Question) -> list[tuple[str, str]]:
+    before, _, behind = asked.text.partition("_")
+    return [(before + choice, f" {behind.strip()}") for choice in asked.choices]
+
+
+def lettered(asked: Question, front: str = "") -> list[tuple[str, str]]:
+    options = "".join(
+        f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, asked.choices, strict=False)
+    )
+    context = f"{front}{asked.text.strip()}\n{options}Answer:"
+    return [(context, f" {letter}") for letter in LETTERS[: len(asked.choices)]]
+
+
+def boolq_form(asked: Question) -> list[tuple[str, str]]:
+    context = f"{asked.about}\nQuestion: {asked.text}?\nAnswer:"
+    return [(context, f" {choice}") for choice in asked.choices]
+
+
+def sentiment_form(asked: Question) -> list[tuple[str, str]]:
+    context = f"{asked.text}\nQuestion: Is this sentence positive or negative?\nAnswer:"
+    return [(context, f" {choice}") for choice in asked.choices]
+
+
+def label_form(asked: Question) -> list[tuple[str, str]]:
+    return [(f"{asked.text}\nAnswer:", f" {choice}") for choice in asked.choices]
+
+
+FORMS: dict[str, Callable[[Question], list[tuple[str, str]]]] = {  # as lm-evaluation-harness has
+    "choice": plain_form,
+    "arc": plain_form,
+    "piqa": plain_form,
+    "hellaswag": hellaswag_form,
+    "winogrande": winogrande_form,
+    "mmlu": lettered,
+    "commonsenseqa": functools.partial(lettered, front="Question: "),
+    "medqa": functools.partial(lettered, front="Question: "),
+    "openbookqa": bare_form,
+    "boolq": boolq_form,
+}
+
+MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+
+
+class Benchmark:
+    """A task of eval: its rows, what a model answers to some of them, and the figures of all."""
+
+    def __init__(self, name: str, rows: list, shots: int = 0, pool: list | None = None):
+        self.name = name
+        self.rows = rows
+        self.shots = shots
+        self.pool = pool  # rows that examples are taken from; None: the other rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def identity(self) -> str:
+        """What tells this task's answers from those of any other."""
+        return sha256(repr((type(self), self.rows, self.shots, self.pool)).encode())
+
+    def examples(self, place: int) -> list:
+        """The solved examples before a row: the first of a file of their own, as in the harness, or
+        rows of the same file, drawn for each row alone."""
+        if self.pool is not None:
+            return self.pool[: self.shots]
+        others = [other for other in range(len(self.rows)) if other != place]
+        drawn = random.Random(derive_seed(self.shots, place))
+        return [self.rows[other] for other in drawn.sample(others, min(self.shots, len(others)))]
+
+    def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
+        raise NotImplementedError
+
+    def figures(self, answers: list[dict]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def wrongness(self, answer: dict) -> float:
+        """How telling an error an answer is; 0 where it is none."""
+        return 1.0 - answer["acc"]
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean: the sample's deviation over the root of its size."""
+    if len(values) < 2:
+        return 0.0
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def means(answers: list[dict], names: Iterable[str]) -> dict[str, float]:
+    """The mean of each figure and its standard error."""
+    found = {}
+    for name in names:
+        values = [float(answer[name]) for answer in answers]
+        found[name] = float(np.mean(values))
+        found[f"{name}_stderr"] = standard_error(values)
+    return found
+
+
+class ChoiceTask(Benchmark):
+    """Questions whose choices are scored by their likelihood: acc takes the likeliest one, acc_norm
+    that of the highest log-probability a character."""
+
+    def __init__(self, name: str, rows: list[Question], form: Callable, *args):
+        super().__init__(name, rows, *args)
+        self.form = form
+
+    def front(self, place: int) -> str:
+        """What stands before a question: the subject's header of MMLU, and the examples."""
+        text = ""
+        if self.form is lettered and self.rows[place].about:
+            text = MMLU_HEADER.format(self.rows[place].about.replace("_", " "))
+        for shown in self.examples(place) if self.shots else ():
+            text += "".join(self.form(shown)[shown.answer]) + "\n\n"
+        return text
+
+    def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
+        pairs, counts = [], []
+        for place in places:
+            front = self.front(place)
+            found = self.form(self.rows[place])
+            counts.append(len(found))
+            pairs += [text_pair(candidate.tokenizer, front + text, more) for text, more in found]
+        scored = iter(candidate.score(pairs))
+        answers = []
+        for place, count in zip(places, counts, strict=True):
+            logps = [next(scored).logp for _ in range(count)]
+            answers.append(self.outcome(self.rows[place], logps))
+        return answers
+
+    def outcome(self, asked: Question, logps: list[float]) -> dict:
+        sizes = [max(1, len(more) - 1) for _, more in self.form(asked)]  # without the space
+        best = int(np.argmax(logps))
+        normed = int(np.argmax(np.array(logps) / sizes))
+        return {
+            "question": asked.text,
+            "choices": list(asked.choices),
+            "answer": asked.answer,
+            "predicted": best,
+            "acc": float(best == asked.answer),
+            "acc_norm": float(normed == asked.answer),
+            "logps": [round(logp, 4) for logp in logps],
+        }
+
+    def figures(self, answers: list[dict]) -> dict[str, float]:
+        return means(answers, ("acc", "acc_norm"))
+
+    def wrongness(self, answer: dict) -> float:
+        logps = answer["logps"]
+        return logps[answer["predicted"]] - logps[answer["answer"]]
+
+
+def f1_of(answers: list[dict], label: int) -> float:
+    """The harmonic mean of precision and recall of a label; 0 where it is never right."""
+    both = sum(a["predicted"] == label == a["answer"] for a in answers)
+    named = sum(a["predicted"] == label for a in answers)
+    meant = sum(a["answer"] == label for a in answers)
+    return 2 * both / max(1, named + meant)
+
+
+class ClassTask(ChoiceTask):
+    """Texts to be labelled: accuracy, and the mean of the labels' F1. A model that chats is asked
+    in its own format, where its answer ends behind the label."""
+
+    def asked(self, row: Question) -> str:
+        return self.form(row)[0][0].removesuffix("\nAnswer:")
+
+    def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
+        if not candidate.chats:
+            return super().answers(candidate, places)
+        pairs = []
+        for place in places:
+            turns = []
+            for shown in self.examples(place) if self.shots else ():
+                turns.append(Turn("user", self.asked(shown)))
+                turns.append(Turn("assistant", shown.choices[shown.answer]))
+            turns.append(Turn("user", self.asked(self.rows[place])))
+            ids = encode_chat(candidate.tokenizer, turns, reply=True)[0]
+            for choice in self.rows[place].choices:
+                label = [*candidate.tokenizer.encode(choice), candidate.tokenizer.eos]
+                pairs.append((ids, label))
+        scored = iter(candidate.score(pairs))
+        found = []
+        for place in places:
+            asked = self.rows[place]
+            found.append(self.outcome(asked, [next(scored).logp for _ in asked.choices]))
+        return found
+
+    def figures(self, answers: list[dict]) -> dict[str, float]:
+        labels = {a["answer"] for a in answers} | {a["predicted"] for a in answers}
+        macro = float(np.mean([f1_of(answers, label) for label in labels]))
+        return {**means(answers, ("acc",)), "macro_f1": macro}
+
+
+def confusion(answers: list[dict]) -> list[str]:
+    """Lines of a table: how often each label (a line) was taken for each (a column)."""
+    names = answers[0]["choices"]
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    for answer in answers:
+        counts[answer["answer"], answer["predicted"]] += 1
+    wide = max(max(map(len, names)), len(str(counts.max()))) + 2
+    lines = ["".rjust(wide) + "".join(name.rjust(wide) for name in names)]
+    for name, row in zip(names, counts, strict=True):
+        lines.append(name.rjust(wide) + "".join(str(count).rjust(wide) for count in row))
+    return lines
+
+
+@dataclass(frozen=True)
+class Span:
+    """A window of a document: ids begin to end are read, those behind `done` predicted."""
+
+    document: int
+    begin: int
+    done: int
+    end: int
+
+
+class PerplexityTask(Benchmark):
+    """Texts in windows: nats a token, perplexity a token, a word and a byte, and bits a byte. Each
+    text stands behind <s>; with a stride below the context every token has ids before it."""
+
+    def __init__(
+        self,
+        name: str,
+        documents: list,  # ids of each, <s> first
+        sizes: list[tuple[int, int]],  # words and bytes of each; 0 words where unknown
+        limit: int,
+        stride: int,
+    ):
+        spans = []
+        for number, ids in enumerate(documents):
+            for done in rolling_starts(len(ids), limit, stride):
+                begin, end = rolling_window(len(ids), done, limit, stride)
+                spans.append(Span(number, begin, done, end))
+        super().__init__(name, spans)
+        self.documents = documents
+        self.sizes = sizes
+
+    def identity(self) -> str:
+        digest = hashlib.blake2b(repr(self.rows).encode())
+        for ids in self.documents:
+            digest.update(np.asarray(ids).tobytes())
+        return digest.hexdigest()
+
+    def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
+        pairs = []
+        for place in places:
+            span = self.rows[place]
+            ids = self.documents[span.document]
+            context = [int(i) for i in ids[span.begin : span.done + 1]]
+            pairs.append((context, [int(i) for i in ids[span.done + 1 : span.end + 1]]))
+        found = []
+        for place, pair, scored in zip(places, pairs, candidate.score(pairs), strict=True):
+            text = candidate.tokenizer.decode(pair[1][:40])
+            found.append(
+                {
+                    "document": self.rows[place].document,
+                    "tokens": len(pair[1]),
+                    "nll": -scored.logp,
+                    "text": text,
+                }
+            )
+        return found
+
+    def figures(self, answers: list[dict]) -> dict[str, float]:
+        nll, tokens = sum(a["nll"] for a in answers), sum(a["tokens"] for a in answers)
+        seen = {answer["document"] for answer in answers}
+        words = sum(self.sizes[number][0] for number in seen)
+        size = sum(self.sizes[number][1] for number in seen)
+        found = {"loss": nll / tokens, "ppl": math.exp(min(nll / tokens, 700.0))}
+        if words:
+            found["word_perplexity"] = math.exp(min(nll / words, 700.0))
+        found["byte_perplexity"] = math.exp(min(nll / size, 700.0))
+        found["bits_per_byte"] = nll / size / math.log(2)
+        return found
+
+    def wrongness(self, answer: dict) -> float:
+        return answer["nll"] / answer["tokens"]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A question to be answered in words: its turns, the row's answer, and the row."""
+
+    turns: Turns
+    answer: str
+    row: dict
+
+
+def pass_at(k: int, tried: int, right: int) -> float:
+    """The chance that one of k answers is right, by `right` of `tried` (Chen et al. 2021)."""
+    if tried - right < k:
+        return 1.0
+    return 1.0 - math.comb(tried - right, k) / math.comb(tried, k)
+
+
+def voted(text: str) -> str:
+    """What an answer counts as in a majority vote: its number, its letter or its text."""
+    number = final_number(text)
+    if number is not None:
+        return str(number.value)
+    return (marked_answer(text) or text).strip()
+
+
+class AnswerTask(Benchmark):
+    """Questions that are answered in words and checked: acc, of several answers pass@k, the answer
+    of most and, with a reward model, the best one's."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: list[Exercise],
+        check: Callable[[list[Exercise], list[str]], list[dict]],
+        sampling: SamplingSettings,
+        seed: int,
+        samples: int = 1,
+        judge: tuple[Transformer, Tokenizer] | None = None,
+        shots: int = 0,
+        pool: list | None = None,
+    ):
+        super().__init__(name, rows, shots, pool)
+        self.check = check
+        self.sampling = sampling
+        self.seed = seed
+        self.samples = samples
+        self.judge = judge
+
+    def identity(self) -> str:
+        about = (super().identity(), self.sampling, self.seed, self.samples, bool(self.judge))
+        return sha256(repr(about).encode())
+
+    def prompt(self, candidate: Candidate, place: int) -> list[int]:
+        exercise = self.rows[place]
+        shown = self.examples(place) if self.shots else []
+        if candidate.chats:
+            turns = []
+            for one in shown:
+                turns += [*one.turns, Turn("assistant", one.answer)]
+            return encode_chat(candidate.tokenizer, turns + exercise.turns, reply=True)[0]
+        text = ""
+        for one in shown:
+            text += f"Question: {one.turns[-1].text}\nAnswer: {one.answer}\n\n"
+        text += f"Question: {exercise.turns[-1].text}\nAnswer:"
+        return [candidate.tokenizer.bos, *candidate.tokenizer.encode(text)]
+
+    def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
+        n = self.samples
+        prompts = [self.prompt(candidate, place) for place in places for _ in range(n)]
+        numbers = [place * n + sample for place in places for sample in range(n)]
+        texts, _ = candidate.complete(prompts, self.sampling, self.seed, numbers)
+        if not candidate.chats:
+            texts = [text.partition("Question:")[0].strip() for text in texts]
+        asked = [self.rows[place] for place in places for _ in range(n)]
+        checked = self.check(asked, texts)
+        scores = self.scores(candidate, asked, texts)
+        found = []
+        for row, place in enumerate(places):
+            part = slice(row * n, row * n + n)
+            found.append(self.outcome(self.rows[place], texts[part], checked[part], scores[part]))
+        return found
+
+    def scores(self, candidate: Candidate, asked: list[Exercise], texts: list[str]) -> list[float]:
+        """What the reward model gives each answer; nothing without one."""
+        if not self.judge:
+            return []
+        chats = [
+            [*one.turns, Turn("assistant", text)] for one, text in zip(asked, texts, strict=True)
+        ]
+        return score_answers(*self.judge, chats, candidate.batch_size, candidate.machine)
+
+    def outcome(
+        self,
+        exercise: Exercise,
+        texts: list[str],
+        checked: list[dict],
+        scores: list[float],
+    ) -> dict:
+        row = {
+            "question": exercise.turns[-1].text,
+            "expected": exercise.answer,
+            "predicted": texts[0],
+        }
+        for name in checked[0]:
+            row[name] = float(np.mean([one[name] for one in checked]))
+        if len(texts) == 1:
+            return row
+        right = sum(one["acc"] > 0.5 for one in checked)
+        k = 2
+        while k <= len(texts):
+            row[f"pass@{k}"] = pass_at(k, len(texts), right)
+            k *= 2
+        votes = [voted(text) for text in texts]
+        most = max(votes, key=votes.count)
+        row[f"maj@{len(texts)}"] = checked[votes.index(most)]["acc"]
+        if scores:
+            row[f"best@{len(texts)}"] = checked[int(np.argmax(scores))]["acc"]
+        return row | {"samples": texts}
+
+    def figures(self, answers: list[dict]) -> dict[str, float]:
+        names = [name for name, value in answers[0].items() if isinstance(value, float)]
+        return means(answers, names)
+
+
+GSM8K_IGNORED = [r",", r"\$", r"(?s).*#### ", r"\.$"]
+
+GSM8K_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+GSM8K_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+
+
+def gsm8k_text(text: str) -> str:
+    for ignored in GSM8K_IGNORED:
+        text = re.sub(ignored, "", text)
+    return text.lower()
+
+
+def gsm8k_checks(completion: str, answer: str) -> dict[str, float]:
+    """exact_match of lm-evaluation-harness by its two filters: the number behind ####, and the last
+    one in the text."""
+    wanted = gsm8k_text(answer)
+    strict = GSM8K_STRICT.search(completion)
+    loose = ["".join(found) for found in GSM8K_FLEXIBLE.findall(completion)]
+    return {
+        "strict": float(bool(strict) and gsm8k_text(strict[1]) == wanted),
+        "flexible": float(bool(loose) and gsm8k_text(loose[-1]) == wanted),
+    }
+
+
+def rouge_checks(completion: str, answer: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L by the package rouge-score: their F-measures."""
+    scorer = need("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
+        ["rouge1", "rouge2", "rougeL"]
+    )
+    return {name: score.fmeasure for name, score in scorer.score(answer, completion).items()}
+
+
+class RougeTask(AnswerTask):
+    def wrongness(self, answer: dict) -> float:
+        return 1.0 - answer["rougeL"]
+
+
+class TaskSpec(typing.NamedTuple):
+    """One of --tasks: what it is called in the table, what it is, and its files."""
+
+    label: str
+    name: str
+    shots: int
+    path: str
+    pool: str  # a file of examples, or none
+
+
+TASK = re.compile(r"(?:(?P<name>[\w.-]+)(?:@(?P<shots>\d+))?=)?(?P<path>.+)", re.S)
+
+CHECKERS = {"letter": "choice", **{name: name for name in ("number", "math", "exact", "regex")}}
+
+TASK_NAMES = (*FORMS, "sst2", "classify", "ppl", "rouge", "gsm8k", *CHECKERS)
+
+TEXT_KEYS = ("text", "page", "content")
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+def known_task(name: str) -> str:
+    """The task that a name begins with, as arc of arc_easy; empty where it is none."""
+    found = [known for known in TASK_NAMES if name == known or name.startswith(f"{known}_")]
+    return max(found, key=len, default="")
+
+
+def read_table(path: str) -> list[dict]:
+    """Rows of a .csv or .tsv; of MMLU's own files, which have no header, by their six columns."""
+    delimiter = TABLES[Path(path).suffix.lower()]
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, delimiter=delimiter, quoting=quoting))
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise UserError(f"{path} cannot be read ({fault})", "save it as UTF-8") from fault
+    if lines and all(len(line) == 6 and line[5] in tuple("ABCD") for line in lines):
+        lines.insert(0, ["question", *"ABCD", "answer"])
+    if len(lines) < 2:
+        raise UserError(f"{path} has no rows", "give a table with a header and rows")
+    return [dict(zip(lines[0], line, strict=False)) for line in lines[1:]]
+
+
+@functools.cache
+def task_rows_of(path: str) -> list[dict]:
+    """The rows of a file in any form; of a plain text the one row that holds it."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if not Path(path).is_file():
+        raise UserError(*missing_files(path, "--tasks"))
+    if suffixes[-1:] and suffixes[-1] in TABLES:
+        return read_table(path)
+    if {".jsonl", ".ndjson", ".json", ".parquet"} & set(suffixes):
+        return read_rows([path], dict, "error", "--tasks")
+    try:
+        return [{"text": Path(path).read_text(encoding="utf-8-sig")}]
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path} is not UTF-8 text ({fault})", "save it as such") from fault
+
+
+RECOGNISED = (  # (columns, the task that rows with them are of), the first that fits
+    ({"endings"}, "hellaswag"),
+    ({"goal", "sol1", "sol2"}, "piqa"),
+    ({"sentence", "option1", "option2"}, "winogrande"),
+    ({"passage", "question"}, "boolq"),
+    ({"question_stem"}, "openbookqa"),
+    ({"question_concept"}, "commonsenseqa"),
+    ({"options", "answer_idx"}, "medqa"),
+    ({"subject", "choices"}, "mmlu"),
+    ({"A", "B", "C", "D"}, "mmlu"),
+    ({"choices", "answerKey"}, "arc"),
+    ({"choices"}, "choice"),
+    ({"options"}, "choice"),
+    ({"sentence", "label"}, "classify"),
+    ({"text", "label"}, "classify"),
+    ({"text"}, "ppl"),
+    ({"page"}, "ppl"),
+)
+
+
+def recognised(path: str) -> str:
+    """The task that a file is, by its name or the columns of its first row; empty for none."""
+    if name := known_task(Path(path).name.partition(".")[0]):
+        return name
+    row = present(task_rows_of(path)[0])
+    for columns, name in RECOGNISED:
+        if columns <= set(row):
+            return name
+    with contextlib.suppress(ValueError):
+        answer = str(row_prompt(row)[1])
+        if "####" in answer:
+            return "gsm8k"
+        return "rouge" if gold_number(answer) is None else "number"
+    return ""
+
+
+def task_spec(word: str, n_shot: int) -> TaskSpec:
+    """What a word of --tasks means; UserError where it names neither a task nor a file."""
+    if Path(word).exists():
+        name, shots, path = "", None, word
+    else:
+        name, shots, path = TASK.fullmatch(word).group("name", "shots", "path")
+    pool = ""
+    if "," in path and not Path(path).exists():
+        path, _, pool = path.partition(",")
+    label = name or Path(path).name.partition(".")[0]
+    if Path(path).is_dir():
+        return TaskSpec(label, "data", 0, path, "")
+    kind = known_task(name) if name else recognised(path)
+    if not kind:
+        near = difflib.get_close_matches(name, TASK_NAMES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"--tasks {word} is no known task",
+            f"{hint}give NAME=FILE, NAME being {either(TASK_NAMES)}",
+        )
+    if not name:
+        say(f"{path}: read as {kind}")
+    if shots is not None:
+        label += f"@{shots}"
+    return TaskSpec(label, kind, int(shots or n_shot), path, pool)
+
+
+def suite_specs(folder: str, n_shot: int) -> list[TaskSpec]:
+    """Every file of a folder that is a task, without and with examples."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--suite basics {folder} is no folder", "check the path")
+    specs = []
+    for path in sorted(files_in(Path(folder))):
+        name = ""
+        with contextlib.suppress(UserError, UnicodeDecodeError):
+            name = recognised(str(path))
+        if not name:
+            say(f"{path}: no task that is known; skipped")
+            continue
+        label = path.name.partition(".")[0]
+        specs.append(TaskSpec(label, name, 0, str(path), ""))
+        if name not in ("ppl", "rouge"):
+            shots = n_shot or BASICS_SHOTS
+            specs.append(TaskSpec(f"{label}@{shots}", name, shots, str(path), ""))
+    if not specs:
+        raise UserError(f"{folder} holds no file that is a task", "give --tasks NAME=FILE")
+    return specs
+
+
+def eval_specs(settings: EvalSettings) -> list[TaskSpec]:
+    """The tasks of --tasks and --suite; of two with one name each is called by its file too."""
+    specs = [task_spec(word, settings.n_shot) for word in settings.tasks]
+    if settings.suite:
+        specs += suite_specs(settings.suite[1], settings.n_shot)
+    labels = [spec.label for spec in specs]
+    named = []
+    for spec in specs:
+        if labels.count(spec.label) > 1:
+            spec = spec._replace(label=f"{spec.label}:{Path(spec.path).name}")
+        named.append(spec)
+    if len({spec.label for spec in named}) < len(named):
+        raise UserError("--tasks names a task twice", "name it once")
+    return named
+
+
+def class_rows(rows: list[dict], path: str) -> list[Question]:
+    """Texts with their labels: columns text or sentence, and label; or questions and answers."""
+    found, labels = [], []
+    for number, row in enumerate(map(present, rows), 1):
+        text = first_of(row, ("sentence", "text", "content", "review"))
+        label = first_of(row, ("label_text", "label"))
+        if text is None or label is None:
+            try:
+                turns, label = row_prompt(row)
+            except ValueError as fault:
+                raise UserError(
+                    f"{path}, row {number}: {fault}", "give rows with text and label"
+                ) from fault
+            text = turns[-1].text
+        found.append(str(text))
+        labels.append(str(label).strip())
+    names = tuple(sorted(set(labels)))
+    if not 2 <= len(names) <= len(LETTERS):
+        raise UserError(f"{path} has {len(names)} labels", "give rows of 2 to 26 labels")
+    return [
+        Question(text, names, names.index(label)) for text, label in zip(found, labels, strict=True)
+    ]
+
+
+def parsed_rows(rows: list[dict], parse: Callable, path: str) -> list:
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(parse(row))
+        except (ValueError, KeyError, TypeError) as fault:
+            raise UserError(
+                f"{path}, row {number}: {fault}", "give rows of the task that is named"
+            ) from fault
+    return found
+
+
+def sentiment(row: dict) -> Question:
+    """A row of SST-2: label 1 is positive."""
+    names = ["negative", "positive"]
+    place = answer_place(row.get("label"), ["0", "1"], names)
+    return Question(clean(row.get("sentence", row.get("text")), "sentence"), tuple(names), place)
+
+
+class TaskMaker:
+    """Makes the tasks of eval for one candidate after another."""
+
+    def __init__(self, settings: EvalSettings, sampling: SamplingSettings, machine, seed: int):
+        self.settings = settings
+        self.sampling = sampling
+        self.machine = machine
+        self.seed = seed
+        self.judge: tuple[Transformer, Tokenizer] | None = None
+        if settings.reward_ckpt:
+            self.judge = open_judge(settings.reward_ckpt, settings.spm, machine)
+
+    def make(self, spec: TaskSpec, candidate: Candidate) -> Benchmark:
+        if spec.name == "data":
+            return self.data_folder(spec, candidate)
+        rows = task_rows_of(spec.path)
+        if self.settings.limit:
+            rows = rows[: self.settings.limit]
+        if spec.name == "ppl":
+            return self.texts(spec, rows, candidate)
+        pool = task_rows_of(spec.pool)[: spec.shots] if spec.pool else None
+        if spec.name in FORMS:
+            return self.choices(spec, rows, pool)
+        if spec.name in ("sst2", "classify"):
+            return self.classes(spec, rows, pool)
+        return self.exercises(spec, rows, pool)
+
+    def choices(self, spec: TaskSpec, rows: list[dict], pool: list[dict] | None) -> ChoiceTask:
+        asked = parsed_rows(rows, choice_question, spec.path)
+        shown = pool and parsed_rows(pool, choice_question, spec.pool)
+        return ChoiceTask(spec.label, asked, FORMS[spec.name], spec.shots, shown)
+
+    def classes(self, spec: TaskSpec, rows: list[dict], pool: list[dict] | None) -> ClassTask:
+        if spec.name == "sst2" and "label" in rows[0]:
+            form, asked = sentiment_form, parsed_rows(rows, sentiment, spec.path)
+            shown = pool and parsed_rows(pool, sentiment, spec.pool)
+        else:
+            form, asked = label_form, class_rows(rows, spec.path)
+            shown = pool and class_rows(pool, spec.pool)
+        return ClassTask(spec.label, asked, form, spec.shots, shown)
+
+    def exercises(self, spec: TaskSpec, rows: list[dict], pool: list[dict] | None) -> AnswerTask:
+        check, kind, valid = self.checker(spec.name)
+
+        def parse(row: dict) -> Exercise:
+            turns, answer = row_prompt(row)
+            row = present({"pattern": self.settings.pattern or None, "answer": answer} | row)
+            return Exercise(turns, str(answer), valid(row))
+
+        return kind(
+            spec.label,
+            parsed_rows(rows, parse, spec.path),
+            check,
+            self.sampling,
+            self.seed,
+            self.settings.num_samples,
+            self.judge,
+            spec.shots,
+            pool and parsed_rows(pool, parse, spec.pool),
+        )
+
+    def checker(self, name: str) -> tuple[Callable, type, Callable[[dict], dict]]:
+        """How answers are checked, the kind of task, and what refuses a row that cannot be."""
+        if name == "rouge":
+
+            def rouge(asked: list[Exercise], texts: list[str]) -> list[dict]:
+                pairs = zip(texts, asked, strict=True)
+                return [rouge_checks(text, one.answer) for text, one in pairs]
+
+            return rouge, RougeTask, lambda row: row
+        reward = CHECKERS.get(name, "number")
+        rewards = Rewards(
+            (reward,), self.settings.reward_timeout, self.settings.batch_size, self.machine
+        )
+
+        def check(asked: list[Exercise], texts: list[str]) -> list[dict]:
+            found = [{"acc": float(score)} for score in rewards.score(asked, texts)[:, 0]]
+            if name == "gsm8k":
+                for one, text, row in zip(asked, texts, found, strict=True):
+                    row |= gsm8k_checks(text, one.answer)
+            return found
+
+        return check, AnswerTask, rewards.check
+
+    def texts(self, spec: TaskSpec, rows: list[dict], candidate: Candidate) -> PerplexityTask:
+        documents, sizes = [], []
+        for row in rows:
+            text = first_of(present(row), TEXT_KEYS)
+            if not isinstance(text, str) or not text:
+                raise UserError(f"{spec.path}: a row has no text", "give rows with a key text")
+            documents.append([candidate.tokenizer.bos, *candidate.tokenizer.encode(text)])
+            sizes.append((len(re.split(r"\s+", text)), len(text.encode())))
+        return self.windows(spec, documents, sizes, candidate)
+
+    def data_folder(self, spec: TaskSpec, candidate: Candidate) -> PerplexityTask:
+        folder = TokenFolder(spec.path)
+        if folder.tokenizer.sha256 != candidate.tokenizer.sha256:
+            raise UserError(
+                f"{spec.path} was made with another tokenizer than {candidate.name} has",
+                "give the text itself, ppl=FILE",
+            )
+        if len(folder.val) < 2:
+            raise UserError(f"{spec.path} has no validation text", "run prep with --val_split")
+        size = round(folder.bytes_per_token("val") * (len(folder.val) - 1))
+        return self.windows(spec, [folder.val], [(0, size)], candidate)
+
+    def windows(
+        self,
+        spec: TaskSpec,
+        documents: list,
+        sizes: list[tuple[int, int]],
+        candidate: Candidate,
+    ) -> PerplexityTask:
+        limit = candidate.model.config.seq_len
+        stride = self.settings.stride or max(1, limit // 2)
+        if stride > limit:
+            raise UserError(
+                f"--stride {stride} is longer than the context of {candidate.name}, {limit}",
+                f"use at most {limit}",
+            )
+        return PerplexityTask(spec.label, documents, sizes, limit, stride)
+
+
+ANSWER_HEAD = ("key", "ckpt", "task", "row")
+
+
+class AnswerFile:
+    """answers.jsonl: a row an answer, kept by what it answers, so that an evaluation that was
+    stopped goes on, and one with other settings begins anew."""
+
+    def __init__(self, path: Path, machine: Machine):
+        self.path = path
+        self.machine = machine
+        self.used: dict[str, tuple[str, str]] = {}  # (candidate, task) by key
+
+    def rows(self) -> Iterator[dict]:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # the last line may be cut
+                yield json.loads(line)
+
+    def known(self, candidate: Candidate, task: Benchmark) -> tuple[str, dict[int, dict]]:
+        """The key of these answers, and those that stand in the file, by their row."""
+        about = (candidate.key, candidate.chats, str(candidate.machine.dtype), task.identity())
+        key = sha256(repr(about).encode())[:16]
+        self.used[key] = (candidate.name, task.name)
+        found = {}
+        for row in self.rows():
+            if row.get("key") == key:
+                found[row["row"]] = {k: v for k, v in row.items() if k not in ANSWER_HEAD}
+        return key, self.machine.broadcast(found)
+
+    def append(self, key: str, answers: dict[int, dict]) -> None:
+        head = dict(zip(("key", "ckpt", "task"), (key, *self.used[key]), strict=True))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(
+                json_line({**head, "row": place, **answer}) for place, answer in answers.items()
+            )
+
+    def tidy(self) -> None:
+        """Drop the answers that others to the same task have replaced, and sort the rest."""
+        replaced = set(self.used.values())
+        kept = [
+            row
+            for row in self.rows()
+            if row.get("key") in self.used or (row.get("ckpt"), row.get("task")) not in replaced
+        ]
+        kept.sort(key=lambda row: (str(row["ckpt"]), str(row["task"]), row["row"]))
+        write_jsonl(self.path, kept)
+
+
+def run_task(task: Benchmark, candidate: Candidate, file: AnswerFile) -> list[dict]:
+    """A candidate's answers to all rows of a task, every rank giving its share."""
+    machine = candidate.machine
+    key, answers = file.known(candidate, task)
+    waiting = [place for place in range(len(task)) if place not in answers]
+    chunk = candidate.batch_size * CHUNK_BATCHES * machine.world
+    progress = Progress(
+        f"{candidate.name} {task.name}", len(task), "rows", len(answers), machine.main
+    )
+    for first in range(0, len(waiting), chunk):
+        places = waiting[first : first + chunk]
+        mine = places[machine.rank :: machine.world]
+        found = task.answers(candidate, mine) if mine else []
+        new: dict[int, dict] = {}
+        for part in machine.all_gather(dict(zip(mine, found, strict=True))):
+            new |= part
+        machine.on_main(file.append, key, new)
+        answers |= new
+        progress.update(len(answers))
+    progress.close()
+    return [answers[place] for place in range(len(task))]
+
+
+PLAIN_FIGURES = ("loss", "ppl", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+Results = dict[str, dict[str, dict[str, float]]]  # figures by candidate and task
+
+
+def shown_figure(figures: dict[str, float], name: str) -> str:
+    if name not in figures:
+        return "-"
+    if name in PLAIN_FIGURES or abs(figures[name]) > 1:
+        return f"{figures[name]:.5g}"
+    text = f"{figures[name]:.1%}"
+    if f"{name}_stderr" in figures:
+        text += f" ±{100 * figures[f'{name}_stderr']:.1f}"
+    return text
+
+
+def results_table(results: Results) -> list[str]:
+    """Lines of a table: a measure of a task a line, a candidate a column."""
+    tasks = dict.fromkeys(task for found in results.values() for task in found)
+    lines = [["task", "rows", "measure", *results]]
+    for task in tasks:
+        cells = [found.get(task, {}) for found in results.values()]
+        names = dict.fromkeys(name for cell in cells for name in cell)
+        rows = max(int(cell.get("rows", 0)) for cell in cells)
+        head = [task, f"{rows:,}"]
+        for name in names:
+            if name == "rows" or name.endswith("_stderr"):
+                continue
+            lines.append([*head, name, *(shown_figure(cell, name) for cell in cells)])
+            head = ["", ""]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for line in lines:
+        left = f"{line[0]:{wide[0]}}  {line[1]:>{wide[1]}}  {line[2]:{wide[2]}}"
+        right = "".join(f"  {cell:>{size}}" for cell, size in zip(line[3:], wide[3:], strict=True))
+        texts.append(left + right)
+    return texts
+
+
+def telling_errors(task: Benchmark, answers: list[dict], count: int) -> list[str]:
+    """The errors that say most about a model: right answers thought unlikely first."""
+    wrong = [answer for answer in answers if task.wrongness(answer) > 0]
+    wrong.sort(key=task.wrongness, reverse=True)
+    lines = []
+    for answer in wrong[:count]:
+        if "choices" in answer:
+            said, meant = (answer["choices"][answer[k]] for k in ("predicted", "answer"))
+            lines.append(f"- {answer['question']}\n  said: {said}\n  right: {meant}")
+        elif "expected" in answer:
+            lines.append(
+                f"- {answer['question']}\n  said: {answer['predicted']}\n"
+                f"  right: {answer['expected']}"
+            )
+        else:
+            lines.append(f"- {task.wrongness(answer):.2f} nats a token: {answer['text']!r}")
+    return lines
+
+
+def about_answers(
+    settings: EvalSettings,
+    task: Benchmark,
+    answers: list[dict],
+    name: str,
+) -> list[str]:
+    """What --worst and --confusion show of a candidate's answers to a task."""
+    lines = []
+    if settings.worst:
+        shown = telling_errors(task, answers, settings.worst)
+        lines += [f"{name}, {task.name}: the {len(shown)} most telling errors", *shown, ""]
+    if settings.confusion and isinstance(task, ClassTask):
+        head = f"{name}, {task.name}: right labels by line, given ones by column"
+        lines += [head, *confusion(answers), ""]
+    return lines
+
+
+def merge_results(path: Path, results: Results) -> None:
+    """Write results.json: what was found now, beside what stood there of other tasks."""
+    stored: Results = {}
+    if path.exists():
+        stored = read_json(path).get("results", {})
+    for name, found in results.items():
+        stored[name] = {**stored.get(name, {}), **found}
+    with atomic_write(path, "w") as file:
+        json.dump({"results": stored}, file, indent=1, ensure_ascii=False)
+
+
+# ==================================================================================================
 # Rollouts: generate, score, advantage, update
 # ==================================================================================================
 
@@ -6819,7 +8181,7 @@ class Sampler:
                 seed,
                 frozenset({self.tokenizer.eos}),
                 self.machine.dtype,
-                first,
+                range(first, first + len(asked)),
                 self.settings.rollout_batch,
                 self.compiled,
                 logps,
@@ -8218,6 +9580,47 @@ def cmd_generate(
     return 0
 
 
+def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candidate:
+    saved = load_checkpoint(path, settings.base)
+    tokenizer = tokenizer_of(saved, settings.spm, path)
+    chats = settings.chat == "1"
+    if settings.chat == "auto":
+        chats = saved.get("kind") in TAUGHT_KINDS
+    key, model = model_key(saved), build_model(saved, machine.device)
+    return Candidate(path, key, model, tokenizer, machine, chats, settings.batch_size)
+
+
+def cmd_eval(settings: EvalSettings, sampling: EvalSampling, device: DeviceSettings) -> int:
+    if settings.num_samples > 1 and sampling.temperature == 0:
+        raise UserError(
+            f"--num_samples {settings.num_samples} are all alike at --temperature 0",
+            "add --temperature 0.8",
+        )
+    machine, out = open_machine(device), Path(settings.out_dir)
+    specs = eval_specs(settings)
+    file = AnswerFile(out / "answers.jsonl", machine)
+    machine.on_main(check_writable, file.path)
+    maker = TaskMaker(settings, sampling, machine, device.seed)
+    results: Results = {}
+    lines: list[str] = []
+    for path in settings.ckpt:
+        candidate = open_candidate(path, settings, machine)
+        found = results[path] = {}
+        for spec in specs:
+            task = maker.make(spec, candidate)
+            answers = run_task(task, candidate, file)
+            found[spec.label] = {**task.figures(answers), "rows": len(answers)}
+            machine.on_main(merge_results, out / "results.json", results)
+            lines += about_answers(settings, task, answers, path)
+        if settings.harness:
+            found |= machine.on_main(run_harness, candidate, settings, device.seed)
+            machine.on_main(merge_results, out / "results.json", results)
+    machine.on_main(file.tidy)
+    say(*lines, *results_table(results))
+    say(f"in {out}/results.json; each answer in {file.path}")
+    return 0
+
+
 def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings) -> int:
     path = Path(settings.path)
     if bool(settings.path) == bool(settings.preset):
@@ -8462,6 +9865,12 @@ COMMANDS = {
             cmd_generate,
             "continue prompts",
             '--ckpt runs/lm --prompt "Once upon a time"',
+        ),
+        (
+            "eval",
+            cmd_eval,
+            "compare checkpoints on benchmarks and texts",
+            "--ckpt runs/lm runs/sft --tasks arc_easy=arc.jsonl ppl=valid.txt",
         ),
         ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
         ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"),

@@ -246,7 +246,8 @@ QUEUE = [
 
 def alone(model, prompts, s, seed, stop=frozenset(), first=0):
     return [
-        lm.complete(model, [p], s, seed, stop, first=first + r)[0] for r, p in enumerate(prompts)
+        lm.complete(model, [p], s, seed, stop, numbers=[first + r])[0]
+        for r, p in enumerate(prompts)
     ]
 
 
@@ -371,8 +372,11 @@ def test_equal_prompts_that_enter_together_are_read_once(model, monkeypatch):
 def test_a_share_of_the_rows_draws_as_within_the_whole(model):
     s = sampling(max_new_tokens=9, **SAMPLED)
     whole = lm.complete(model, QUEUE, s, 6, at_once=4)
-    assert lm.complete(model, QUEUE[5:], s, 6, first=5, at_once=3) == whole[5:]
-    assert lm.complete(model, QUEUE[5:], s, 6, first=4, at_once=3) != whole[5:]
+    assert lm.complete(model, QUEUE[5:], s, 6, numbers=range(5, len(QUEUE)), at_once=3) == whole[5:]
+    assert (
+        lm.complete(model, QUEUE[5:], s, 6, numbers=range(4, len(QUEUE) - 1), at_once=3)
+        != whole[5:]
+    )
 
 
 def test_put_begins_rows_anew_and_leaves_the_others(model):
