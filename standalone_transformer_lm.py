@@ -39,6 +39,7 @@ Rooms
   Rollouts           generate, score, advantage, update
   Tuning             what sft, dpo, reward and grpo share
   Planning           what a checkpoint is, what a run takes, the fastest flags
+  Chat               a conversation in the terminal
   Commands           one cmd_* for each subcommand: wiring only
   Demo               from the interpreter's own documentation to a small chat model
   Front door         the table of commands and main
@@ -1431,6 +1432,26 @@ class GenerateSettings:
             yield "--best_of and --reward_ckpt need each other", "give both, or neither"
         if self.system and not self.chat:
             yield "--system is for a chat model", "add --chat"
+
+
+@dataclass
+class ChatSettings:
+    """The model and the conversation."""
+
+    ckpt: str = setting("", "checkpoint, or the folder of a run")
+    base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
+    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    system: str = setting("", "system prompt")
+    load: str = setting("", "conversation to go on with, as /save writes it")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.ckpt:
+            yield "--ckpt is missing", "give a checkpoint, --ckpt runs/sft"
+
+
+@with_defaults(max_new_tokens=512)
+class ChatSampling(SamplingSettings):
+    """Sampling."""
 
 
 @with_defaults(max_new_tokens=256, temperature=0.0, top_p=1.0)
@@ -9240,6 +9261,191 @@ def fastest(
 
 
 # ==================================================================================================
+# Chat: a conversation in the terminal
+# ==================================================================================================
+
+
+def without_oldest(turns: Turns) -> Turns:
+    """The turns without the oldest question and what followed it; the system prompt stays."""
+    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    kept = [turn for turn in turns[: asked[0]] if turn.role == "system"]
+    return kept + turns[asked[1] :]
+
+
+def fit_turns(tokenizer: Tokenizer, turns: Turns, room: int) -> tuple[Turns, int]:
+    """The turns whose prompt has at most `room` ids, and how many of the oldest were dropped; the
+    last question stays, however long it is."""
+    kept = turns
+    while sum(turn.role == "user" for turn in kept) > 1:
+        if len(encode_chat(tokenizer, kept, reply=True)[0]) <= room:
+            break
+        kept = without_oldest(kept)
+    return kept, len(turns) - len(kept)
+
+
+class ChatSession:
+    """A conversation with a model: its turns, and how it answers. A model that was never taught to
+    chat continues each text by itself."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampling: SamplingSettings,
+        machine: Machine,
+        seed: int,
+        chats: bool,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.machine = machine
+        self.seed = seed
+        self.chats = chats
+        self.turns: Turns = []
+        self.answers = 0  # drawn so far: each draws by its own number
+        self.commands: dict[str, tuple[Callable[[str], None], str]] = {
+            "/reset": (self.reset, "forget the conversation, not the system prompt"),
+            "/retry": (self.retry, "answer the last question again"),
+            "/system": (self.system, "TEXT: begin anew with this system prompt; none without TEXT"),
+            "/temp": (self.temperature, "X: sampling temperature from here; 0 is greedy"),
+            "/save": (self.save, "FILE: write the conversation as a row of sft"),
+            "/load": (self.load, "FILE: go on with a conversation that /save wrote"),
+            "/help": (self.help, "this list"),
+        }
+
+    def prompt(self) -> tuple[list[int], list[int]]:
+        """The ids to continue, and those whose text stands before the answer's."""
+        if not self.chats:
+            ids = [self.tokenizer.bos, *self.tokenizer.encode(self.turns[-1].text)]
+            return ids, ids
+        limit = self.model.config.seq_len
+        room = max(limit // 2, limit - self.sampling.max_new_tokens)
+        kept, dropped = fit_turns(self.tokenizer, self.turns, room)
+        if dropped:
+            self.turns = kept
+            say(f"(the context of {limit} tokens is full: the oldest {dropped} turns are dropped)")
+        ids = encode_chat(self.tokenizer, kept, reply=True)[0]
+        if len(ids) > limit:
+            say(f"(the question has {len(ids)} tokens, the context {limit}: its end is read)")
+        return ids, []
+
+    def answer(self) -> Iterator[str]:
+        """Pieces of the answer to the last question, which is a turn when they end, or where the
+        caller stops."""
+        ids, context = self.prompt()
+        stream = generate(
+            self.model,
+            [ids],
+            self.sampling,
+            self.seed,
+            frozenset({self.tokenizer.eos}),
+            self.machine.dtype,
+            numbers=[self.answers],
+        )
+        self.answers += 1
+        text, pieces = TextStream(self.tokenizer, context), []
+        try:
+            with self.machine.autocast():
+                for _, token in stream:
+                    pieces.append(text.push(token))
+                    yield pieces[-1]
+            pieces.append(text.waiting())
+            yield pieces[-1]
+        finally:
+            if self.chats:
+                self.turns.append(Turn("assistant", "".join(pieces)))
+
+    def show_answer(self) -> None:
+        """Print the answer as it comes; Ctrl-C ends it where it is."""
+        pieces = self.answer()
+        try:
+            for piece in pieces:
+                print(printable(piece, sys.stdout), end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            pieces.close()
+            print("\n(stopped)")
+
+    def take(self, line: str) -> None:
+        """A line of the person's: a command, or what the model answers."""
+        name, _, rest = line.partition(" ")
+        if name in self.commands:
+            self.commands[name][0](rest.strip())
+        elif re.fullmatch(r"/[a-z]+", name):
+            say(f"{name} is not a command; /help lists them")
+        elif line.strip():
+            self.turns.append(Turn("user", line))
+            self.show_answer()
+
+    def reset(self, _: str) -> None:
+        self.turns = [turn for turn in self.turns if turn.role == "system"]
+
+    def system(self, text: str) -> None:
+        self.turns = [Turn("system", text)] if text else []
+
+    def retry(self, _: str) -> None:
+        while self.turns and self.turns[-1].role == "assistant":
+            self.turns.pop()
+        if not self.turns or self.turns[-1].role != "user":
+            say("there is no question yet")
+            return
+        self.show_answer()
+
+    def temperature(self, text: str) -> None:
+        try:
+            value = parse_number(float, text)
+            refuse(value < 0, "below 0")
+        except ValueError:
+            say(f"{text or 'nothing'} is no temperature: give a number, as in /temp 0.7")
+            return
+        self.sampling = replace(self.sampling, temperature=value)
+
+    def save(self, path: str) -> None:
+        messages = [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        try:
+            refuse(not path, "no file is named, as in /save talk.jsonl")
+            write_jsonl(path, [{"messages": messages}])
+            say(f"{len(messages)} turns in {path}")
+        except (OSError, ValueError) as fault:
+            say(f"not saved: {fault}")
+
+    def load(self, path: str) -> None:
+        """Raises nothing: what cannot be read is told, and the conversation stays."""
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                messages = json_object(file.readline()).get("messages")
+            self.turns = [  # an answer may be empty
+                Turn(ROLE_NAMES[message["role"]], whole_text(message["content"]))
+                for message in messages
+            ]
+            say(f"{len(self.turns)} turns from {path}")
+        except OSError as fault:
+            say(f"not loaded: {fault}")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            say(f"not loaded: {path} holds no conversation that /save wrote")
+
+    def help(self, _: str) -> None:
+        rows = [f"  {name:9}{about}" for name, (_, about) in self.commands.items()]
+        say(*rows, "  Ctrl-C    stop an answer; Ctrl-D or /quit: leave")
+
+    def talk(self) -> None:
+        """Questions and answers until the input ends."""
+        while True:
+            try:
+                line = input("> ")
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D or /quit leaves)")
+                continue
+            except EOFError:
+                print()
+                return
+            if line.strip() in ("/quit", "/exit"):
+                return
+            self.take(LONE_SURROGATE.sub("\ufffd", line))
+
+
+# ==================================================================================================
 # Commands: one cmd_* for each subcommand: wiring only
 # ==================================================================================================
 
@@ -9272,7 +9478,11 @@ def read_prompts(settings: GenerateSettings) -> list[Prompt]:
         if not prompts:
             raise UserError(f"{path} holds no prompt", "write one a line")
     elif settings.chat and not settings.prompt.strip():
-        raise UserError("--chat has no question", "give --prompt or --prompt_file")
+        raise UserError(
+            "--chat has no question",
+            "give --prompt or --prompt_file; for a conversation run: "
+            f"python {PROGRAM} chat --ckpt {shlex.quote(settings.ckpt)}",
+        )
     several = any(len(turns) > 1 for turns, _ in prompts)
     if several and not settings.chat:
         raise UserError(
@@ -9580,6 +9790,25 @@ def cmd_generate(
     return 0
 
 
+def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: DeviceSettings) -> int:
+    machine = open_machine(device)
+    saved = load_checkpoint(settings.ckpt, settings.base)
+    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    chats = saved.get("kind") not in UNTAUGHT_KINDS
+    model = build_model(saved, machine.device)
+    session = ChatSession(model, tokenizer, sampling, machine, device.seed, chats)
+    if not chats:
+        say("This model was never taught to chat: it continues each text by itself (sft teaches).")
+    session.system(settings.system)
+    if settings.load:
+        session.load(settings.load)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # arrow keys and a history of lines
+    say("/help lists the commands; Ctrl-D leaves.")
+    session.talk()
+    return 0
+
+
 def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candidate:
     saved = load_checkpoint(path, settings.base)
     tokenizer = tokenizer_of(saved, settings.spm, path)
@@ -9866,6 +10095,7 @@ COMMANDS = {
             "continue prompts",
             '--ckpt runs/lm --prompt "Once upon a time"',
         ),
+        ("chat", cmd_chat, "a conversation in the terminal", "--ckpt runs/sft"),
         (
             "eval",
             cmd_eval,
