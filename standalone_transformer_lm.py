@@ -39,6 +39,7 @@ Rooms
   Rollouts           generate, score, advantage, update
   Tuning             what sft, dpo, reward and grpo share
   Planning           what a checkpoint is, what a run takes, the fastest flags
+  Plots              the curves of runs, in a picture, on the terminal, or in a report
   Chat               a conversation in the terminal
   Commands           one cmd_* for each subcommand: wiring only
   Demo               from the interpreter's own documentation to a small chat model
@@ -74,10 +75,12 @@ import csv
 import ctypes
 import difflib
 import errno
+import fnmatch
 import functools
 import glob
 import gzip
 import hashlib
+import html
 import importlib
 import inspect
 import io
@@ -627,7 +630,8 @@ def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]
         topic = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in flags(group):
             if f.metadata["positional"]:
-                topic.add_argument(f.name, nargs="?", metavar="PATH", help=flag_help(f))
+                arity = {"nargs": "*"} if f.type is not str else {"nargs": "?"}
+                topic.add_argument(f.name, **arity, metavar="PATH", help=flag_help(f))
             else:
                 metavar, _, arity = KINDS[f.type]
                 topic.add_argument(
@@ -1524,6 +1528,32 @@ class InfoSettings(StepSettings):
     gpus: int = setting(1, "number of GPUs to plan for", least=1)
     mfu: float = setting(0.4, "fraction of its peak that --gpu reaches", least=0.01, below=1.0)
     tok_per_s: float = setting(0.0, "measured tokens per second of all GPUs, instead of --gpu")
+
+
+@dataclass
+class PlotSettings:
+    """What to plot."""
+
+    runs: tuple[str, ...] = setting((), "folders of runs", positional=True)
+    out: str = setting("", "picture to write, .png .svg .pdf; default: RUN/plot.png")
+    against: str = setting("step", "the x axis", choices=("step", "tokens", "hours", "dollars"))
+    terminal: bool = setting(False, "draw with text on the terminal instead")
+    html: bool = setting(
+        False, "write a report of one run: settings, curves, samples, results of eval"
+    )
+    results: tuple[str, ...] = setting(
+        (), "results.json of eval, or its folders, for the report; RUN/eval is found by itself"
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.runs:
+            yield "no run is named", "give the folders of runs, plot runs/lm runs/sft"
+        if self.html and len(self.runs) > 1:
+            yield "--html reports one run", "name one, or drop --html"
+        if self.html and self.terminal:
+            yield "--html and --terminal are both given", "keep one of them"
+        if self.results and not self.html:
+            yield "--results is for the report", "add --html"
 
 
 @dataclass
@@ -8024,8 +8054,8 @@ def shown_figure(figures: dict[str, float], name: str) -> str:
     return text
 
 
-def results_table(results: Results) -> list[str]:
-    """Lines of a table: a measure of a task a line, a candidate a column."""
+def results_cells(results: Results) -> list[list[str]]:
+    """A table as cells, its head first: a measure of a task a line, a candidate a column."""
     tasks = dict.fromkeys(task for found in results.values() for task in found)
     lines = [["task", "rows", "measure", *results]]
     for task in tasks:
@@ -8038,6 +8068,12 @@ def results_table(results: Results) -> list[str]:
                 continue
             lines.append([*head, name, *(shown_figure(cell, name) for cell in cells)])
             head = ["", ""]
+    return lines
+
+
+def results_table(results: Results) -> list[str]:
+    """The same as lines of text."""
+    lines = results_cells(results)
     wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = []
     for line in lines:
@@ -9261,6 +9297,346 @@ def fastest(
 
 
 # ==================================================================================================
+# Plots: the curves of runs, in a picture, on the terminal, or in a report
+# ==================================================================================================
+
+AXES = {  # --against: (key of a row of metrics, what its unit is divided by, label)
+    "step": ("step", 1, "step"),
+    "tokens": ("tokens", 1, "tokens"),
+    "hours": ("time", 3600, "hours"),
+    "dollars": ("cost/usd", 1, "dollars"),
+}
+
+PANELS = (  # (title, patterns of the metrics in it, whether its values span orders of magnitude)
+    ("loss (nats)", ("train/loss", "val/loss", "val/loss/*", "train/value_loss"), False),
+    ("bits per byte", ("val/bpb",), False),
+    ("reward", ("train/reward", "val/reward", "train/reward/*"), False),
+    ("held-out prompts solved", ("val/pass@*",), False),
+    ("completion length (tokens)", ("train/length", "val/length"), False),
+    ("entropy (nats per token)", ("train/entropy",), False),
+    ("share of groups without spread", ("train/zero_spread",), False),
+    ("accuracy", ("train/accuracy", "val/accuracy"), False),
+    ("reward margin", ("train/margin", "val/margin"), False),
+    ("learning rate", ("train/lr",), False),
+    ("gradient norm", ("train/grad_norm",), True),
+    ("tokens per second", ("perf/tok_per_s", "perf/rollout_tok_per_s"), False),
+    ("model FLOPs utilization", ("perf/mfu",), False),
+    ("GPU memory (GB)", ("gpu/memory_gb",), False),
+)
+
+COLOURS = (  # of Okabe and Ito 2008, told apart by every eye
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+
+LINES = ("-", "-.", ":")  # of the metrics of training in one panel
+
+MARKS_OF_POINTS = ("o", "s", "^", "D")  # of the held-out ones
+
+MARKED = 40  # most points of a curve that are marked
+
+SMOOTHED = 60  # points of a curve from which it is drawn as a mean over its neighbours as well
+
+Curve = tuple[np.ndarray, np.ndarray]  # x and y
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a .jsonl of a run; none where there is no such file."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+class RunLog:
+    """What a run has logged."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self.rows = read_log(self.folder / "metrics.jsonl")
+        if not self.rows:
+            raise UserError(f"{folder} has no metrics.jsonl with rows", "give the folder of a run")
+
+    def metrics(self, pattern: str) -> list[str]:
+        """The metrics that a pattern matches, in their order of appearance."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+    def curve(self, metric: str, against: str) -> Curve:
+        key, unit, _ = AXES[against]
+        points = [
+            (row[key] / unit, row[metric])
+            for row in self.rows
+            if isinstance(row.get(metric), (int, float)) and isinstance(row.get(key), (int, float))
+        ]
+        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+        return x, y
+
+
+def open_runs(folders: Iterable[str], against: str) -> list[RunLog]:
+    """The logs of runs; UserError where one has no value for the x axis."""
+    runs = [RunLog(folder) for folder in folders]
+    for run in runs:
+        if not run.metrics(AXES[against][0]):
+            raise UserError(
+                f"{run.name} logged no {against}",
+                "use --against step; dollars are logged where --usd_per_hour is given",
+            )
+    names = [run.name for run in runs]
+    prefix = os.path.commonpath(names) if len(names) > 1 else ""
+    for run in runs:  # short names where they tell the runs apart
+        if prefix and run.name != prefix:
+            run.name = str(Path(run.name).relative_to(prefix))
+    return runs
+
+
+def panels_of(runs: list[RunLog]) -> list[tuple[str, list[str], bool]]:
+    """(title, metrics, logarithmic) of the panels that the runs have curves for."""
+    found = []
+    for title, patterns, logarithmic in PANELS:
+        metrics = dict.fromkeys(
+            metric for pattern in patterns for run in runs for metric in run.metrics(pattern)
+        )
+        shown: dict[
+            tuple, str
+        ] = {}  # of metrics with one curve, as a reward's only part, the first
+        for metric in metrics:
+            points = tuple(run.curve(metric, "step")[1].tobytes() for run in runs)
+            if any(points):
+                shown.setdefault(points, metric)
+        if shown:
+            found.append((title, list(shown.values()), logarithmic))
+    return found
+
+
+def running_mean(y: np.ndarray) -> np.ndarray:
+    """The mean over a twentieth of the points around each."""
+    width = max(3, len(y) // 20) | 1
+    padded_ends = np.pad(y, width // 2, mode="edge")
+    return np.convolve(padded_ends, np.ones(width) / width, mode="valid")
+
+
+def draw_curve(axes, curve: Curve, colour: str, label: str, place: int, held_out: bool) -> None:
+    """A curve: of training thin, with its mean over it; of held-out data with a mark a point.
+    `place` tells the metrics of one run apart."""
+    x, y = curve
+    line, mark = LINES[place % len(LINES)], MARKS_OF_POINTS[place % len(MARKS_OF_POINTS)]
+    style = {"color": colour, "linewidth": 1.7, "label": label, "linestyle": line}
+    if held_out:
+        style |= {"linestyle": "--", "linewidth": 1.4}
+        if len(x) <= MARKED:
+            style |= {"marker": mark, "markersize": 4}
+    elif len(x) > SMOOTHED:
+        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+        y = running_mean(y)
+    axes.plot(x, y, **style)
+
+
+def draw_panel(
+    axes,
+    panel: tuple[str, list[str], bool],
+    runs: list[RunLog],
+    against: str,
+) -> None:
+    """One panel: a colour a run, or a metric where there is one run."""
+    title, metrics, logarithmic = panel
+    for number, run in enumerate(runs):
+        for place, metric in enumerate(metrics):
+            curve = run.curve(metric, against)
+            if not len(curve[0]):
+                continue
+            colour, label = number, f"{run.name} {metric}"
+            if len(runs) == 1:
+                colour, label = place, metric
+            elif len(metrics) == 1:
+                label = run.name
+            colour = COLOURS[colour % len(COLOURS)]
+            draw_curve(axes, curve, colour, label, place, metric.startswith("val/"))
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(AXES[against][2], fontsize=8)
+    axes.tick_params(labelsize=8, which="both")
+    if against == "tokens":
+        axes.xaxis.set_major_formatter(need("matplotlib.ticker").EngFormatter(sep=""))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if logarithmic:
+        axes.set_yscale("log")
+    if len(runs) > 1 or len(metrics) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def draw_runs(runs: list[RunLog], against: str):
+    """A figure of matplotlib with every panel of the runs."""
+    need("matplotlib").use("Agg")
+    pyplot = need("matplotlib.pyplot")
+    panels = panels_of(runs)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(4.6 * columns, 3.1 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    places = list(grid.flat)
+    for axes, panel in zip(places, panels, strict=False):
+        draw_panel(axes, panel, runs, against)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def save_plot(runs: list[RunLog], against: str, path: Path) -> None:
+    """Write a picture in the format of its suffix; UserError for one that matplotlib lacks."""
+    figure = draw_runs(runs, against)
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in kinds:
+        raise UserError(
+            f"--out {path} is no picture", "end its name in .png, .svg or .pdf, or use --html"
+        )
+    with atomic_write(path) as file:
+        figure.savefig(file, format=kind, dpi=150)
+    need("matplotlib.pyplot").close(figure)
+
+
+def terminal_plot(runs: list[RunLog], against: str) -> list[str]:
+    """Every panel as lines of text, a curve below the other."""
+    lines = []
+    for title, metrics, _ in panels_of(runs):
+        for run in runs:
+            for metric in metrics:
+                x, y = run.curve(metric, against)
+                if not len(x):
+                    continue
+                name, unit = AXES[against][2], short
+                about = f"{run.name}: {metric} ({title}), {name} {unit(x[0])} to {unit(x[-1])}, "
+                lines += [f"{about}last {y[-1]:.4g}", curve(y.tolist()), ""]
+    return lines
+
+
+REPORT_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d8d8d8;
+  --soft: #f4f4f4; --accent: #0072B2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --line: #3a3d42;
+  --soft: #202327; --accent: #6db7e8; } .curves { background: #fff; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+.about { color: var(--accent); margin-top: 0; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left;
+  vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { background: var(--soft); }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: 12.5px;
+  white-space: pre-wrap; }
+.wide { overflow-x: auto; } .curves { border-radius: 6px; }
+.curves svg { width: 100%; height: auto; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+"""
+
+
+def html_table(head: list[str], rows: list[list[object]]) -> str:
+    """A table; columns of numbers stand at the right."""
+    right = [all(isinstance(row[i], float) for row in rows) for i in range(len(head))]
+    lines = []
+    for place, row in enumerate([head, *rows]):
+        tag = "td" if place else "th"
+        cells = []
+        for cell, number in zip(row, right, strict=True):
+            shown = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+            kind = ' class="number"' if number else ""
+            cells.append(f"<{tag}{kind}>{html.escape(shown)}</{tag}>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="wide"><table>\n{body}\n</table></div>'
+
+
+def report_summary(run: RunLog) -> str:
+    """The first lines of a report: the best and the last figures of a run."""
+    last = run.rows[-1]
+    took = f"{last['step']:,} steps, {short(last.get('tokens', 0))} tokens"
+    took += f", {duration(last.get('time', 0.0))}"
+    if run.metrics("cost/usd"):
+        took += f", ${run.curve('cost/usd', 'step')[1][-1]:.2f}"
+    rows = []
+    for metric in (*run.metrics("val/*"), *run.metrics("train/loss")):
+        x, y = run.curve(metric, "step")
+        if len(x):
+            low, high = int(np.argmin(y)), int(np.argmax(y))
+            rows.append([metric, float(y[0]), float(y[-1]), float(y[low]), float(y[high])])
+    table = html_table(["metric", "first", "last", "lowest", "highest"], rows)
+    return f'<p class="about">{html.escape(took)}</p>\n{table}'
+
+
+def report_samples(run: RunLog) -> str:
+    """What the model answered at each evaluation, the newest first."""
+    by_step: dict[int, list[dict]] = {}
+    for row in read_log(run.folder / "samples.jsonl"):
+        by_step.setdefault(row.get("step", 0), []).append(row)
+    parts = []
+    shown = sorted(by_step, reverse=True)
+    for step in shown[:: max(1, len(shown) // 20)]:
+        rows = []
+        for row in by_step[step]:
+            cells = [row.get("prompt", ""), row.get("answer", "")]
+            rows.append([*cells, float(row["reward"])] if "reward" in row else cells)
+        head = ["prompt", "answer", "reward"][: len(rows[0])]
+        opened = " open" if step == shown[0] else ""
+        parts.append(
+            f"<details{opened}><summary>step {step:,}</summary>{html_table(head, rows)}</details>"
+        )
+    return "\n".join(parts)
+
+
+def report_results(paths: Iterable[Path]) -> str:
+    """The tables of eval, in one."""
+    results: Results = {}
+    for path in paths:
+        for name, found in read_json(path).get("results", {}).items():
+            results[name] = {**results.get(name, {}), **found}
+    head, *rows = results_cells(results)
+    return html_table(head, rows)
+
+
+def run_report(run: RunLog, against: str, results: list[Path]) -> str:
+    """A report of a run as one HTML page that needs nothing from outside."""
+    drawn = io.StringIO()
+    figure = draw_runs([run], against)
+    figure.savefig(drawn, format="svg")
+    need("matplotlib.pyplot").close(figure)
+    picture = drawn.getvalue()
+    picture = picture[picture.index("<svg") :]
+    parts = [f"<h1>{html.escape(run.name)}</h1>", report_summary(run)]
+    parts += ["<h2>Curves</h2>", f'<div class="curves">{picture}</div>']
+    if results:
+        parts += ["<h2>Evaluation</h2>", report_results(results)]
+    if samples := report_samples(run):
+        parts += ["<h2>Samples</h2>", samples]
+    flags_of_run = run.folder / "args.txt"
+    if flags_of_run.exists():
+        text = html.escape(flags_of_run.read_text(encoding="utf-8"))
+        parts += ["<h2>Settings</h2>", f"<pre>{text}</pre>"]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(run.name)}</title><style>{REPORT_STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+# ==================================================================================================
 # Chat: a conversation in the terminal
 # ==================================================================================================
 
@@ -9867,6 +10243,27 @@ def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings)
     return 0
 
 
+def cmd_plot(settings: PlotSettings) -> int:
+    runs = open_runs(settings.runs, settings.against)
+    if settings.terminal:
+        say(*terminal_plot(runs, settings.against))
+        return 0
+    folder = runs[0].folder
+    if settings.html:
+        path = Path(settings.out or folder / "report.html")
+        given = [Path(name) for name in settings.results or (folder / "eval",)]
+        found = [name / "results.json" if name.is_dir() else name for name in given]
+        found = [name for name in found if settings.results or name.exists()]
+        page = run_report(runs[0], settings.against, found)
+        with atomic_write(path, "w") as file:
+            file.write(page)
+    else:
+        path = Path(settings.out or folder / "plot.png")
+        save_plot(runs, settings.against, path)
+    say(f"{path}: {', '.join(title for title, *_ in panels_of(runs))}")
+    return 0
+
+
 def cmd_bench(
     settings: BenchSettings,
     model: ModelSettings,
@@ -10103,6 +10500,7 @@ COMMANDS = {
             "--ckpt runs/lm runs/sft --tasks arc_easy=arc.jsonl ppl=valid.txt",
         ),
         ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
+        ("plot", cmd_plot, "the curves of runs: a picture, text or a report", "runs/lm runs/sft"),
         ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"),
     )
 }
