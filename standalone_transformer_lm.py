@@ -1373,6 +1373,9 @@ class RolloutSettings:
     temperature: float = setting(1.0, "sampling temperature at the first step", least=1e-3)
     temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
+    share_prompts: bool = setting(
+        True, "in training, read each prompt once for all its completions; not where compiled"
+    )
     reward: tuple[str, ...] = setting(
         (),
         "number math choice exact regex format length countdown FILE.py:FUNCTION or a reward "
@@ -3565,6 +3568,31 @@ class KVCache:
             self.lengths[row] -= count
 
 
+FAR = 1 << 30  # the place of a key that no query may see
+
+
+class SharedPrompts:
+    """Keys and values of prompts with their gradients, which all completions of a prompt attend to,
+    so that training reads each prompt once (a prefix tree of depth 1)."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]], owners: Tensor | None = None):
+        """owners (B,): the prompt of each completion; None while the prompts are read."""
+        self.layers = layers
+        self.owners = owners
+
+    def write(self, layer: int, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
+        """Keep what prompts give (P, K, S, D), or put it before what completions do
+        (B, K, T, D)."""
+        if self.owners is None:
+            self.layers[layer] = k, v
+            return k, v
+        before_k, before_v = self.layers[layer]
+        return (
+            torch.cat((before_k[self.owners], k), dim=2),
+            torch.cat((before_v[self.owners], v), dim=2),
+        )
+
+
 @dataclass(frozen=True)
 class AttentionMask:
     """What the queries of one forward pass may see.
@@ -3944,6 +3972,20 @@ class Transformer(nn.Module):
             masks[True] = masks[False] if reached else make(window)
         return masks
 
+    def run_blocks(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """The last layer's output (B, T, d), and the experts' mean auxiliary loss, if any."""
+        aux_losses = []
+        for block in self.blocks:
+            if self.grad_checkpoint and self.training:
+                x, aux_loss = recompute(block, x, context, use_reentrant=False)
+            else:
+                x, aux_loss = block(x, context)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        if not aux_losses:
+            return x, None
+        return x, sum(aux_losses) / len(aux_losses)
+
     def hidden_and_aux_loss(
         self,
         ids: Tensor,
@@ -3959,22 +4001,34 @@ class Transformer(nn.Module):
         x = self.embed(ids, with_sinks=cache is None or max(cache.lengths) == 0)
         context = self.context(ids, x, cache, counted)
         sinks = x.shape[1] - ids.shape[1]
-        aux_losses = []
-        for block in self.blocks:
-            if self.grad_checkpoint and self.training:
-                x, aux_loss = recompute(block, x, context, use_reentrant=False)
-            else:
-                x, aux_loss = block(x, context)
-            if aux_loss is not None:
-                aux_losses.append(aux_loss)
-
+        x, aux_loss = self.run_blocks(x, context)
         if cache is not None:
             new = lengths or [ids.shape[1]] * len(ids)
             cache.lengths = [old + sinks + n for old, n in zip(cache.lengths, new, strict=True)]
-        hidden = self.norm(x[:, sinks:])
-        if not aux_losses:
-            return hidden, None
-        return hidden, sum(aux_losses) / len(aux_losses)
+        return self.norm(x[:, sinks:]), aux_loss
+
+    def hidden_behind(self, prompts: Tensor, owners: Tensor, ids: Tensor) -> Tensor:
+        """Final hidden states (B, T, d) of ids (B, T) that continue prompts (P, S), padded with
+        IGNORE at their ends; owners (B,) says which. Each prompt is one document, and read once."""
+        layers: dict[int, tuple[Tensor, Tensor]] = {}
+        known = prompts != IGNORE
+        x = self.embed(prompts.clamp(min=0), with_sinks=True)
+        context = self.context(prompts, x, None)
+        self.run_blocks(x, replace(context, cache=SharedPrompts(layers)))
+
+        sinks = self.config.n_sink
+        x = self.embed(ids, with_sinks=False)
+        seen = F.pad(known, (sinks, 0), value=True)[owners]  # (B, n_sink + S)
+        query = seen.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        key = torch.arange(seen.shape[1], device=ids.device).expand_as(seen)
+        key = torch.cat((torch.where(seen, key, FAR), query), dim=1)
+        attention_mask = AttentionMask(query, key, None, sinks)
+        masks = {False: attention_mask.mask(0), True: None}
+        if self.config.window:
+            masks[True] = attention_mask.mask(self.config.window)
+        cos, sin = self.rotary(query.clamp(max=len(self.cos) - 1), x)  # padding may lie beyond
+        x, _ = self.run_blocks(x, Context(cos, sin, SharedPrompts(layers, owners), query, masks))
+        return self.norm(x)
 
     def next_logits(self, ids: Tensor, positions: Tensor, cache: KVCache, end: int) -> Tensor:
         """Logits (B, V) after ids (B, 1), which lie at `positions` (B, 1), all before `end`.
@@ -4644,15 +4698,29 @@ def row_weights(lengths: Tensor, kind: str, rows: float, tokens: float, most: in
     }[kind]
 
 
-def completion_logps(
+def hidden_of_completions(
     model: Transformer,
     ids: Tensor,
     targets: Tensor,
+    prompts: Tensor | None,
+    owners: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`hidden_and_aux_loss`, of ids that may continue prompts which they share."""
+    if prompts is None:
+        return hidden_and_aux_loss(model, ids, targets)
+    hidden = model.hidden_behind(prompts, owners, ids)
+    return hidden, hidden.new_zeros(())
+
+
+def completion_logps(
+    model: Transformer,
+    hidden: Tensor,
+    targets: Tensor,
     temperature: Tensor,
     spread: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and entropies (B, T), 0 where ignored, and the auxiliary loss; entropies have a
-    gradient only with `spread`."""
+) -> Tensor:
+    """Log-probs and entropies (2, B, T), 0 where ignored; entropies have a gradient only with
+    `spread`."""
 
     def work(hidden: Tensor, targets: Tensor) -> Tensor:
         logps = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
@@ -4660,9 +4728,7 @@ def completion_logps(
         whole = logps if spread else logps.detach()
         return torch.stack((chosen, -(whole.exp() * whole).sum(-1)))
 
-    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
-    both = by_parts(work, hidden, targets).view(2, *targets.shape) * (targets != IGNORE)
-    return *both, aux_loss
+    return by_parts(work, hidden, targets).view(2, *targets.shape) * (targets != IGNORE)
 
 
 def policy_loss(
@@ -4675,6 +4741,9 @@ def policy_loss(
     importance: Tensor,
     weights: Tensor,
     scalars: Tensor,
+    prompts: Tensor | None = None,
+    owners: Tensor | None = None,
+    *,
     settings: PolicySettings,
 ) -> Tensor:
     """POLICY_METRICS of completions, and behind them the log-probabilities (B * T,).
@@ -4682,12 +4751,14 @@ def policy_loss(
     ids, targets, old and reference log-probs, advantages, importance: (B, T). weights (B, 3): what
     a token counts in the policy loss, as plain log-likelihood, and in the mean entropy. scalars
     (B, 3), the same in each row: sampling temperature, entropy bonus, and 1 where the policy is
-    still the one that sampled, so that every ratio is 1, or else 0.
+    still the one that sampled, so that every ratio is 1, or else 0. prompts (P, S) and owners (B,):
+    what the ids continue, where they do not hold it themselves (Transformer.hidden_behind).
     The loss is to be divided by the step's rows; metrics are sums over tokens, and the extremes.
     """
     temperature, bonus, unmoved = scalars[0]
-    logps, entropy, aux_loss = completion_logps(
-        model, ids, targets, temperature, settings.entropy_target > 0
+    hidden, aux_loss = hidden_of_completions(model, ids, targets, prompts, owners)
+    logps, entropy = completion_logps(
+        model, hidden, targets, temperature, settings.entropy_target > 0
     )
     mask = targets != IGNORE
     old = torch.where(unmoved > 0, logps.detach(), old)
@@ -4720,8 +4791,16 @@ def policy_loss(
     return torch.cat((sums, logps.detach().flatten()))
 
 
-def token_values(critic: Transformer, ids: Tensor) -> Tensor:  # (B, T)
-    return critic.score(critic.hidden(ids)).squeeze(-1).float()
+def token_values(
+    critic: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    prompts: Tensor | None = None,
+    owners: Tensor | None = None,
+) -> Tensor:
+    """What a value model expects before each target (B, T)."""
+    hidden, _ = hidden_of_completions(critic, ids, targets, prompts, owners)
+    return critic.score(hidden).squeeze(-1).float()
 
 
 def value_loss(
@@ -4730,11 +4809,14 @@ def value_loss(
     targets: Tensor,
     old: Tensor,
     returns: Tensor,
+    prompts: Tensor | None = None,
+    owners: Tensor | None = None,
+    *,
     clip: float,
 ) -> Tensor:
     """Half the squared error of a micro-batch's values, which does not fall where they move from
     the old ones (B, T) by more than `clip` (0: off); and how many tokens that clips."""
-    values = token_values(critic, ids)
+    values = token_values(critic, ids, targets, prompts, owners)
     bounded = values
     if clip:
         bounded = old + (values - old).clamp(-clip, clip)
@@ -8283,12 +8365,30 @@ class Sampler:
 
 class MicroRollout(typing.NamedTuple):
     """A micro-batch of completions: which of the rollout's they are, the places of their tokens
-    among those of all (n,), and ids and targets (B, T)."""
+    among those of all (n,), and ids and targets (B, T). Where the ids do not hold the prompts,
+    `shared` are these (P, S) and which of them each row continues (B,)."""
 
     rows: list[int]
     tokens: Tensor
     ids: Tensor
     targets: Tensor
+    shared: tuple[Tensor, ...] = ()
+
+
+def can_share(config: ModelSettings, groups: list[Group]) -> bool:
+    """Whether completions may share one reading of their prompt: not with experts, whose balance is
+    measured over all tokens together, nor where a document begins within a row."""
+    if config.n_expert:
+        return False
+    for group in groups:
+        prompt = group[0].problem.ids
+        if len(prompt) < 2:
+            return False
+        if config.doc_mask:
+            later = [prompt[1:], *(one.ids for one in group)]
+            if any((ids == config.bos_id).any() for ids in later):
+                return False
+    return True
 
 
 class Rollout:
@@ -8304,8 +8404,10 @@ class Rollout:
         minibatches: int,
         batch_size: int,
         length: int = 0,
+        shared: bool = False,
     ):
-        """length: the one to pad all to, or 0 for that of each micro-batch."""
+        """length: the one to pad all to, or 0 for that of each micro-batch; shared: completions of
+        a prompt share one reading of it."""
         self.completions = [one for group in groups for one in group]
         self.temperature = temperature
         self.group_size = len(groups[0])
@@ -8315,7 +8417,11 @@ class Rollout:
         numbers = np.arange(len(self.completions)).reshape(len(groups), -1)
         self.minibatches = []
         for part in np.array_split(numbers, minibatches):
-            self.minibatches.append(list(self.lay_out(part.flatten().tolist(), batch_size, length)))
+            rows = part.flatten().tolist()
+            laid = (
+                self.share(rows, batch_size) if shared else self.lay_out(rows, batch_size, length)
+            )
+            self.minibatches.append(list(laid))
 
     def lay_out(self, rows: list[int], batch_size: int, length: int) -> Iterator[MicroRollout]:
         """Micro-batches of completions alike in length."""
@@ -8332,6 +8438,32 @@ class Rollout:
             longest = max(len(examples[row][0]) for row in chosen)
             batch = padded([examples[row] for row in chosen], padded_length(longest, limit))
             yield MicroRollout(chosen, torch.cat([self.places[row] for row in chosen]), *batch)
+
+    def share(self, rows: list[int], batch_size: int) -> Iterator[MicroRollout]:
+        """Micro-batches of completions alike in length, whose rows begin at the last id of their
+        prompts: what stands before it is read once for all completions of a prompt."""
+        limit = max(len(self.completions[row].ids) for row in rows)
+
+        def alike(row: int) -> tuple[int, int]:
+            return padded_length(len(self.completions[row].ids), limit), row
+
+        order = sorted(rows, key=alike)
+        for i in range(0, len(order), batch_size):
+            chosen = order[i : i + batch_size]
+            prompts: dict[int, int] = {}  # the place of each problem of the micro-batch
+            texts, owners, examples = [], [], []
+            for row in chosen:
+                one = self.completions[row]
+                if id(one.problem) not in prompts:
+                    prompts[id(one.problem)] = len(texts)
+                    texts.append(torch.from_numpy(one.problem.ids[:-1]))
+                owners.append(prompts[id(one.problem)])
+                ids = np.concatenate((one.problem.ids[-1:], one.ids[:-1]))
+                examples.append((ids, one.ids))
+            batch = padded(examples, padded_length(max(len(ids) for ids, _ in examples), limit))
+            before = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=IGNORE)
+            tokens = torch.cat([self.places[row] for row in chosen])
+            yield MicroRollout(chosen, tokens, *batch, (before, torch.tensor(owners)))
 
     def micros(self) -> Iterator[MicroRollout]:
         for part in self.minibatches:
@@ -8357,7 +8489,8 @@ class Rollout:
             laid[:, micro.targets != IGNORE] = torch.stack(
                 [numbers[micro.tokens].float() for numbers in by_token]
             )
-            yield micro.ids, micro.targets, *laid, *(numbers[micro.rows] for numbers in by_row)
+            of_rows = (numbers[micro.rows] for numbers in by_row)
+            yield micro.ids, micro.targets, *laid, *of_rows, *micro.shared
 
     def collect(self, values: Iterable[tuple[MicroRollout, Tensor]]) -> Tensor:
         """The tokens' numbers (n,) from micro-batches and their (B, T)."""
@@ -8405,7 +8538,9 @@ class Critic:
         found = []
         for micro in rollout.micros():
             with machine.autocast():
-                found.append((micro, token_values(self.model, machine.to_device(micro.ids))))
+                tensors = (micro.ids, micro.targets, *micro.shared)
+                tensors = [machine.to_device(tensor) for tensor in tensors]
+                found.append((micro, token_values(self.model, *tensors)))
         self.model.train()
         return rollout.collect(found)
 
@@ -8525,9 +8660,15 @@ class PolicyTrainer(Trainer):
         return [drawn[place] for place in places[:, machine.rank].flatten()], row
 
     def lay_out(self, groups: list[Group]) -> Rollout:
-        length = self.job.model.config.seq_len if self.compiled else 0
+        config = self.job.model.config
+        length = config.seq_len if self.compiled else 0
         return Rollout(
-            groups, self.temperature(), self.policy.minibatches, self.run.batch_size, length
+            groups,
+            self.temperature(),
+            self.policy.minibatches,
+            self.run.batch_size,
+            length,
+            self.sampler.settings.share_prompts and not self.compiled and can_share(config, groups),
         )
 
     def logps(self, rollout: Rollout) -> Tensor:

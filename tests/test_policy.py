@@ -187,7 +187,7 @@ def program_metrics(name, model, answers, temperature, most, kl=0.0, bonus=0.0):
     weights, found = torch.stack((each, plain, mean), 1), []
     for begin, end, length in ((0, 3, 11), (3, 4, 4), (4, len(answers), 16)):
         micro = micro_batch(answers[begin:end], length, weights[begin:end], (temperature, bonus))
-        found.append(lm.policy_loss(model, *micro, settings)[:METRICS])
+        found.append(lm.policy_loss(model, *micro, settings=settings)[:METRICS])
     found = torch.stack(found)
     ends = found[:, -2].max(), found[:, -1].min()
     loss, *sums = found[:, :-2].sum(0)
@@ -276,8 +276,8 @@ def test_padding_and_prompts_have_no_say(ratio, rubbish):
         torch.where(silent, x, numbers) for x, numbers in zip(rubbish, micro[2:5], strict=True)
     ]
     for a, b in zip(
-        lm.policy_loss(model, *micro, settings),
-        lm.policy_loss(model, *micro[:2], *other, *micro[5:], settings),
+        lm.policy_loss(model, *micro, settings=settings),
+        lm.policy_loss(model, *micro[:2], *other, *micro[5:], settings=settings),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -428,7 +428,7 @@ def test_value_loss_against_float64(clip):
         far = (bounded - told) ** 2 / 2
         held += far.item() > error.item() and bounded is not value
         wanted = wanted + (far if far > error else error)
-    loss, count = lm.value_loss(critic, ids, targets, old, returns, clip)
+    loss, count = lm.value_loss(critic, ids, targets, old, returns, clip=clip)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert count.item() == held and held < 16 and (held > 0) == (clip > 0)
     assert_same(gradients(loss, critic), gradients(wanted, critic))
@@ -734,7 +734,7 @@ def test_the_dual_clip_bounds_the_loss_of_a_negative_advantage(ratio, sign, move
     with torch.no_grad():
         one.old = own_logps(model, one, 1.0)[0] - math.log(ratio)
     micro = micro_batch([one], 8, torch.tensor([[1 / 3, 0.0, 0.0]]), (1.0, 0.0))
-    loss = lm.policy_loss(model, *micro, lm.PolicySettings(clip_dual=3.0))[0]
+    loss = lm.policy_loss(model, *micro, settings=lm.PolicySettings(clip_dual=3.0))[0]
     assert loss.item() == pytest.approx(min(ratio, 3.0) if sign < 0 else -ratio, rel=1e-4)
     assert (max(grad.abs().max() for grad in gradients(loss, model)) > 1e-3) == moves
 
@@ -807,7 +807,7 @@ def test_a_policy_far_away_is_no_overflow():
     one.old = torch.full((3,), -500.0).double()
     one.reference = torch.full((3,), -500.0).double()
     micro = micro_batch([one], 8, torch.tensor([[1 / 3, 0.0, 0.0]]), (1.0, 0.0))
-    loss = lm.policy_loss(model, *micro, lm.PolicySettings(kl=0.1))[0]
+    loss = lm.policy_loss(model, *micro, settings=lm.PolicySettings(kl=0.1))[0]
     assert loss.isfinite() and all(grad.isfinite().all() for grad in gradients(loss, model))
 
 

@@ -1135,3 +1135,147 @@ def test_answers_cut_off_are_judged_without_an_end(rl, judges, tiny_tokenizer, m
     eos = lm.Tokenizer(tiny_tokenizer).eos
     ends = [[t for t in targets if t != lm.IGNORE][-1] == eos for _, targets in seen]
     assert ends.count(False) > 0
+
+
+# ---- Prompts that their completions share ----
+
+SHAPES = {
+    "plain": {},
+    "grouped heads, no RoPE in some": {"n_kv_head": 2, "nope_every": 2, "qk_norm": True},
+    "windows": {"window": 6, "full_every": 2},
+    "windows and sinks": {"window": 5, "n_sink": 3},
+    "documents": {"doc_mask": True, "n_sink": 2},
+    "soft caps and scaled embeddings": {"softcap": 20.0, "embed_scale": True, "tie": False},
+}
+
+
+def random_groups(seed, prompts=5, size=4):
+    """Groups of completions of any length, of prompts of any length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(least, most):
+        count = int(torch.randint(least, most, (1,), generator=generator))
+        return torch.randint(2, 90, (count,), generator=generator).numpy()
+
+    groups = []
+    for number in range(prompts):
+        ids = np.concatenate(([1], draw(1, 20)))
+        problem = lm.Problem(ids, [lm.Turn("user", "?")], {})
+        group = []
+        for _ in range(size):
+            new = draw(1, 12)
+            score = float(torch.rand(1, generator=generator) > 0.5)
+            logps = -np.ones(len(new), np.float32)
+            scores = np.array([score])
+            group.append(lm.Completion(problem, new, logps, "", True, scores, score + number))
+        groups.append(group)
+    return groups
+
+
+def learned(model, rollout, settings):
+    """Log-probs (n,) of a rollout's tokens, and the gradient of a policy loss on them."""
+    generator = torch.Generator().manual_seed(9)
+    count = len(rollout.sampled)
+    old, reference = -torch.rand(2, count, generator=generator) * 3
+    advantages = torch.randn(count, generator=generator)
+    weights = torch.rand(len(rollout.completions), 3, generator=generator)
+    scalars = torch.tensor([0.9, 0.01, 0.0]).repeat(len(rollout.completions), 1)
+    numbers = [old, advantages, reference, torch.ones(count)]
+    model.zero_grad()
+    found = []
+    for part in rollout.minibatches:
+        batches = rollout.batches(part, numbers, (weights, scalars))
+        for micro, batch in zip(part, batches, strict=True):
+            output = lm.policy_loss(model, *batch, settings=settings)
+            output[0].backward()
+            found.append((micro, output[len(lm.POLICY_METRICS) :].view(micro.ids.shape)))
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return rollout.collect(found), grads
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_completions_that_share_their_prompt_have_the_same_gradient(name, checkpoints):
+    shape = {"seq_len": 32, "n_layer": 4, "d_model": 32, "n_head": 4, "ffn_mult": 2.0}
+    model = lm.Transformer(lm.ModelSettings(vocab_size=90, **shape | SHAPES[name])).train()
+    model.init_weights(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    model.grad_checkpoint = checkpoints
+    settings = lm.PolicySettings(kl=0.1, entropy_target=1.0, ratio="sequence", clip_high=0.5)
+    groups = random_groups(3)
+    assert lm.can_share(model.config, groups)
+    found = []
+    for shared in (False, True):
+        rollout = lm.Rollout(groups, 0.9, 2, 6, shared=shared)
+        found.append(learned(model, rollout, settings))
+    (alone, wanted), (together, grads) = found
+    assert torch.allclose(alone, together, atol=1e-5)
+    for weight, grad in wanted.items():
+        scale = grad.abs().max()
+        assert scale > 0 and (grads[weight] - grad).abs().max() <= 2e-5 * scale, weight
+
+
+def test_a_shared_prompt_is_read_once(monkeypatch):
+    shape = {"seq_len": 32, "n_layer": 1, "d_model": 32, "n_head": 4, "ffn_mult": 2.0}
+    model = lm.Transformer(lm.ModelSettings(vocab_size=90, **shape))
+    model.init_weights(1)
+    groups, tokens = random_groups(4), []
+    original = lm.Layer.forward
+
+    def forward(layer, x, context):
+        tokens.append(x.shape[0] * x.shape[1])
+        return original(layer, x, context)
+
+    monkeypatch.setattr(lm.Layer, "forward", forward)
+    counts = []
+    for shared in (False, True):
+        tokens.clear()
+        learned(model, lm.Rollout(groups, 0.9, 1, 100, shared=shared), lm.PolicySettings())
+        counts.append(sum(tokens))
+    prompts = max(len(group[0].problem.ids) for group in groups)
+    longest = max(len(one.ids) for group in groups for one in group)
+    assert counts[1] == 5 * (prompts - 1) + 20 * lm.padded_length(longest, longest) < counts[0]
+
+
+def test_values_are_the_same_behind_a_shared_prompt():
+    shape = {"seq_len": 32, "n_layer": 2, "d_model": 32, "n_head": 4, "ffn_mult": 2.0}
+    critic = lm.Transformer(lm.ModelSettings(vocab_size=90, scalar_head=True, **shape))
+    critic.init_weights(1)
+    with torch.no_grad():
+        critic.score.weight.normal_()
+    groups = random_groups(5)
+    found = []
+    for shared in (False, True):
+        rollout = lm.Rollout(groups, 1.0, 1, 7, shared=shared)
+        values = []
+        for micro in rollout.micros():
+            laid = lm.token_values(critic, micro.ids, micro.targets, *micro.shared)
+            values.append((micro, laid.detach()))
+        found.append(rollout.collect(values))
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_what_cannot_share_its_prompt_is_known():
+    groups = random_groups(6)
+    plain = lm.ModelSettings(vocab_size=90)
+    assert lm.can_share(plain, groups)
+    assert not lm.can_share(lm.ModelSettings(vocab_size=90, n_expert=4), groups)
+    groups[1][2].ids[0] = 1  # a document begins within an answer
+    assert lm.can_share(plain, groups)
+    assert not lm.can_share(lm.ModelSettings(vocab_size=90, doc_mask=True), groups)
+
+
+@pytest.mark.parametrize("flags", [(), ("--algo", "ppo"), ("--updates", 2, "--kl", 0.1)])
+def test_sharing_changes_no_figure_of_a_step(flags, rl, tmp_path):
+    rows = []
+    for shared in (0, 1):
+        out = tmp_path / f"shared{shared}"
+        words = ["--max_steps", 1, "--share_prompts", shared, *EVERY, *flags]
+        code, _, err = rl(*words, "--out_dir", out)
+        assert code == 0, err
+        rows.append({k: v for k, v in steps_of(out)[0].items() if isinstance(v, (int, float))})
+    assert rows[0].keys() == rows[1].keys()
+    for key, value in rows[0].items():
+        assert rows[1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
