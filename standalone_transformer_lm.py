@@ -1501,13 +1501,18 @@ class EvalSettings:
     out_dir: str = setting("eval", "folder for results.json and answers.jsonl")
     worst: int = setting(0, "print the N most telling errors of each task")
     confusion: bool = setting(False, "print the confusion matrix of classify and sst2")
+    attention: str = setting("", "draw what every head attends to in this text, DIR/attention.png")
+    per_token: str = setting(
+        "", "file of text whose tokens are coloured by their loss, DIR/per_token.html"
+    )
     harness: str = setting("", "tasks of lm-evaluation-harness, arc_easy,hellaswag,gsm8k")
     harness_path: str = setting("", "folder of task files of your own for --harness")
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
             yield "--ckpt is missing", "give checkpoints to compare, --ckpt runs/lm runs/sft"
-        if not (self.tasks or self.suite or self.harness):
+        looks = self.attention or self.per_token
+        if not (self.tasks or self.suite or self.harness or looks):
             yield (
                 "there is nothing to evaluate",
                 "give --tasks NAME=FILE …, --suite basics DIR or --harness NAMES",
@@ -3708,7 +3713,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.D, config.norm_eps)
             self.k_norm = RMSNorm(self.D, config.norm_eps)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of the input."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = qkv.split((self.H, self.K, self.K), dim=1)  # (B, H | K, T, D)
@@ -3719,7 +3725,11 @@ class Attention(nn.Module):
         if self.rotates:
             both = rotate(both, context.cos, context.sin)
         q, k = both.split((self.H, self.K), dim=1)
+        return q, k, v
 
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.heads(x, context)
         if context.cache is not None:
             k, v = context.cache.write(self.layer, k, v, context.positions, context.end)
         dropout = self.dropout if self.training else 0.0
@@ -6361,9 +6371,18 @@ class Candidate:
     def score(self, pairs: list[Pair]) -> list[Scored]:
         """The continuations of pairs, the longest first; of a pair longer than the context its
         end."""
+        return [
+            Scored(float(logps.sum()), bool(greedy.all()))
+            for logps, greedy in self.score_tokens(pairs)
+        ]
+
+    @torch.inference_mode()
+    def score_tokens(self, pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+        """Of each token of the continuations its log-probability, and whether it is the
+        likeliest."""
         limit = self.model.config.seq_len
         order = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
-        found: list[Scored | None] = [None] * len(pairs)
+        found: list[tuple[Tensor, Tensor]] = [()] * len(pairs)
         for first in range(0, len(order), self.batch_size):
             places = order[first : first + self.batch_size]
             rows, counts = [], []
@@ -6375,8 +6394,8 @@ class Candidate:
                 found[place] = scored
         return found
 
-    def score_rows(self, rows: list[list[int]], counts: list[int]) -> list[Scored]:
-        """The last counts[i] ids of each row."""
+    def score_rows(self, rows: list[list[int]], counts: list[int]) -> Iterable:
+        """The same of the last counts[i] ids of each row."""
         inputs = [torch.tensor(row[:-1]) for row in rows]
         ids = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         places = [
@@ -6397,11 +6416,7 @@ class Candidate:
                 right = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
                 logps.append(right.double().cpu())
                 greedy.append((best == wanted).cpu())
-        logps, greedy = torch.cat(logps).split(counts), torch.cat(greedy).split(counts)
-        return [
-            Scored(float(logp.sum()), bool(same.all()))
-            for logp, same in zip(logps, greedy, strict=True)
-        ]
+        return zip(torch.cat(logps).split(counts), torch.cat(greedy).split(counts), strict=True)
 
     def complete(
         self,
@@ -9777,6 +9792,126 @@ def run_report(run: RunLog, against: str, results: list[Path]) -> str:
     )
 
 
+@torch.inference_mode()
+def attention_weights(model: Transformer, ids: Tensor) -> list[Tensor]:
+    """What every head of each layer attends to in ids (1, T): (H, T, S), a row summing to 1; S has
+    the learned sinks before the tokens. The model must be on the CPU."""
+    found = []
+
+    def watch(layer: Attention, inputs: tuple[Tensor, Context], _) -> None:
+        x, context = inputs
+        q, k, _ = layer.heads(x, context)
+        k = k.repeat_interleave(layer.H // layer.K, dim=1)
+        mask = context.masks[layer.windowed]
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(layer.D)
+        found.append(scores.masked_fill(~mask, -math.inf).softmax(-1)[0])
+
+    hooks = [block.attn.register_forward_hook(watch) for block in model.blocks]
+    try:
+        model.hidden(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+LABELLED = 32  # most tokens that are written beside a picture of attention
+
+
+def draw_attention(candidate: Candidate, text: str, path: Path) -> None:
+    """A picture of every head, a layer a line: queries down, keys across."""
+    need("matplotlib").use("Agg")
+    pyplot = need("matplotlib.pyplot")
+    tokenizer = candidate.tokenizer
+    ids = [tokenizer.bos, *tokenizer.encode(text)][: candidate.model.config.seq_len]
+    device = candidate.model.device
+    try:
+        weights = attention_weights(candidate.model.cpu(), torch.tensor([ids]))
+    finally:
+        candidate.model.to(device)
+    sinks = weights[0].shape[1] - len(ids)
+    names = ["sink"] * sinks + ["<s>", *(tokenizer.decode([i]) or "·" for i in ids[1:])]
+    names = [name.replace("\n", "\\n").replace("$", r"\$") for name in names]
+    layers, heads = len(weights), len(weights[0])
+    size = 1.5 if len(names) <= LABELLED else 1.1
+    figure, grid = pyplot.subplots(
+        layers,
+        heads,
+        figsize=(size * heads + 1.2, size * layers + 1.0),
+        squeeze=False,
+        layout="constrained",
+    )
+    for layer in range(layers):
+        for head in range(heads):
+            axes = grid[layer][head]
+            axes.imshow(weights[layer][head].numpy(), cmap="magma", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer == 0:
+                axes.set_title(f"head {head}", fontsize=8)
+            if head == 0:
+                axes.set_ylabel(f"layer {layer}", fontsize=8)
+            if len(names) > LABELLED:
+                continue
+            if head == 0:
+                axes.set_yticks(range(len(names)), names, fontsize=4)
+            if layer == layers - 1:
+                axes.set_xticks(range(len(names)), names, fontsize=4, rotation=90)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=200)
+    pyplot.close(figure)
+
+
+TOKEN_STYLE = """
+.text { white-space: pre-wrap; font: 15px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; }
+.text span { border-radius: 3px; padding: 1px 0; }
+.text span:hover { outline: 1px solid var(--accent); }
+.scale { display: inline-block; width: 14em; height: .8em; border-radius: 3px;
+  background: linear-gradient(to right, rgba(213, 94, 0, 0), rgba(213, 94, 0, .75)); }
+"""
+
+LOSS_SHOWN = 10.0  # nats from which a token has the full colour
+
+
+def token_page(candidate: Candidate, path: str) -> str:
+    """A text as an HTML page, each token coloured by its loss, which the pointer shows."""
+    [row, *_] = task_rows_of(path)
+    text = str(first_of(row, TEXT_KEYS) or "")
+    if not text:
+        raise UserError(f"--per_token {path} holds no text", "give a file of text")
+    tokenizer, limit = candidate.tokenizer, candidate.model.config.seq_len
+    ids = [tokenizer.bos, *tokenizer.encode(text)]
+    stride, pairs = max(1, limit // 2), []
+    for done in rolling_starts(len(ids), limit, stride):
+        begin, end = rolling_window(len(ids), done, limit, stride)
+        pairs.append((ids[begin : done + 1], ids[done + 1 : end + 1]))
+    losses = -torch.cat([logps for logps, _ in candidate.score_tokens(pairs)])
+    stream, spans, waiting = TextStream(tokenizer, []), [], 0.0
+    for token, loss in zip(ids[1:], losses.tolist(), strict=True):
+        piece, waiting = stream.push(token), waiting + loss
+        if not piece:  # the first byte of a character
+            continue
+        strength = min(1.0, max(0.0, waiting / LOSS_SHOWN)) * 0.75
+        spans.append(
+            f'<span style="background: rgba(213, 94, 0, {strength:.2f})" '
+            f'title="{waiting:.2f} nats">{html.escape(piece)}</span>'
+        )
+        waiting = 0.0
+    about = f"{len(losses):,} tokens, {losses.mean():.3f} nats a token"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(candidate.name)}</title>"
+        f"<style>{REPORT_STYLE}{TOKEN_STYLE}</style></head>\n<body>"
+        f"<h1>{html.escape(Path(path).name)}</h1>"
+        f'<p class="about">{html.escape(candidate.name)}: {about}</p>'
+        f'<p>0 <span class="scale"></span> {LOSS_SHOWN:g} nats and more</p>'
+        f'<div class="text">{"".join(spans)}</div></body></html>\n'
+    )
+
+
 # ==================================================================================================
 # Chat: a conversation in the terminal
 # ==================================================================================================
@@ -10336,6 +10471,23 @@ def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candi
     return Candidate(path, key, model, tokenizer, machine, chats, settings.batch_size)
 
 
+def look_inside(settings: EvalSettings, candidate: Candidate, out: Path) -> None:
+    """The pictures of --attention and --per_token; of several candidates each in its own file."""
+    suffix = ""
+    if len(settings.ckpt) > 1:
+        suffix = f"_{settings.ckpt.index(candidate.name) + 1}"
+    if settings.attention:
+        path = out / f"attention{suffix}.png"
+        draw_attention(candidate, settings.attention, path)
+        say(f"{path}: what each head of {candidate.name} attends to")
+    if settings.per_token:
+        path = out / f"per_token{suffix}.html"
+        page = token_page(candidate, settings.per_token)
+        with atomic_write(path, "w") as file:
+            file.write(page)
+        say(f"{path}: the loss of {candidate.name} token by token")
+
+
 def cmd_eval(settings: EvalSettings, sampling: EvalSampling, device: DeviceSettings) -> int:
     if settings.num_samples > 1 and sampling.temperature == 0:
         raise UserError(
@@ -10361,6 +10513,9 @@ def cmd_eval(settings: EvalSettings, sampling: EvalSampling, device: DeviceSetti
         if settings.harness:
             found |= machine.on_main(run_harness, candidate, settings, device.seed)
             machine.on_main(merge_results, out / "results.json", results)
+        machine.on_main(look_inside, settings, candidate, out)
+    if not any(results.values()):
+        return 0
     machine.on_main(file.tidy)
     say(*lines, *results_table(results))
     say(f"in {out}/results.json; each answer in {file.path}")

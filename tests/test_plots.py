@@ -1,11 +1,13 @@
 """Curves of runs: what is drawn, against what, and the report that needs nothing from outside."""
 
+import html
 import html.parser
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import complaint
 
 import standalone_transformer_lm as lm
@@ -204,3 +206,78 @@ def test_mistakes_of_plot(name, run, runs, tmp_path):
     plain = log(tmp_path / "plain", practice())
     places = {"empty": tmp_path / "empty", "plain": plain, "run": runs[0]}
     complaint(run(["plot", *(word.format(**places) for word in words)]), said)
+
+
+# ---- Looking inside ----
+
+SHAPES = {
+    "plain": {},
+    "grouped heads": {"n_kv_head": 2, "qk_norm": True},
+    "windows and sinks": {"window": 4, "n_sink": 2},
+    "documents": {"doc_mask": True},
+}
+
+
+def looked_at(tiny_tokenizer, **shape):
+    tokenizer = lm.Tokenizer(tiny_tokenizer)
+    plain = {"seq_len": 24, "n_layer": 2, "d_model": 32, "n_head": 4, "ffn_mult": 2.0}
+    settings = lm.ModelSettings(vocab_size=tokenizer.vocab_size, **plain | shape)
+    model = lm.Transformer(settings).eval()
+    model.init_weights(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5 if weight.dim() > 1 else 1)
+    machine = lm.Machine(torch.device("cpu"), torch.float32, 0, 1)
+    return lm.Candidate("tiny", "key", model, tokenizer, machine, False, 4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_weights_give_the_attention_s_own_output(name, tiny_tokenizer):
+    model = looked_at(tiny_tokenizer, **SHAPES[name]).model
+    ids = torch.randint(4, 400, (1, 11))
+    outputs, inputs = [], []
+
+    def keep(_, given, output):
+        inputs.append(given)
+        outputs.append(output)
+
+    hooks = [block.attn.register_forward_hook(keep) for block in model.blocks]
+    with torch.no_grad():
+        weights = lm.attention_weights(model, ids)
+    for hook in hooks:
+        hook.remove()
+    for block, weight, given, output in zip(model.blocks, weights, inputs, outputs, strict=True):
+        attn = block.attn
+        with torch.no_grad():
+            _, _, v = attn.heads(*given)
+            mixed = weight @ v[0].repeat_interleave(attn.H // attn.K, dim=0)  # (H, T, D)
+            wanted = attn.proj(mixed.transpose(0, 1).reshape(1, len(mixed[0]), -1))
+        assert torch.allclose(wanted, output, atol=1e-5)
+        assert torch.allclose(weight.sum(-1), torch.ones(()), atol=1e-5)
+
+
+def test_a_page_colours_each_token_by_its_loss(tiny_tokenizer, tmp_path):
+    candidate = looked_at(tiny_tokenizer)
+    text = "The harbour <b>&</b> the café:\n  東京 and Zürich 12 🙂 " * 3
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    page = lm.token_page(candidate, str(tmp_path / "text.txt"))
+    parsed = Page(page)
+    shown = re.findall(r'title="([\d.]+) nats">(.*?)</span>', page, re.S)
+    assert "".join(html.unescape(piece) for _, piece in shown) == text
+    ids = candidate.tokenizer.encode(text)
+    task = lm.PerplexityTask("t", [[candidate.tokenizer.bos, *ids]], [(1, 1)], 24, 12)
+    figures = task.figures(task.answers(candidate, list(range(len(task)))))
+    total = sum(float(loss) for loss, _ in shown)
+    assert total == pytest.approx(figures["loss"] * len(ids), abs=0.01 * len(shown))
+    assert f"{len(ids):,} tokens, {figures['loss']:.3f} nats a token" in " ".join(parsed.texts)
+
+
+def test_eval_writes_what_it_looked_at(run, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text.txt").write_text("The harbour was quiet.")
+    words = ["--attention", "The harbour $x", "--per_token", tmp_path / "text.txt"]
+    code, _, err = run(["eval", "--ckpt", trained, "--out_dir", tmp_path, *words, "--threads", 1])
+    assert code == 0, err
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert "nats a token" in (tmp_path / "per_token.html").read_text()
+    assert not (tmp_path / "results.json").exists()
