@@ -12,8 +12,9 @@ Quick start
   python standalone_transformer_lm.py eval  --ckpt run sft --tasks arc_easy=arc.jsonl
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
-Every command explains its flags with --help. `train @OUT/args.txt --max_steps 300000` repeats a
-run with one change; the same --out_dir resumes. Each room uses only what stands above it.
+Every command explains its flags with --help, all of them with --help_all. The same --out_dir resumes
+a run, and `train @OUT/args.txt --max_steps 300000` repeats one with one change. Each room uses only
+what stands above it.
 
 Rooms
   Ground             constants, errors a user can act on, safe files, worker processes, progress
@@ -522,13 +523,14 @@ def setting(
     flag: bool = True,
     repeated: bool = True,
     same_on_resume: bool = False,
+    basic: bool = False,
 ):
     """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument.
 
     A value is the default or one of the `choices`; a number is at `least` 0 and stays `below`.
     What a value `expands` to are values of other fields, which their own flags override.
     One that is not `repeated` concerns a single start and is left out of args.txt.
-    A resumed run must find it the `same_on_resume`.
+    A resumed run must find it the `same_on_resume`. --help shows what is `basic`, --help_all all.
     """
     if least is None and type(default) in (int, float):
         least = 0
@@ -542,6 +544,7 @@ def setting(
         "flag": flag,
         "repeated": repeated,
         "same_on_resume": same_on_resume,
+        "basic": basic,
     }
     return field(default=default, metadata=metadata)
 
@@ -615,8 +618,44 @@ def flag_help(f: Field) -> str:
     return f"{text} (default: {default})".replace("%", "%%")
 
 
-def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]) -> FlagParser:
-    """One command's parser: a group of flags a dataclass, a flag a field."""
+def add_flag(topic: argparse._ArgumentGroup, f: Field, shown: bool) -> None:
+    """A field as an argument of its topic; one that is not `shown` is missing in the help alone."""
+    text = argparse.SUPPRESS
+    if shown:
+        text = flag_help(f)
+    metavar, _, arity = KINDS[f.type]
+    if f.metadata["choices"]:
+        metavar = "NAME"
+    if not f.metadata["positional"]:
+        topic.add_argument(f"--{f.name}", help=text, metavar=metavar, **arity)
+    elif f.type is str:
+        topic.add_argument(f.name, nargs="?", metavar="PATH", help=text)
+    else:
+        topic.add_argument(f.name, nargs="*", metavar="PATH", help=text)
+
+
+class HelpAll(argparse.Action):
+    """--help_all: the help with every flag."""
+
+    def __init__(self, option_strings, dest, default, make: Callable[[], FlagParser]):
+        about = "show the help of every flag and exit"
+        super().__init__(option_strings, dest, 0, default=default, help=about)
+        self.make = make
+
+    def __call__(self, parser: FlagParser, *_) -> None:
+        self.make().print_help()
+        parser.exit()
+
+
+def make_parser(
+    command: str,
+    about: str,
+    example: str,
+    groups: tuple[type, ...],
+    everything: bool = False,
+) -> FlagParser:
+    """One command's parser: a group of flags a dataclass, a flag a field. Its help has the basic
+    ones, or `everything`."""
     parser = FlagParser(
         prog=f"{PROGRAM} {command}",
         description=about,
@@ -626,20 +665,16 @@ def make_parser(command: str, about: str, example: str, groups: tuple[type, ...]
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    hidden = sum(not f.metadata["basic"] for f in flags(*groups))
+    if not everything:
+        if hidden:
+            parser.epilog += f"\n\n--help_all explains {hidden} more flags."
+        whole = functools.partial(make_parser, command, about, example, groups, True)
+        parser.add_argument("--help_all", action=HelpAll, make=whole)
     for group in groups:
         topic = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in flags(group):
-            if f.metadata["positional"]:
-                arity = {"nargs": "*"} if f.type is not str else {"nargs": "?"}
-                topic.add_argument(f.name, **arity, metavar="PATH", help=flag_help(f))
-            else:
-                metavar, _, arity = KINDS[f.type]
-                topic.add_argument(
-                    f"--{f.name}",
-                    help=flag_help(f),
-                    **arity,
-                    metavar="NAME" if f.metadata["choices"] else metavar,
-                )
+            add_flag(topic, f, everything or f.metadata["basic"])
     return parser
 
 
@@ -848,21 +883,30 @@ class PrepSettings:
     """Input, tokenizer and output of prep."""
 
     text_path: tuple[str, ...] = setting(
-        (), "files, folders or globs of text, .jsonl or .parquet, compressed or not; - is stdin"
+        (),
+        "files, folders or globs of text, .jsonl or .parquet, compressed or not; - is stdin",
+        basic=True,
     )
-    out_dir: str = setting("", "folder to write: tokenizer.model, train.bin, val.bin, meta.json")
-    vocab_size: int = setting(32000, "size of the tokenizer to train", least=280, below=1 << 24)
-    val_split: float = setting(0.01, "fraction of documents used for validation", below=1.0)
+    out_dir: str = setting(
+        "", "folder to write: tokenizer.model, train.bin, val.bin, meta.json", basic=True
+    )
+    vocab_size: int = setting(
+        32000, "size of the tokenizer to train", least=280, below=1 << 24, basic=True
+    )
+    val_split: float = setting(
+        0.01, "fraction of documents used for validation", below=1.0, basic=True
+    )
     document: str = setting(
         "line",
         "what one document is; blank: text up to a blank line",
         choices=("line", "blank", "file", "jsonl"),
+        basic=True,
     )
-    text_key: str = setting("text", "key of the text in .jsonl and .parquet rows")
+    text_key: str = setting("text", "key of the text in .jsonl and .parquet rows", basic=True)
     errors: str = setting(
         "strict", "invalid UTF-8: stop, or insert U+FFFD", choices=("strict", "replace")
     )
-    spm: str = setting("", "use this SentencePiece model instead of training one")
+    spm: str = setting("", "use this SentencePiece model instead of training one", basic=True)
     sample_mb: float = setting(100.0, "MB of text that the tokenizer is trained on", least=0.01)
     character_coverage: float = setting(
         0.9999,
@@ -870,7 +914,7 @@ class PrepSettings:
         least=0.98,
         below=1.0,
     )
-    workers: int = setting(0, "encoding processes; 0 means one per core")
+    workers: int = setting(0, "encoding processes; 0 means one per core", basic=True)
     shard: str = setting("", "do only part i of n, as i/n counted from 0; --merge joins the parts")
     merge: bool = setting(False, "join the shards found in --out_dir")
     overwrite: bool = setting(False, "replace the data in --out_dir")
@@ -932,8 +976,12 @@ class DataSettings:
     """Data to train on."""
 
     data_dir: str = setting(
-        "data", "folder written by prep, or a mixture, NAME=FOLDER:WEIGHT,NAME=FOLDER:WEIGHT"
+        "data",
+        "folder written by prep, or a mixture, NAME=FOLDER:WEIGHT,NAME=FOLDER:WEIGHT",
+        basic=True,
     )
+    tokens: float = setting(0.0, "tokens to train on, instead of --max_steps, as 10e9", basic=True)
+    epochs: float = setting(0.0, "passes over the data, instead of --max_steps", basic=True)
 
     def domains(self) -> list[tuple[str, str, float]]:
         """(name, folder, weight) of each part; weights sum to 1; one folder alone has no name."""
@@ -942,19 +990,24 @@ class DataSettings:
         return mixture(self.data_dir.split(","))
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        return mixture_faults("data_dir", "FOLDER", self.data_dir.split(","))
+        yield from mixture_faults("data_dir", "FOLDER", self.data_dir.split(","))
+        if self.tokens and self.epochs:
+            yield "--tokens and --epochs are both given", "keep one of them"
 
 
 @dataclass
 class DeviceSettings:
     """Device and precision."""
 
-    seed: int = setting(1337, "random seed", same_on_resume=True)
-    device: str = setting("auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(1337, "random seed", same_on_resume=True, basic=True)
+    device: str = setting(
+        "auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"), basic=True
+    )
     dtype: str = setting(
         "auto",
         "precision of matrix multiplications; auto is bf16 where the hardware supports it",
         choices=("auto", "bf16", "fp16", "fp32"),
+        basic=True,
     )
     threads: int = setting(0, "CPU threads; 0 divides the cores among the processes")
     flash: str = setting(
@@ -966,9 +1019,9 @@ class DeviceSettings:
 class StepSettings:
     """Size and cost of a step."""
 
-    preset: str = setting("", "published model size", expands=PRESETS, repeated=False)
-    batch_size: int = setting(8, "sequences per micro-batch and device", least=1)
-    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1)
+    preset: str = setting("", "published model size", expands=PRESETS, repeated=False, basic=True)
+    batch_size: int = setting(8, "sequences per micro-batch and device", least=1, basic=True)
+    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1, basic=True)
     grad_checkpoint: bool = setting(
         False, "recompute activations in the backward pass: slower, with far less memory"
     )
@@ -979,20 +1032,29 @@ class StepSettings:
 class RunSettings(StepSettings):
     """The run."""
 
-    out_dir: str = setting("runs/lm", "folder of checkpoints and metrics; the same one resumes")
+    out_dir: str = setting(
+        "runs/lm", "folder of checkpoints and metrics; the same one resumes", basic=True
+    )
     resume: bool = setting(
         True, "continue from ckpt_last.pt; 0 refuses to overwrite a run", repeated=False
     )
     compile: str = setting(
-        "auto", "use torch.compile; auto: in long runs", choices=("auto", "0", "1")
+        "auto",
+        "use torch.compile; auto: in long runs",
+        choices=("auto", "0", "1"),
+        basic=True,
     )
-    max_steps: int = setting(1000, "optimizer steps in total; 0 means --epochs (train: one epoch)")
+    max_steps: int = setting(
+        1000,
+        "optimizer steps in total; 0 means --epochs, of train one epoch unless it says more",
+        basic=True,
+    )
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
-    eval_interval: int = setting(250, "steps between evaluations", least=1)
+    eval_interval: int = setting(250, "steps between evaluations", least=1, basic=True)
     eval_tokens: int = setting(2_000_000, "maximum validation tokens per evaluation", least=1)
-    ckpt_interval: int = setting(250, "steps between checkpoints", least=1)
+    ckpt_interval: int = setting(250, "steps between checkpoints", least=1, basic=True)
     keep_last: int = setting(2, "numbered checkpoints to keep", least=1)
-    wandb: str = setting("", "Weights & Biases project to log to")
+    wandb: str = setting("", "Weights & Biases project to log to", basic=True)
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
     profile: int = setting(
         0, "profile N steps: write a trace and print the 10 slowest operations", repeated=False
@@ -1003,20 +1065,22 @@ class RunSettings(StepSettings):
 class OptimSettings:
     """Optimizer and schedule."""
 
-    lr: float = setting(6e-4, "peak learning rate")
+    lr: float = setting(6e-4, "peak learning rate", basic=True)
     min_lr: float = setting(0.1, "final learning rate of cosine and wsd, as a fraction of --lr")
     optimizer: str = setting(
         "muon",
         "muon updates the layers' matrices, AdamW the rest",
         choices=("adamw", "muon"),
         same_on_resume=True,
+        basic=True,
     )
     schedule: str = setting(
         "wsd",
         "learning rate after the warm-up; wsd is constant, then decays",
         choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"),
+        basic=True,
     )
-    warmup_steps: int = setting(100, "steps of linear warm-up")
+    warmup_steps: int = setting(100, "steps of linear warm-up", basic=True)
     decay_share: float = setting(
         0.2, "fraction of --max_steps over which wsd decays the learning rate", below=1.0
     )
@@ -1046,10 +1110,10 @@ def divisors(number: int) -> list[int]:
 class ModelSettings:
     """Architecture."""
 
-    seq_len: int = setting(512, "context length in tokens", least=2)
-    n_layer: int = setting(12, "number of layers", least=1)
-    d_model: int = setting(768, "width of the residual stream", least=2)
-    n_head: int = setting(12, "number of query heads", least=1)
+    seq_len: int = setting(512, "context length in tokens", least=2, basic=True)
+    n_layer: int = setting(12, "number of layers", least=1, basic=True)
+    d_model: int = setting(768, "width of the residual stream", least=2, basic=True)
+    n_head: int = setting(12, "number of query heads", least=1, basic=True)
     n_kv_head: int = setting(0, "number of key/value heads; 0 means as many as query heads")
     head_dim: int = setting(0, "head size; 0 means d_model / n_head")
     ffn_mult: float = setting(4.0, "feed-forward width as a multiple of d_model", least=0.01)
@@ -1139,20 +1203,25 @@ class ModelSettings:
 class TuneSettings:
     """Starting point and data."""
 
-    ckpt: str = setting("", "checkpoint to start from, or the folder of a run")
+    ckpt: str = setting("", "checkpoint to start from, or the folder of a run", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
     spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
     data: tuple[str, ...] = setting(
-        (), "files of rows, .jsonl .json .parquet, or a mixture, NAME=FILE:WEIGHT"
+        (),
+        "files of rows, .jsonl .json .parquet, or a mixture, NAME=FILE:WEIGHT",
+        basic=True,
     )
     val_data: tuple[str, ...] = setting((), "files of validation rows, instead of --val_split")
     val_split: float = setting(
-        0.05, "fraction of rows for validation, chosen by their first question", below=1.0
+        0.05,
+        "fraction of rows for validation, chosen by their first question",
+        below=1.0,
+        basic=True,
     )
     on_bad_row: str = setting(
         "error", "what to do with rows that cannot be read", choices=("error", "skip")
     )
-    epochs: float = setting(1.0, "passes over the data, where --max_steps is 0")
+    epochs: float = setting(1.0, "passes over the data, where --max_steps is 0", basic=True)
     seq_len: int = setting(0, "context length in tokens; 0 means the checkpoint's")
     dropout: float = setting(0.0, "dropout probability, also in attention", below=1.0)
 
@@ -1202,8 +1271,9 @@ class DpoSettings:
         "simpo and orpo need no reference model; simpo sets --beta 2",
         expands=PREFERENCES,
         same_on_resume=True,
+        basic=True,
     )
-    beta: float = setting(0.1, "strength of the pull to the reference", least=1e-6)
+    beta: float = setting(0.1, "strength of the pull to the reference", least=1e-6, basic=True)
     label_smoothing: float = setting(
         0.0,
         "fraction of pairs assumed to be labelled the wrong way round; for sigmoid, robust, simpo",
@@ -1224,7 +1294,10 @@ class LoraSettings:
     """Low-rank adapters."""
 
     lora_rank: int = setting(
-        0, "rank of the adapters trained instead of the weights; 0: off", same_on_resume=True
+        0,
+        "rank of the adapters trained instead of the weights; 0: off",
+        same_on_resume=True,
+        basic=True,
     )
     lora_alpha: float = setting(
         0.0, "adapters are scaled by alpha / rank; 0 means twice the rank", same_on_resume=True
@@ -1251,17 +1324,24 @@ class LoraSettings:
 class RewardSettings:
     """Scoring instead of training."""
 
-    score: tuple[str, ...] = setting((), "score these rows with the reward model --ckpt")
-    out: str = setting("", "file for the scored rows, .jsonl")
+    score: tuple[str, ...] = setting(
+        (), "score these rows with the reward model --ckpt", basic=True
+    )
+    out: str = setting("", "file for the scored rows, .jsonl", basic=True)
 
 
 @dataclass
 class TaskSettings:
     """Generated rows, instead of --data."""
 
-    task: str = setting("", "kind of rows", choices=("", "add", "countdown", "sort", "copy"))
+    task: str = setting(
+        "", "kind of rows", choices=("", "add", "countdown", "sort", "copy"), basic=True
+    )
     difficulty: int = setting(
-        2, "maximum digits of a number to add; how many numbers or letters in other tasks", least=1
+        2,
+        "maximum digits of a number to add; how many numbers or letters in other tasks",
+        least=1,
+        basic=True,
     )
     task_rows: int = setting(10_000, "number of rows, as far as there are different ones", least=2)
 
@@ -1290,7 +1370,9 @@ ALGORITHMS = {  # name -> values of settings fields; a flag given beside --algo 
 class PolicySettings:
     """Policy loss."""
 
-    algo: str = setting("grpo", "sets the flags below and of rollouts", expands=ALGORITHMS)
+    algo: str = setting(
+        "grpo", "sets the flags below and of rollouts", expands=ALGORITHMS, basic=True
+    )
     ratio: str = setting(
         "token",
         "what is clipped: the ratio of each token, the mean ratio of the sequence, "
@@ -1314,7 +1396,10 @@ class PolicySettings:
     )
     updates: int = setting(1, "passes over each batch of completions", least=1)
     minibatches: int = setting(
-        1, "optimizer steps per pass: the completions are split by prompts", least=1
+        1,
+        "optimizer steps per pass: the completions are split by prompts",
+        least=1,
+        basic=True,
     )
     mask_truncated: bool = setting(
         False, "completions cut off at --max_new_tokens have no policy loss"
@@ -1330,7 +1415,7 @@ class PolicySettings:
     fp32_head: bool = setting(
         False, "compute logits in fp32, in sampling and in training, where --dtype is bf16"
     )
-    kl: float = setting(0.0, "weight of the KL divergence from the reference model")
+    kl: float = setting(0.0, "weight of the KL divergence from the reference model", basic=True)
     kl_in_reward: bool = setting(
         False, "subtract the divergence from the reward, instead of adding it to the loss"
     )
@@ -1367,10 +1452,12 @@ class ValueSettings:
 class RolloutSettings:
     """Completions and rewards."""
 
-    prompts: int = setting(16, "prompts per step, over all devices", least=1)
-    group_size: int = setting(8, "completions per prompt", least=2)
-    max_new_tokens: int = setting(128, "maximum tokens of a completion", least=1)
-    temperature: float = setting(1.0, "sampling temperature at the first step", least=1e-3)
+    prompts: int = setting(16, "prompts per step, over all devices", least=1, basic=True)
+    group_size: int = setting(8, "completions per prompt", least=2, basic=True)
+    max_new_tokens: int = setting(128, "maximum tokens of a completion", least=1, basic=True)
+    temperature: float = setting(
+        1.0, "sampling temperature at the first step", least=1e-3, basic=True
+    )
     temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
     share_prompts: bool = setting(
@@ -1381,6 +1468,7 @@ class RolloutSettings:
         "number math choice exact regex format length countdown FILE.py:FUNCTION or a reward "
         "model, each optionally with :WEIGHT; the first one says what is correct; "
         "default: the task's, or number",
+        basic=True,
     )
     pattern: str = setting("", "regular expression of the reward regex, for rows without their own")
     reward_timeout: float = setting(5.0, "maximum seconds of a call of FUNCTION", least=0.01)
@@ -1398,11 +1486,13 @@ class RolloutSettings:
 class SamplingSettings:
     """Sampling."""
 
-    max_new_tokens: int = setting(200, "maximum tokens to generate", least=1)
-    temperature: float = setting(0.8, "sampling temperature; 0 is greedy")
-    top_k: int = setting(0, "sample from the k most likely tokens; 0: off")
+    max_new_tokens: int = setting(200, "maximum tokens to generate", least=1, basic=True)
+    temperature: float = setting(0.8, "sampling temperature; 0 is greedy", basic=True)
+    top_k: int = setting(0, "sample from the k most likely tokens; 0: off", basic=True)
     top_p: float = setting(
-        0.95, "sample from the most likely tokens of this total probability; 1: off"
+        0.95,
+        "sample from the most likely tokens of this total probability; 1: off",
+        basic=True,
     )
     repetition_penalty: float = setting(
         1.0, "divides the logits of tokens that were seen; 1: off", least=1e-6
@@ -1414,21 +1504,25 @@ class SamplingSettings:
 class GenerateSettings:
     """Prompts and output of generate."""
 
-    ckpt: str = setting("", "checkpoint, or the folder of a run")
+    ckpt: str = setting("", "checkpoint, or the folder of a run", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
     spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
-    prompt: str = setting("", "text to continue")
-    prompt_file: str = setting("", "file of prompts, one per line, or rows of sft to answer")
+    prompt: str = setting("", "text to continue", basic=True)
+    prompt_file: str = setting(
+        "", "file of prompts, one per line, or rows of sft to answer", basic=True
+    )
     batch_size: int = setting(64, "completions generated at a time", least=1)
-    num_samples: int = setting(1, "completions of each prompt", least=1)
+    num_samples: int = setting(1, "completions of each prompt", least=1, basic=True)
     stop_at_eos: bool = setting(True, "stop at </s>")
-    chat: bool = setting(False, "the prompt is a question to a chat model")
-    system: str = setting("", "system prompt, with --chat")
+    chat: bool = setting(False, "the prompt is a question to a chat model", basic=True)
+    system: str = setting("", "system prompt, with --chat", basic=True)
     best_of: int = setting(
         1, "generate N completions and keep the one that --reward_ckpt scores highest", least=1
     )
     reward_ckpt: str = setting("", "reward model for --best_of")
-    out: str = setting("", "write {prompt, completion} rows to this .jsonl instead of printing")
+    out: str = setting(
+        "", "write {prompt, completion} rows to this .jsonl instead of printing", basic=True
+    )
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
@@ -1445,11 +1539,13 @@ class GenerateSettings:
 class ChatSettings:
     """The model and the conversation."""
 
-    ckpt: str = setting("", "checkpoint, or the folder of a run")
-    base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
-    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
-    system: str = setting("", "system prompt")
-    load: str = setting("", "conversation to go on with, as /save writes it")
+    ckpt: str = setting("", "checkpoint, or the folder of a run", basic=True)
+    base: str = setting(
+        "", "base checkpoint of the adapters in --ckpt, where it has moved", basic=True
+    )
+    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none", basic=True)
+    system: str = setting("", "system prompt", basic=True)
+    load: str = setting("", "conversation to go on with, as /save writes it", basic=True)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
@@ -1470,7 +1566,7 @@ class EvalSampling(SamplingSettings):
 class EvalSettings:
     """What to evaluate, and on what."""
 
-    ckpt: tuple[str, ...] = setting((), "checkpoints, or folders of runs, to compare")
+    ckpt: tuple[str, ...] = setting((), "checkpoints, or folders of runs, to compare", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
     spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
     tasks: tuple[str, ...] = setting(
@@ -1479,18 +1575,23 @@ class EvalSettings:
         "commonsenseqa openbookqa boolq medqa choice (multiple choice), sst2 classify, ppl, rouge, "
         "gsm8k, or a checker of answers: number math letter exact regex; "
         "or a data folder; of a FILE alone the columns tell the NAME",
+        basic=True,
     )
     suite: tuple[str, ...] = setting(
-        (), "basics DIR: every file of a folder that is a task, without and with --n_shot examples"
+        (),
+        "basics DIR: every file of a folder that is a task, without and with --n_shot examples",
+        basic=True,
     )
-    n_shot: int = setting(0, "solved examples before each question; 5 in a --suite")
-    limit: int = setting(0, "rows of each task, from its first; 0: all")
+    n_shot: int = setting(0, "solved examples before each question; 5 in a --suite", basic=True)
+    limit: int = setting(0, "rows of each task, from its first; 0: all", basic=True)
     chat: str = setting(
         "auto",
         "ask for answers in the chat format; auto: where the model was taught it",
         choices=("auto", "0", "1"),
     )
-    num_samples: int = setting(1, "answers to each question, for pass@k and majority vote", least=1)
+    num_samples: int = setting(
+        1, "answers to each question, for pass@k and majority vote", least=1, basic=True
+    )
     reward_ckpt: str = setting("", "reward model that chooses one of --num_samples answers")
     pattern: str = setting("", "regular expression of the checker regex")
     reward_timeout: float = setting(5.0, "maximum seconds of a check by math", least=0.01)
@@ -1498,14 +1599,16 @@ class EvalSettings:
         0, "tokens that each window of ppl predicts; 0: half the context; the context: disjoint"
     )
     batch_size: int = setting(32, "sequences at a time on a device", least=1)
-    out_dir: str = setting("eval", "folder for results.json and answers.jsonl")
-    worst: int = setting(0, "print the N most telling errors of each task")
+    out_dir: str = setting("eval", "folder for results.json and answers.jsonl", basic=True)
+    worst: int = setting(0, "print the N most telling errors of each task", basic=True)
     confusion: bool = setting(False, "print the confusion matrix of classify and sst2")
     attention: str = setting("", "draw what every head attends to in this text, DIR/attention.png")
     per_token: str = setting(
         "", "file of text whose tokens are coloured by their loss, DIR/per_token.html"
     )
-    harness: str = setting("", "tasks of lm-evaluation-harness, arc_easy,hellaswag,gsm8k")
+    harness: str = setting(
+        "", "tasks of lm-evaluation-harness, arc_easy,hellaswag,gsm8k", basic=True
+    )
     harness_path: str = setting("", "folder of task files of your own for --harness")
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -1529,11 +1632,13 @@ class EvalSettings:
 class InfoSettings(StepSettings):
     """What to describe, or to plan."""
 
-    path: str = setting("", "checkpoint, run folder or data folder", positional=True)
-    vocab: int = setting(0, "vocabulary of the planned model; 0 means the preset's, or 32,000")
-    tokens: float = setting(0.0, "tokens to train on; 0 means 20 per parameter")
-    gpu: str = setting("", "GPU to plan for, such as H100, at the utilization --mfu")
-    gpus: int = setting(1, "number of GPUs to plan for", least=1)
+    path: str = setting("", "checkpoint, run folder or data folder", positional=True, basic=True)
+    vocab: int = setting(
+        0, "vocabulary of the planned model; 0 means the preset's, or 32,000", basic=True
+    )
+    tokens: float = setting(0.0, "tokens to train on; 0 means 20 per parameter", basic=True)
+    gpu: str = setting("", "GPU to plan for, such as H100, at the utilization --mfu", basic=True)
+    gpus: int = setting(1, "number of GPUs to plan for", least=1, basic=True)
     mfu: float = setting(0.4, "fraction of its peak that --gpu reaches", least=0.01, below=1.0)
     tok_per_s: float = setting(0.0, "measured tokens per second of all GPUs, instead of --gpu")
 
@@ -1542,15 +1647,21 @@ class InfoSettings(StepSettings):
 class PlotSettings:
     """What to plot."""
 
-    runs: tuple[str, ...] = setting((), "folders of runs", positional=True)
-    out: str = setting("", "picture to write, .png .svg .pdf; default: RUN/plot.png")
-    against: str = setting("step", "the x axis", choices=("step", "tokens", "hours", "dollars"))
-    terminal: bool = setting(False, "draw with text on the terminal instead")
+    runs: tuple[str, ...] = setting((), "folders of runs", positional=True, basic=True)
+    out: str = setting("", "picture to write, .png .svg .pdf; default: RUN/plot.png", basic=True)
+    against: str = setting(
+        "step", "the x axis", choices=("step", "tokens", "hours", "dollars"), basic=True
+    )
+    terminal: bool = setting(False, "draw with text on the terminal instead", basic=True)
     html: bool = setting(
-        False, "write a report of one run: settings, curves, samples, results of eval"
+        False,
+        "write a report of one run: settings, curves, samples, results of eval",
+        basic=True,
     )
     results: tuple[str, ...] = setting(
-        (), "results.json of eval, or its folders, for the report; RUN/eval is found by itself"
+        (),
+        "results.json of eval, or its folders, for the report; RUN/eval is found by itself",
+        basic=True,
     )
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -1568,9 +1679,11 @@ class PlotSettings:
 class DemoSettings:
     """The demo."""
 
-    out_dir: str = setting("demo", "folder of the demo's data and runs")
-    quick: bool = setting(False, "a smaller model, trained in about a minute")
-    max_steps: int = setting(0, "training steps; 0 means as many as a few minutes allow")
+    out_dir: str = setting("demo", "folder of the demo's data and runs", basic=True)
+    quick: bool = setting(False, "a smaller model, trained in about a minute", basic=True)
+    max_steps: int = setting(
+        0, "training steps; 0 means as many as a few minutes allow", basic=True
+    )
 
 
 @with_defaults(
@@ -10256,17 +10369,27 @@ def cmd_train(
     network = Transformer(config)
     network.init_weights(device.seed)
     windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
+    stream = mixed(windows, [weight for *_, weight in domains])
+    epochs = data.epochs or data.tokens / stream.tokens
+    if epochs and run.max_steps not in (0, RunSettings.max_steps):
+        raise UserError(
+            f"--max_steps {run.max_steps} and --tokens or --epochs are both given",
+            "keep one of them",
+        )
+    if epochs:
+        run = replace(run, max_steps=0)
     job = Job(
         "train",
         network,
         functools.partial(pretrain_loss, z_loss=optim.z_loss),
-        mixed(windows, [weight for *_, weight in domains]),
+        stream,
         lambda module: perplexity(
             module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
         ),
         tokenizer,
     )
-    return train_job(job, machine, run, optim, (run, data, model, optim, device), {})
+    groups = (run, data, model, optim, device)
+    return train_job(job, machine, run, optim, groups, {}, epochs or 1.0)
 
 
 def cmd_sft(

@@ -495,7 +495,7 @@ def test_usage_lists_every_command(run, argv):
 
 @pytest.mark.parametrize("name", lm.COMMANDS)
 def test_help_explains_flags_and_shows_an_example_that_parses(run, name):
-    code, told, err = run([name, "--help"])
+    code, told, err = run([name, "--help_all"])
     command = lm.COMMANDS[name]
     assert code == 0 and not err and command.example in told
     assert all(group.__doc__.rstrip(".") in told for group in lm.settings_of(command.run))
@@ -505,7 +505,7 @@ def test_help_explains_flags_and_shows_an_example_that_parses(run, name):
 
 
 def test_help_shows_real_defaults(run):
-    told = run(["train", "--help"])[1].split("example:")[0].split("\n  --")[1:]
+    told = run(["train", "--help_all"])[1].split("example:")[0].split("\n  --")[1:]
     told = {text.split()[0]: " ".join(text.split()) for text in told}
     for group in lm.settings_of(lm.cmd_train):
         for name, default in vars(group()).items():

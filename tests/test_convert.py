@@ -714,7 +714,7 @@ def test_folder_loads_without_sentencepiece_and_protobuf(folder, tokenizer):
         def find_others(name, path=None, target=None):
             hidden = name.split(".")[0] == "sentencepiece" or name.startswith("google.protobuf")
             return None if hidden else find(name, path, target)
-        PathFinder.find_spec = find_others
+        PathFinder.find_spec = staticmethod(find_others)
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         print(json.dumps([tokenizer(text).input_ids for text in json.loads(sys.argv[2])]))"""

@@ -385,7 +385,7 @@ def test_readme_shows_only_commands_and_flags_that_exist(run):
     assert uses, "README.md shows no use of the program"
     for command, flags in uses:
         if command not in helps:
-            code, out, err = run([command, "--help"])
+            code, out, err = run([command, "--help_all"])
             assert code == 0, f"README.md shows the command {command!r}: {err}"
             helps[command] = set(re.findall(r"--[\w-]+", out))
         assert flags <= helps[command], f"{command} has no {sorted(flags - helps[command])}"
