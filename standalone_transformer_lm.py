@@ -12,9 +12,9 @@ Quick start
   python standalone_transformer_lm.py eval  --ckpt run sft --tasks arc_easy=arc.jsonl
   python convert_to_llama.py --ckpt run/ckpt_best.pt --out hf                # for transformers
 
-Every command explains its flags with --help, all of them with --help_all. The same --out_dir resumes
-a run, and `train @OUT/args.txt --max_steps 300000` repeats one with one change. Each room uses only
-what stands above it.
+Every command explains its flags with --help, all of them with --help_all. The same --out_dir
+resumes a run, and `train @OUT/args.txt --max_steps 300000` repeats one with one change. Each room
+uses only what stands above it.
 
 Rooms
   Ground             constants, errors a user can act on, safe files, worker processes, progress
