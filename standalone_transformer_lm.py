@@ -116,7 +116,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, astuple, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -4551,6 +4551,131 @@ def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> l
     for row, token in generate(model, prompts, *args, **kwargs):
         rows[row].append(token)
     return rows
+
+
+@dataclass(eq=False)
+class Generation:
+    """One text in a running batch: its prompt's ids, how it is sampled, and what was drawn."""
+
+    ids: list[int]
+    sampling: SamplingSettings
+    seed: int
+    number: int = 0  # its own among those of one seed
+    stop: frozenset[int] = frozenset()
+    likeliest: int = 0  # so many alternatives are told with each id
+    drawn: int = 0
+    ended: bool = False
+
+
+class Drawn(typing.NamedTuple):
+    """An id that a text drew, its log-probability, and the likeliest (id, log-probability)."""
+
+    token: int
+    logp: float
+    likeliest: list[tuple[int, float]]
+
+
+class RunningBatch:
+    """Texts that are generated together, which join and leave between two steps. In fp32 each draws
+    the same ids as alone. The batch grows and shrinks by halves with the texts in it."""
+
+    def __init__(self, model: Transformer, most: int, dtype: torch.dtype):
+        self.model = model
+        self.most = most
+        self.dtype = dtype
+        self.decoder = self.sized(1)
+        self.rows: list[Generation | None] = [None]
+
+    def sized(self, rows: int) -> Decoder:
+        return Decoder(self.model, rows, self.model.config.seq_len, self.dtype)
+
+    def live(self) -> list[int]:
+        return [row for row, generation in enumerate(self.rows) if generation is not None]
+
+    @property
+    def full(self) -> bool:
+        return len(self.live()) >= self.most
+
+    def resize(self, rows: int) -> None:
+        """A batch of so many rows, with the texts that are in this one."""
+        old, kept = self.decoder, self.live()
+        self.decoder = self.sized(rows)
+        places = list(range(len(kept)))
+        if kept:
+            self.decoder.cache.put(places, old.cache, kept)
+            self.decoder.logits[places] = old.logits[kept]
+        for place, row in enumerate(kept):
+            self.decoder.slots[place] = old.slots[row]
+        self.rows = [self.rows[row] for row in kept] + [None] * (rows - len(kept))
+
+    @torch.inference_mode()
+    def join(self, generation: Generation) -> None:
+        """Read a text's prompt and take it in; the batch must not be full."""
+        if None not in self.rows:
+            self.resize(min(self.most, 2 * len(self.rows)))
+        row = self.rows.index(None)
+        points = uniforms(generation.seed, generation.number, generation.sampling.max_new_tokens)
+        self.decoder.read([row], [Slot(0, list(generation.ids), points.tolist())])
+        self.rows[row] = generation
+
+    def leave(self, generation: Generation) -> None:
+        """Free the row of a text, if it has one."""
+        if generation in self.rows:
+            row = self.rows.index(generation)
+            self.rows[row] = None
+            self.decoder.slots[row].live = False
+        half = len(self.rows) // 2
+        if half and len(self.live()) <= half // 2:
+            self.resize(half)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Generation, Drawn]]:
+        """Draw an id for each text; those that end leave."""
+        decoder = self.decoder
+        alike: dict[tuple, list[int]] = {}
+        for row in self.live():
+            generation = self.rows[row]
+            key = (*astuple(generation.sampling)[1:], generation.stop)
+            alike.setdefault(key, []).append(row)
+        tokens = [0] * len(self.rows)
+        for rows in alike.values():
+            generation = self.rows[rows[0]]
+            slots = [decoder.slots[row] for row in rows]
+            histories = [slot.history for slot in slots]
+            logits = decoder.logits[rows]
+            logits = penalise(logits, histories, generation.sampling, generation.stop)
+            points = torch.tensor([[slot.uniforms[slot.drawn]] for slot in slots])
+            drawn = draw(logits, points.to(logits.device), generation.sampling)
+            for row, token in zip(rows, drawn.tolist(), strict=True):
+                tokens[row] = token
+        return self.push(tokens)
+
+    def push(self, tokens: list[int]) -> list[tuple[Generation, Drawn]]:
+        """Tell what was drawn, let go of what has ended, and read the rest."""
+        decoder, found = self.decoder, []
+        live = self.live()
+        logps = decoder.logits[live].log_softmax(-1)
+        chosen = logps.gather(1, torch.tensor([[tokens[row]] for row in live], device=logps.device))
+        ended = []
+        for place, row in enumerate(live):
+            generation = self.rows[row]
+            best = []
+            if generation.likeliest:
+                values, ids = logps[place].topk(generation.likeliest)
+                best = list(zip(ids.tolist(), values.tolist(), strict=True))
+            found.append((generation, Drawn(tokens[row], float(chosen[place]), best)))
+            generation.drawn += 1
+            decoder.slots[row].drawn += 1
+            whole = generation.drawn >= generation.sampling.max_new_tokens
+            generation.ended = whole or tokens[row] in generation.stop
+            if generation.ended:
+                ended.append(generation)
+                decoder.slots[row].live = False
+        if decoder.live():
+            decoder.push(tokens)
+        for generation in ended:
+            self.leave(generation)
+        return found
 
 
 # ==================================================================================================

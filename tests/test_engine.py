@@ -1,6 +1,7 @@
 """Room Engine: sampling and cached generation."""
 
 import contextlib
+import random
 
 import numpy as np
 import pytest
@@ -514,3 +515,73 @@ def test_no_ngram_comes_twice(model, n):
         text = prompt + row
         grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
         assert len(grams) == len(set(grams))
+
+
+# ---- A batch that texts join and leave ----
+
+
+def drawn_alone(model, generation):
+    stop = generation.stop
+    (ids,) = lm.complete(
+        model,
+        [generation.ids],
+        generation.sampling,
+        generation.seed,
+        stop,
+        numbers=[generation.number],
+    )
+    return ids
+
+
+def test_texts_that_join_and_leave_draw_what_they_draw_alone(model):
+    """Prompts of any length, at any time, each with sampling of its own, beyond the context too."""
+    generator = random.Random(4)
+    kinds = [
+        sampling(max_new_tokens=12, temperature=0.0),
+        sampling(max_new_tokens=30, temperature=1.0),
+        sampling(max_new_tokens=7, temperature=0.9, top_k=9),
+        sampling(max_new_tokens=60, temperature=1.2, top_p=0.8),
+        sampling(max_new_tokens=20, temperature=1.0, repetition_penalty=1.3),
+        sampling(max_new_tokens=15, temperature=1.0, no_repeat_ngram_size=2),
+    ]
+    waiting = []
+    for number in range(24):
+        ids = [generator.randrange(2, 50) for _ in range(generator.randrange(1, 30))]
+        stop = frozenset({3, 7}) if number % 3 else frozenset()
+        waiting.append(lm.Generation(ids, kinds[number % 6], number // 4, number % 4, stop))
+    batch, got, cancelled = lm.RunningBatch(model, 6, torch.float32), {}, set()
+    everyone, sizes = list(waiting), set()
+    while waiting or batch.live():
+        while waiting and not batch.full and generator.random() < 0.4:
+            batch.join(waiting.pop(0))
+        if not batch.live():
+            continue
+        sizes.add(len(batch.rows))
+        for generation, drawn in batch.step():
+            got.setdefault(id(generation), []).append(drawn.token)
+            if generation is everyone[5] and generation.drawn == 3:
+                cancelled.add(id(generation))
+                batch.leave(generation)
+    assert len(sizes) > 2 and max(sizes) <= 6
+    for generation in everyone:
+        wanted = drawn_alone(model, generation)
+        if id(generation) in cancelled:
+            wanted = wanted[:3]
+        assert got[id(generation)] == wanted
+    assert batch.rows == [None]
+
+
+def test_log_probabilities_are_told_with_the_likeliest(model):
+    batch = lm.RunningBatch(model, 2, torch.float32)
+    generation = lm.Generation([5, 6, 7], sampling(max_new_tokens=4, temperature=0), 0, likeliest=3)
+    batch.join(generation)
+    ids = [5, 6, 7]
+    while not generation.ended:
+        [(_, drawn)] = batch.step()
+        with torch.no_grad():
+            logps = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        values, best = logps.topk(3)
+        assert drawn.token == int(best[0]) == drawn.likeliest[0][0]
+        assert drawn.logp == pytest.approx(float(values[0]), abs=1e-4)
+        assert [i for i, _ in drawn.likeliest] == best.tolist()
+        ids.append(drawn.token)
