@@ -350,8 +350,8 @@ class Engine:
         try:
             while not self.closed:
                 self.turn()
-        except (RuntimeError, MemoryError) as fault:  # of the device
-            self.failed = f"the model failed: {str(fault).splitlines()[0]}"
+        except lm.BROKEN as fault:  # nobody may wait for a thread that has ended
+            self.failed = f"the model failed: {fault or type(fault).__name__}"
             print(f"error: {self.failed}", file=sys.stderr, flush=True)
         with self.changed:
             left = [*self.running.values(), *self.waiting]
