@@ -149,6 +149,7 @@ class Asked:
     usage: bool  # a streamed answer ends with its usage
     logprobs: bool
     likeliest: int
+    dropped: int = 0  # of the oldest turns, which the context has no room for
 
 
 def parse_body(raw: bytes) -> dict:
@@ -233,18 +234,31 @@ def common(body: dict, settings: ServerSettings, chat: bool) -> dict:
     }
 
 
-def read_chat(body: dict, tokenizer: lm.Tokenizer, settings: ServerSettings) -> Asked:
-    turns = chat_turns(body)
-    ids = lm.encode_chat(tokenizer, turns, reply=True)[0]
+def read_chat(
+    body: dict,
+    tokenizer: lm.Tokenizer,
+    settings: ServerSettings,
+    context: int,
+) -> Asked:
+    """A conversation, without its oldest turns where they and the answer do not fit."""
     shared = common(body, settings, True)
+    room = context - min(context // 2, shared["sampling"].max_new_tokens)
+    turns, dropped = lm.fit_turns(tokenizer, chat_turns(body), room)
+    ids = lm.encode_chat(tokenizer, turns, reply=True)[0]
     logprobs = switch(body, "logprobs")
     likeliest = number(body, "top_logprobs")
     if likeliest and not logprobs:
         raise RequestError(400, "top_logprobs needs logprobs", "top_logprobs")
-    return Asked([ids], [[]], **shared, logprobs=logprobs, likeliest=likeliest)
+    about = {"logprobs": logprobs, "likeliest": likeliest, "dropped": dropped}
+    return Asked([ids], [[]], **shared, **about)
 
 
-def read_completion(body: dict, tokenizer: lm.Tokenizer, settings: ServerSettings) -> Asked:
+def read_completion(
+    body: dict,
+    tokenizer: lm.Tokenizer,
+    settings: ServerSettings,
+    context: int,
+) -> Asked:
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompt_texts(body)]
     shared = common(body, settings, False)
     likeliest = body.get("logprobs")
@@ -365,11 +379,11 @@ class Engine:
             while not (self.waiting or self.running or self.closed):
                 self.changed.wait()
             begun = self.admit()
-        for answer in begun:
-            self.batch.join(answer.generation)
         if not self.running:
             return
         with self.machine.autocast():
+            for answer in begun:
+                self.batch.join(answer.generation)
             drawn = self.batch.step()
         for generation, one in drawn:
             answer = self.running[generation]
@@ -636,14 +650,17 @@ class Service:
             for _ in range(asked.n)
         ]
 
-    def head(self, kind: str) -> dict:
+    def head(self, kind: str, asked: Asked) -> dict:
         prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-        return {
+        head = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "object": kind,
             "created": int(time.time()),
             "model": self.name,
         }
+        if asked.dropped:
+            head["dropped_turns"] = asked.dropped
+        return head
 
     def choice(self, asked: Asked, chat: bool, index: int, writer: Writer, pieces: list) -> dict:
         """A whole answer as one of `choices`."""
@@ -675,7 +692,7 @@ class Service:
             for index, writer in enumerate(writers)
         ]
         kind = "chat.completion" if chat else "text_completion"
-        return {**self.head(kind), "choices": choices, "usage": self.usage(asked, writers)}
+        return {**self.head(kind, asked), "choices": choices, "usage": self.usage(asked, writers)}
 
     def delta(self, asked: Asked, chat: bool, index: int, writer: Writer, piece: Piece) -> dict:
         """A piece as one of the `choices` of a chunk."""
@@ -701,7 +718,7 @@ class Service:
     ) -> AsyncIterator[str]:
         """The lines of a streamed answer that was begun (server-sent events)."""
         writers = self.writers(asked)
-        head = self.head("chat.completion.chunk" if chat else "text_completion")
+        head = self.head("chat.completion.chunk" if chat else "text_completion", asked)
 
         def event(choices: list[dict], **more) -> str:
             return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n"
@@ -767,7 +784,7 @@ def make_app(service: Service):
     async def answer(request: Request, read: Callable, chat: bool):
         service.check_key(request.headers.get("authorization", ""))
         body = parse_body(await body_of(request, service.settings.max_body))
-        asked = read(body, service.tokenizer, service.settings)
+        asked = read(body, service.tokenizer, service.settings, service.context)
         if not asked.stream:
             return await unless_left(request, service.whole(asked, chat))
         events = service.events(asked, chat, *service.begin(asked))
