@@ -10998,9 +10998,14 @@ def cmd_demo(settings: DemoSettings) -> int:
     say("", "fraction of correct sums, step by step of grpo:", curve(rewards))
     say(
         "",
-        f"The model is {out}/run/ckpt_best.pt. What you can do next:",
-        f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {sizes.steps * 4}",
+        f"The model is {out}/run/ckpt_best.pt. Talk to what it was taught, or look at it:",
+        f"  python {PROGRAM} chat --ckpt {out}/sft",
+        "  pip install fastapi uvicorn    # for the browser",
+        f"  python chat_server.py --ckpt {out}/sft    # then open http://127.0.0.1:8000",
+        f"  python {PROGRAM} plot {out}/run --terminal",
         f"  python {PROGRAM} info {out}/run",
+        "What you can do next:",
+        f"  python {PROGRAM} train @{out}/run/args.txt --max_steps {sizes.steps * 4}",
         f"  python convert_to_llama.py --ckpt {out}/run/ckpt_best.pt --out {out}/hf",
         f"  python {PROGRAM} prep --text_path YOUR.txt --out_dir data",
     )
