@@ -102,6 +102,7 @@ import shutil
 import signal
 import string
 import struct
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -1465,13 +1466,15 @@ class RolloutSettings:
     )
     reward: tuple[str, ...] = setting(
         (),
-        "number math choice exact regex format length countdown FILE.py:FUNCTION or a reward "
-        "model, each optionally with :WEIGHT; the first one says what is correct; "
+        "number math choice exact regex format length countdown code FILE.py:FUNCTION or a "
+        "reward model, each optionally with :WEIGHT; the first one says what is correct; "
         "default: the task's, or number",
         basic=True,
     )
     pattern: str = setting("", "regular expression of the reward regex, for rows without their own")
-    reward_timeout: float = setting(5.0, "maximum seconds of a call of FUNCTION", least=0.01)
+    reward_timeout: float = setting(
+        5.0, "maximum seconds of a call of FUNCTION, or of a program under test", least=0.01
+    )
     overlong: float = setting(
         0.0, "last fraction of --max_new_tokens over which the reward falls by 1", below=1.0
     )
@@ -1573,7 +1576,7 @@ class EvalSettings:
         (),
         "NAME=FILE or NAME@SHOTS=FILE[,FILE OF SHOTS]; NAME is arc hellaswag piqa winogrande mmlu "
         "commonsenseqa openbookqa boolq medqa choice (multiple choice), sst2 classify, ppl, rouge, "
-        "gsm8k, or a checker of answers: number math letter exact regex; "
+        "gsm8k humaneval mbpp, or a checker of answers: number math letter exact regex code; "
         "or a data folder; of a FILE alone the columns tell the NAME",
         basic=True,
     )
@@ -1594,7 +1597,9 @@ class EvalSettings:
     )
     reward_ckpt: str = setting("", "reward model that chooses one of --num_samples answers")
     pattern: str = setting("", "regular expression of the checker regex")
-    reward_timeout: float = setting(5.0, "maximum seconds of a check by math", least=0.01)
+    reward_timeout: float = setting(
+        5.0, "maximum seconds of a check by math, or of a program under test", least=0.01
+    )
     stride: int = setting(
         0, "tokens that each window of ppl predicts; 0: half the context; the context: disjoint"
     )
@@ -7173,9 +7178,9 @@ REWARDS: dict[str, Callable[[str, str, dict], float]] = {  # of prompt, completi
     "countdown": countdown_reward,
 }
 
-YES_OR_NO = ("number", "math", "choice", "exact", "regex", "format", "countdown")
+YES_OR_NO = ("number", "math", "choice", "exact", "regex", "format", "countdown", "code")
 
-REWARD_NAMES = ("number", "math", *[name for name in REWARDS if name != "number"])
+REWARD_NAMES = ("number", "math", *[name for name in REWARDS if name != "number"], "code")
 
 REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
 
@@ -7313,6 +7318,151 @@ def user_reward(path: str, name: str, seconds: float) -> CallReward:
     return CallReward(f"{path}:{name}", functools.partial(call_user, path, name), seconds)
 
 
+CODE_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
+
+CODE_MEMORY = 1 << 30  # bytes that a program under test may use
+
+SANDBOX = [  # namespaces of its own: no network, other processes unseen, and all end together
+    *"unshare --user --map-root-user --net --ipc --pid --mount --fork --kill-child".split(),
+    "--mount-proc",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=64m tmpfs "$0" && mount -o remount,bind,ro / && cd "$0" && exec "$@"',
+]
+
+RUNNER = """
+import os, resource, sys
+token = os.read({given}, 64)
+for name, most in (("CPU", {seconds}), ("AS", {memory}), ("FSIZE", 1 << 24), ("NOFILE", 64),
+                   ("NPROC", 64), ("CORE", 0)):
+    kind = getattr(resource, "RLIMIT_" + name)
+    resource.setrlimit(kind, (most, most))
+code = compile(sys.stdin.read(), "program", "exec")
+exec(code, {{"__name__": "__main__"}})
+os.write({give}, token)
+"""  # the token comes back where the whole program has run, so that an early exit does not pass
+
+
+def sandboxed(folder: str, command: list[str]) -> list[str]:
+    """The command within namespaces of its own, its folder alone writable, where the system allows
+    that; else as it is."""
+    if not has_namespaces():
+        return command
+    return [*SANDBOX, folder, *command]
+
+
+@functools.cache
+def has_namespaces() -> bool:
+    """Whether programs can be shut off here; says once where they cannot."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(OSError, subprocess.TimeoutExpired),
+    ):
+        done = subprocess.run([*SANDBOX, folder, "true"], capture_output=True, timeout=20)
+        if done.returncode == 0:
+            return True
+    say(
+        "warning: this system gives no namespaces (unshare), so code that is tested has time and "
+        "memory limits alone; run it in a container"
+    )
+    return False
+
+
+def code_passes(program: str, seconds: float) -> bool:
+    """Whether a Python program runs to its end: in a process of its own, in an empty folder, with
+    limits of time, memory and files, and with no network where the system allows."""
+    token = os.urandom(16)
+    given, take = os.pipe()
+    back, give = os.pipe()
+    os.write(take, token)
+    limits = {"seconds": math.ceil(seconds) + 1, "memory": CODE_MEMORY}
+    runner = RUNNER.format(given=given, give=give, **limits)
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            sandboxed(folder, [sys.executable, "-I", "-c", runner]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder},
+            pass_fds=(given, give),
+            start_new_session=True,
+        )
+        os.close(give)
+        os.close(given)
+        os.close(take)
+        try:
+            process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    os.set_blocking(back, False)
+    try:
+        return os.read(back, 64) == token
+    except BlockingIOError:  # a child that outlived it holds the pipe
+        return False
+    finally:
+        os.close(back)
+
+
+def code_in(completion: str) -> str:
+    """The program in an answer: its last fenced block that is not empty, or all of it."""
+    blocks = [block for block in CODE_FENCE.findall(completion) if block.strip()]
+    return blocks[-1] if blocks else completion
+
+
+CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # where a function is over
+
+
+def whole_program(row: dict, completion: str) -> str:
+    """A program that fails where the completion does not pass the tests of its row: of HumanEval
+    (prompt, test, entry_point), of MBPP (test_list) or with a `tests` of asserts."""
+    code = code_in(completion)
+    if "entry_point" in row:
+        if re.search(rf"def\s+{re.escape(row['entry_point'])}\b", code):
+            code = row["prompt"].partition("def ")[0] + code  # its imports
+        else:
+            code = row["prompt"] + before_any(code, CODE_ENDS)
+        return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+    tests = first_of(row, ("test_list", "tests"))
+    if isinstance(tests, list):
+        tests = "\n".join(map(str, tests))
+    front = first_of(row, ("test_imports", "test_setup_code")) or ""
+    if isinstance(front, list):
+        front = "\n".join(map(str, front))
+    return f"{front}\n{before_any(code, ('[DONE]',))}\n\n{tests}\n"
+
+
+def check_code_row(row: dict) -> None:
+    """ValueError where a row has no tests."""
+    if "entry_point" in row:
+        good = all(isinstance(row.get(key), str) for key in ("prompt", "test", "entry_point"))
+    else:
+        tests = first_of(row, ("test_list", "tests"))
+        good = isinstance(tests, (str, list)) and bool(tests)
+    refuse(not good, "it has no tests: test and entry_point, test_list, or tests")
+
+
+class CodeReward:
+    """1 where a completion's program passes the tests of its row, several at a time."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
+        """The scores of (prompt, completion, row), in their order."""
+
+        def passes(call: tuple[str, str, dict]) -> float:
+            _, completion, row = call
+            return float(code_passes(whole_program(row, completion), self.seconds))
+
+        with ThreadPoolExecutor(cores_here()) as threads:
+            return list(threads.map(passes, calls))
+
+
 class Rewards:
     """The parts of --reward, each a score of a completion, and their weights; UserError where one
     is neither known, nor a function, nor a reward model."""
@@ -7337,6 +7487,10 @@ class Rewards:
         if what == "math":
             need("math_verify", MATH_PACKAGE)
             return CallReward("the reward math", math_reward, seconds)
+        if what == "code":
+            if sys.platform == "win32":
+                raise UserError("--reward code needs Linux or macOS", "use WSL or a container")
+            return CodeReward(seconds)
         path, _, name = what.partition(".py:")
         path += ".py" if name else ""
         if not what or not Path(path).exists():
@@ -7361,6 +7515,8 @@ class Rewards:
             raise ValueError(f"{fault.args[0]} is missing, which the reward needs") from fault
         except (TypeError, ValueError, OverflowError, re.error) as fault:
             raise ValueError(f"it is not what the reward needs ({fault})") from fault
+        if "code" in self.parts:
+            check_code_row(row)
         if "number" in self.parts and gold_number(answer) is None:
             raise ValueError(f"the answer {answer[:60]!r} is no plain number: use --reward math")
         if "math" in self.parts and gold_number(answer) is None:
@@ -7383,7 +7539,7 @@ class Rewards:
         ]
         columns = []
         for part in self.parts.values():
-            if isinstance(part, CallReward):
+            if isinstance(part, (CallReward, CodeReward)):
                 columns.append(part.score(calls))
             elif isinstance(part, tuple):
                 pairs = zip(asked, texts, strict=True)
@@ -7885,7 +8041,7 @@ class AnswerTask(Benchmark):
         numbers = [place * n + sample for place in places for sample in range(n)]
         texts, _ = candidate.complete(prompts, self.sampling, self.seed, numbers)
         if not candidate.chats:
-            texts = [text.partition("Question:")[0].strip() for text in texts]
+            texts = [self.answer_in(text) for text in texts]
         asked = [self.rows[place] for place in places for _ in range(n)]
         checked = self.check(asked, texts)
         scores = self.scores(candidate, asked, texts)
@@ -7894,6 +8050,10 @@ class AnswerTask(Benchmark):
             part = slice(row * n, row * n + n)
             found.append(self.outcome(self.rows[place], texts[part], checked[part], scores[part]))
         return found
+
+    def answer_in(self, text: str) -> str:
+        """The answer in a text that goes on as long as it may."""
+        return text.partition("Question:")[0].strip()
 
     def scores(self, candidate: Candidate, asked: list[Exercise], texts: list[str]) -> list[float]:
         """What the reward model gives each answer; nothing without one."""
@@ -7975,6 +8135,41 @@ class RougeTask(AnswerTask):
         return 1.0 - answer["rougeL"]
 
 
+MBPP_PROMPT = (  # of the task's authors (Austin et al. 2021), as lm-evaluation-harness has it
+    "You are an expert Python programmer, and here is your task: {} "
+    "Your code should pass these tests:\n\n{}\n[BEGIN]\n"
+)
+
+
+def code_question(row: dict) -> tuple[Turns, str]:
+    """What a row with tests asks, and its solution: a function to be completed (HumanEval), or a
+    task and the tests to pass (MBPP)."""
+    if "entry_point" in row:
+        return [Turn("user", row["prompt"])], str(row.get("canonical_solution", ""))
+    text = clean(first_of(row, ("text", "prompt", "question", "instruction")), "prompt")
+    tests = first_of(row, ("test_list", "tests"))
+    if isinstance(tests, list):
+        tests = "\n".join(map(str, tests[:3]))
+    return [Turn("user", MBPP_PROMPT.format(text, tests))], str(row.get("code", ""))
+
+
+class CodeTask(AnswerTask):
+    """Programs that must pass the tests of their rows. A model that was not taught to chat goes on
+    where the prompt ends."""
+
+    def prompt(self, candidate: Candidate, place: int) -> list[int]:
+        if candidate.chats:
+            return super().prompt(candidate, place)
+        text = ""
+        for one in self.examples(place) if self.shots else ():
+            text += f"{one.turns[-1].text}{one.answer}\n[DONE]\n\n"
+        text += self.rows[place].turns[-1].text
+        return [candidate.tokenizer.bos, *candidate.tokenizer.encode(text)]
+
+    def answer_in(self, text: str) -> str:
+        return before_any(text, ("[DONE]",))  # the spaces in front are the code's
+
+
 class TaskSpec(typing.NamedTuple):
     """One of --tasks: what it is called in the table, what it is, and its files."""
 
@@ -7987,7 +8182,11 @@ class TaskSpec(typing.NamedTuple):
 
 TASK = re.compile(r"(?:(?P<name>[\w.-]+)(?:@(?P<shots>\d+))?=)?(?P<path>.+)", re.S)
 
-CHECKERS = {"letter": "choice", **{name: name for name in ("number", "math", "exact", "regex")}}
+CHECKERS = {
+    "letter": "choice",
+    **{name: name for name in ("number", "math", "exact", "regex", "code")},
+    **dict.fromkeys(("humaneval", "mbpp"), "code"),
+}
 
 TASK_NAMES = (*FORMS, "sst2", "classify", "ppl", "rouge", "gsm8k", *CHECKERS)
 
@@ -8042,6 +8241,8 @@ RECOGNISED = (  # (columns, the task that rows with them are of), the first that
     ({"question_stem"}, "openbookqa"),
     ({"question_concept"}, "commonsenseqa"),
     ({"options", "answer_idx"}, "medqa"),
+    ({"entry_point", "test"}, "humaneval"),
+    ({"test_list"}, "mbpp"),
     ({"subject", "choices"}, "mmlu"),
     ({"A", "B", "C", "D"}, "mmlu"),
     ({"choices", "answerKey"}, "arc"),
@@ -8223,6 +8424,9 @@ class TaskMaker:
         check, kind, valid = self.checker(spec.name)
 
         def parse(row: dict) -> Exercise:
+            if CHECKERS.get(spec.name) == "code":
+                turns, answer = code_question(present(row))
+                return Exercise(turns, answer, valid(row))
             turns, answer = row_prompt(row)
             row = present({"pattern": self.settings.pattern or None, "answer": answer} | row)
             return Exercise(turns, str(answer), valid(row))
@@ -8249,6 +8453,9 @@ class TaskMaker:
 
             return rouge, RougeTask, lambda row: row
         reward = CHECKERS.get(name, "number")
+        kind = AnswerTask
+        if reward == "code":
+            kind = CodeTask
         rewards = Rewards(
             (reward,), self.settings.reward_timeout, self.settings.batch_size, self.machine
         )
@@ -8260,7 +8467,7 @@ class TaskMaker:
                     row |= gsm8k_checks(text, one.answer)
             return found
 
-        return check, AnswerTask, rewards.check
+        return check, kind, rewards.check
 
     def texts(self, spec: TaskSpec, rows: list[dict], candidate: Candidate) -> PerplexityTask:
         documents, sizes = [], []

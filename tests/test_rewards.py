@@ -2,8 +2,11 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import multiprocessing
+import os
+import socket
 import sys
 import time
 from fractions import Fraction
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lora import save_base
 
 import standalone_transformer_lm as lm
 
@@ -1127,3 +1131,134 @@ def test_a_reward_model_is_a_part_beside_others(judge):
 def test_a_language_model_is_no_judge(trained):
     with pytest.raises(lm.UserError, match="is not a reward model"):
         opened("number", f"{trained}:2")
+
+
+# ---- Programs that pass their tests ----
+
+HUMAN_EVAL = {
+    "task_id": "x/0",
+    "prompt": "from typing import List\n\n\ndef total(values: List[int]) -> int:\n"
+    '    """The sum."""\n',
+    "entry_point": "total",
+    "canonical_solution": "    return sum(values)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n"
+    "    assert candidate([]) == 0\n",
+}
+MBPP = {
+    "text": "Write a function to add.",
+    "code": "def add(a, b):\n    return a + b",
+    "test_list": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"],
+    "test_setup_code": "",
+}
+WHOLE = "def total(values: List[int]) -> int:\n    return sum(values)\n"
+PROGRAMS = {
+    "a body": (HUMAN_EVAL, "    return sum(values)\n", 1),
+    "a body and what follows it": (HUMAN_EVAL, "    return sum(values)\n\nprint(total(5))\n", 1),
+    "a wrong body": (HUMAN_EVAL, "    return len(values)\n", 0),
+    "no code": (HUMAN_EVAL, "the sum of the values", 0),
+    "a fenced function": (HUMAN_EVAL, f"Here:\n```python\n{WHOLE}```\nDone.", 1),
+    "a bare function": (HUMAN_EVAL, WHOLE, 1),
+    "an early exit": (HUMAN_EVAL, "    import os\n    os._exit(0)\n", 0),
+    "an exit with success": (HUMAN_EVAL, "    raise SystemExit(0)\n", 0),
+    "MBPP's own": (MBPP, MBPP["code"], 1),
+    "MBPP in marks": (MBPP, MBPP["code"] + "\n[DONE]\nmore", 1),
+    "MBPP, wrong": (MBPP, "def add(a, b):\n    return a - b", 0),
+    "tests of one's own": ({"prompt": "f?", "tests": "assert f() == 1"}, "f = lambda: 1", 1),
+    "bytes that are no text": (MBPP, "\ud800", 0),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_right_where_its_tests_pass(name):
+    row, completion, wanted = PROGRAMS[name]
+    lm.check_code_row(row)
+    assert lm.CodeReward(10.0).score([("", completion, row)]) == [wanted]
+
+
+def test_rows_without_tests_are_refused():
+    for row in ({}, {"test_list": []}, {"entry_point": "f", "prompt": "x"}, {"tests": 5}):
+        with pytest.raises(ValueError, match="it has no tests"):
+            lm.check_code_row(row)
+
+
+def passes(code, seconds=4.0):
+    return lm.code_passes(code, seconds)
+
+
+def test_a_program_has_limits():
+    assert passes("x = 1")
+    began = time.monotonic()
+    assert not passes("while True: pass", 1.0)
+    assert not passes("import time; time.sleep(60)", 1.0)
+    assert time.monotonic() - began < 8
+    assert not passes("x = bytearray(3 << 30)")
+    assert not passes("open('x', 'wb').write(bytes(1 << 26))")
+    assert passes("open('x', 'w').write('small')")
+    assert passes("print('x' * 10 ** 7)")  # nobody reads it
+    assert not passes("import sys; sys.stdin.read(); raise ValueError")
+
+
+def test_what_a_program_starts_ends_with_it(tmp_path):
+    """A grandchild that leaves its session lives on only where there are no namespaces."""
+    child = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
+    before = running()
+    assert passes(child)
+    time.sleep(0.3)
+    if lm.has_namespaces():
+        assert running() <= before
+
+
+def running():
+    return len([name for name in os.listdir("/proc") if name.isdigit()])
+
+
+@pytest.mark.skipif(not lm.has_namespaces(), reason="this system gives no namespaces")
+def test_a_program_sees_no_network_no_processes_and_writes_nowhere_else(tmp_path):
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    reach = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+    assert not passes(reach)
+    with socket.create_connection(("127.0.0.1", port), 2):
+        pass
+    server.close()
+    target = tmp_path / "written"
+    assert not passes(f"open({str(target)!r}, 'w')") and not target.exists()
+    assert not passes(f"import os; os.kill({os.getpid()}, 0)")
+    assert passes("import os; assert not [n for n in os.environ if 'KEY' in n]")
+
+
+def test_programs_are_tried_side_by_side():
+    calls = [("", "import time\ntime.sleep(0.5)\nf = lambda: 1", {"tests": "assert f()"})] * 4
+    began = time.monotonic()
+    assert lm.CodeReward(20.0).score(calls) == [1.0] * 4
+    assert time.monotonic() - began < 0.5 * 4 * 3
+
+
+def test_code_is_a_reward_and_a_task(run, tiny_tokenizer, tmp_path):
+    save_base(tmp_path / "base.pt", tiny_tokenizer, seq_len=512)
+    rows = [{"prompt": f"f{i}?", "tests": "assert f() == 1"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--prompts 2 --group_size 2 --max_new_tokens 4 --max_steps 1 --eval_prompts 2"
+    words = ["--reward", "code", "--data", tmp_path / "rows.jsonl", "--out_dir", tmp_path / "rl"]
+    place = "--device cpu --threads 1 --dtype fp32 --compile 0".split()
+    code, out, err = run(
+        [
+            "grpo",
+            "--ckpt",
+            tmp_path / "base.pt",
+            *flags.split(),
+            *words,
+            *place[:-2],
+            "--compile",
+            0,
+        ]
+    )
+    assert code == 0 and "rewards: code" in out, err
+    (tmp_path / "human.jsonl").write_text(json.dumps(HUMAN_EVAL) + "\n")
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(MBPP) + "\n")
+    tasks = [f"{tmp_path}/human.jsonl", f"mbpp@1={tmp_path}/mbpp.jsonl,{tmp_path}/mbpp.jsonl"]
+    words = ["--tasks", *tasks, "--out_dir", tmp_path / "eval", "--max_new_tokens", 8]
+    code, out, err = run(["eval", "--ckpt", tmp_path / "base.pt", *place[:-2], *words])
+    assert code == 0 and "read as humaneval" in out, err
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
+    assert [found["acc"] for found in results[str(tmp_path / "base.pt")].values()] == [0.0, 0.0]
