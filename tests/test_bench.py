@@ -111,3 +111,20 @@ def test_bench_as_typed(run, monkeypatch):
 def test_bench_refuses_to_be_launched_on_many_devices(run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     complaint(run(["bench", "--preset", "138m"]), "one device", "--gpus")
+
+
+def test_bench_stops_where_a_step_has_tokens_enough():
+    """However fast larger batches are."""
+    tried = []
+
+    def speed(flags):
+        tried.append(flags["batch_size"])
+        return float(flags["batch_size"])
+
+    lm.fastest(speed, {"batch_size": 4, "compile": "0", "grad_checkpoint": 0}, [{}], 64)
+    assert max(tried) == 64
+
+
+def test_the_help_says_for_what_a_number_of_gpus_is(run):
+    told = " ".join(run(["bench", "--help"])[1].split())
+    assert "--gpus N number of GPUs to plan for" in told

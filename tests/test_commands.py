@@ -526,3 +526,15 @@ def test_a_bug_is_no_mistake_of_the_user(run, monkeypatch, tmp_path):
     monkeypatch.setattr(lm, "describe_data", broken)
     with pytest.raises(ZeroDivisionError):
         run(["info", tmp_path])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
+def test_too_little_memory_is_a_sentence(data_dir, tmp_path):
+    """A model far beyond what the process may have."""
+    words = "--n_layer 8 --d_model 8192 --n_head 64 --seq_len 32 --batch_size 1 --compile 0"
+    program = Path(lm.__file__)
+    command = f"ulimit -v 6000000; exec {sys.executable} {program} train --data_dir {data_dir} "
+    command += f"--out_dir {tmp_path / 'run'} {words} --device cpu --threads 1 --max_steps 2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-500:]
+    assert "memory ran out" in done.stderr and "--batch_size" in done.stderr

@@ -99,3 +99,32 @@ def test_a_stop_id_is_never_banned():
 def test_the_demo_learns_from_docstrings_alone():
     code = '"""Front."""\nx = """data"""\ndef f():\n    """About f."""\n    return """no"""\n'
     assert [text for text in lm.docstrings(code) if text] == ["Front.", "About f."]
+
+
+def test_rows_of_parquet_with_dates_and_bytes_come_out(run, tiny_tokenizer, tmp_path):
+    """What JSON lacks is written as text, not an error after all the work."""
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+    from test_lora import save_base
+
+    save_base(tmp_path / "base.pt", tiny_tokenizer, scalar_head=True)
+    day = datetime.date(2026, 11, 25)
+    rows = {"prompt": ["a?", "b?"], "answer": [day, day]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "asked.parquet")
+    place = ["--device", "cpu", "--threads", 1, "--dtype", "fp32"]
+    words = ["--prompt_file", tmp_path / "asked.parquet", "--out", tmp_path / "out.jsonl", "--chat"]
+    code, _, err = run(
+        ["generate", "--ckpt", tmp_path / "base.pt", *place, *words, "--max_new_tokens", 3]
+    )
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["expected"] for row in found] == ["2026-11-25"] * 2
+    scored = {"prompt": ["a?"], "response": ["b"], "made": [day], "raw": [b"\xff\x00"]}
+    pyarrow.parquet.write_table(pyarrow.table(scored), tmp_path / "rows.parquet")
+    words = ["--score", tmp_path / "rows.parquet", "--out", tmp_path / "scored.jsonl"]
+    code, _, err = run(["reward", "--ckpt", tmp_path / "base.pt", *place, *words])
+    assert code == 0, err
+    row = json.loads((tmp_path / "scored.jsonl").read_text())
+    assert row["made"] == "2026-11-25" and isinstance(row["raw"], str)

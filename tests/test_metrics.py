@@ -256,3 +256,28 @@ def test_a_text_with_line_separators_of_unicode_survives_a_resume(tmp_path):
     lm.cut_log(log, 1)
     kept = log.read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in kept] == rows
+
+
+def test_wandb_without_a_key_is_one_sentence(train, monkeypatch):
+    class Fault(Exception):
+        pass
+
+    def init(**_):
+        raise Fault("api_key not configured (no-tty). call wandb login\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Fault))
+    code, _, err = train("--wandb", "project")
+    assert code == 2 and "Traceback" not in err
+    assert "api_key not configured" in err and "wandb login" in err and "more" not in err
+
+
+def test_the_loss_that_is_shown_is_of_the_last_steps(tmp_path):
+    """Between two rows of the log too, where --log_interval is long."""
+    machine = lm.Machine(torch.device("cpu"), torch.float32, 0, 1)
+    run = lm.RunSettings(out_dir=str(tmp_path), max_steps=100, log_interval=1000)
+    metrics = lm.Metrics(tmp_path, run, machine, 1, {})
+    for step in range(1, 41):
+        metrics.noted -= lm.LINE_EVERY_S  # so much time goes by
+        metrics.add(step, torch.tensor(1.0 if step < 21 else 0.0), torch.tensor(1.0), 4)
+        wanted = min(step, 20) / step
+        assert metrics.note.startswith(f"loss {wanted:.4f} ")

@@ -999,3 +999,55 @@ def test_reading_changes_nothing(data_dir):
     with pytest.raises(ValueError, match="read-only"):
         folder.train[0] = 5
     assert contents(data_dir) == before
+
+
+# ---- What a folder or a name of other people holds ----
+
+
+def test_what_describes_a_data_set_is_no_text_of_it(prep, tmp_path):
+    folder = tmp_path / "set"
+    write(folder / "a.txt", LINES)
+    for name in ("README.md", "readme.txt", "LICENSE", "CITATION.cff", ".hidden"):
+        write(folder / name, "This must not be learned.\n")
+    code, _, err = prep(folder)
+    assert code == 0, err
+    assert texts_of(lm.TokenFolder(tmp_path / "data"), "train") == TEXTS
+    code, _, err = prep(folder / "README.md", out_dir=tmp_path / "named")
+    assert code == 0, err
+    named = texts_of(lm.TokenFolder(tmp_path / "named"), "train")
+    assert named == ["This must not be learned."]
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_json_is_read_as_rows_and_never_as_text(form, prep, tmp_path):
+    rows = [{"text": text} for text in TEXTS]
+    text = json.dumps(rows)
+    if form == "lines":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    code, _, err = prep(write(tmp_path / "rows.json", text))
+    assert code == 0, err
+    assert texts_of(lm.TokenFolder(tmp_path / "data"), "train") == TEXTS
+
+
+def test_parquet_strings_in_a_dictionary_are_read(prep, tmp_path):
+    column = pyarrow.array(TEXTS).dictionary_encode()
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    code, _, err = prep(path)
+    assert code == 0, err
+    assert texts_of(lm.TokenFolder(tmp_path / "data"), "train") == TEXTS
+
+
+def test_a_wrong_key_is_told_before_a_tokenizer_is_trained(run, tmp_path):
+    rows = "".join(json.dumps({"content": text}) + "\n" for text in TEXTS)
+    path = write(tmp_path / "rows.jsonl", rows)
+    words = ["--text_path", path, "--out_dir", tmp_path / "data", "--vocab_size", 300]
+    result = run(["prep", *words])
+    refused(result, "content")
+    assert "tokenizer" not in result[1].lower()
+
+
+def test_the_name_of_a_data_set_on_the_hub_is_recognised(prep):
+    refused(
+        prep("roneneldan/TinyStories"), "hf download --repo-type dataset roneneldan/TinyStories"
+    )
