@@ -9992,7 +9992,10 @@ def open_runs(folders: Iterable[str], against: str) -> list[RunLog]:
                 "use --against step; dollars are logged where --usd_per_hour is given",
             )
     names = [run.name for run in runs]
-    prefix = os.path.commonpath(names) if len(names) > 1 else ""
+    prefix = ""
+    if len(set(names)) > 1:
+        with contextlib.suppress(ValueError):  # of absolute and relative paths together
+            prefix = os.path.commonpath(names)
     for run in runs:  # short names where they tell the runs apart
         if prefix and run.name != prefix:
             run.name = str(Path(run.name).relative_to(prefix))

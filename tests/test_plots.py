@@ -106,6 +106,12 @@ def test_a_picture_has_each_curve_of_each_run(runs):
     assert norms.get_yscale() == "log" and norms.get_xlabel() == "step"
 
 
+def test_runs_keep_their_names_where_they_share_no_folder(runs, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    for folders in (["a", str(runs[1])], ["a", "a"], ["a"]):
+        assert [run.name for run in lm.open_runs(folders, "step")] == folders
+
+
 def test_a_long_curve_is_drawn_with_its_mean(tmp_path):
     pytest.importorskip("matplotlib")
     run = lm.RunLog(log(tmp_path / "long", pretraining(200)))
