@@ -6,8 +6,9 @@
 `/v1/chat/completions`, `/v1/completions` and `/v1/models` speak the protocol that the official
 `openai` client expects, streaming or not; `/health` and `/metrics` (Prometheus) tell how it is.
 All requests in flight share one batch, which they join and leave between two tokens. With one seed
-an answer is the same alone and among others (exactly so with --dtype fp32: bf16 rounds by the size
-of the batch). The server listens on this machine alone unless --host says otherwise.
+and --dtype fp32 an answer is the same alone and among others, but for a draw that falls within
+rounding of the border between two tokens (bf16 rounds more, by the size of the batch). The server
+listens on this machine alone unless --host says otherwise.
 """
 
 import asyncio

@@ -4582,7 +4582,8 @@ class Drawn(typing.NamedTuple):
 
 class RunningBatch:
     """Texts that are generated together, which join and leave between two steps. In fp32 each draws
-    the same ids as alone. The batch grows and shrinks by halves with the texts in it."""
+    the same ids as alone, but for draws within rounding of the border between two ids. The batch
+    grows and shrinks by halves with the texts in it."""
 
     def __init__(self, model: Transformer, most: int, dtype: torch.dtype):
         self.model = model

@@ -4,7 +4,8 @@
 
 Tells tokens a second of one stream and of 16, the wait of a 17th for its first token while 16 run,
 the server's memory after 10 seconds and at the end, and how many finished answers differ from the
-same request alone with the same seed (none, or the exit code is 1). Needs fastapi, uvicorn, httpx.
+same request alone with the same seed: a draw may fall within rounding of the border between two
+tokens, so the exit code is 1 above 1 in 100. Needs fastapi, uvicorn, httpx.
 """
 
 import argparse
@@ -101,8 +102,8 @@ async def seventeenth(tokens: int) -> float:
     return max(waits)
 
 
-async def different_alone(found: list, most: int) -> int:
-    """How many finished answers the server gives otherwise to the same request alone."""
+async def different_alone(found: list, most: int) -> float:
+    """The share of finished answers that the server gives otherwise to the same request alone."""
     whole = [(body, text) for body, text, _, _, leave in found if not leave]
     sample = random.Random(1).sample(whole, min(most, len(whole)))
     wrong = 0
@@ -111,7 +112,7 @@ async def different_alone(found: list, most: int) -> int:
             alone, _, _ = await streamed(http, body)
             wrong += alone != text
     print(f"{len(sample)} of {len(whole)} finished answers asked for again, alone: {wrong} differ")
-    return wrong
+    return wrong / len(sample)
 
 
 def speed(found: list, seconds: float) -> float:
@@ -160,7 +161,7 @@ def main() -> int:
     finally:
         process.terminate()
         process.wait(20)
-    return int(wrong > 0)
+    return int(wrong > 0.01)
 
 
 if __name__ == "__main__":
