@@ -4,8 +4,8 @@
 
 Each folder holds standalone_transformer_lm.py and convert_to_llama.py. Both versions get the same
 small inputs and the same flags, in fp32 on one CPU thread. Compared exactly: token files, every
-figure of metrics.jsonl that is not a time, samples.jsonl, weights, generated text and exported
-tensors. One line a run says `same` or what differs; the exit code is 1 where anything does.
+figure of metrics.jsonl that is not a time, samples.jsonl, weights, tokenizers, generated text and
+exported tensors. One line a run says `same` or what differs; the exit code is 1 where anything does.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import sentencepiece
 import torch
 
 TIMES = ("time", "perf/", "gpu/", "cost/")
@@ -196,10 +197,18 @@ def compare(name: str, old: Path, new: Path) -> list[str]:
         if (before / weights).exists():
             tensors = read_tensors(before / weights), read_tensors(after / weights)
             found += tensor_differences(*tensors, weights)
-    for file in ("train.bin", "val.bin", "tokenizer.model", "tokenizer.json"):
+    for file in ("train.bin", "val.bin", "tokenizer.json"):
         if (before / file).exists() and (before / file).read_bytes() != (after / file).read_bytes():
             found.append(f"{file} differs")
+    if (before / "tokenizer.model").exists() and pieces_of(before) != pieces_of(after):
+        found.append("tokenizer.model has other pieces")
     return found
+
+
+def pieces_of(folder: Path) -> list[tuple[str, float]]:
+    """What a tokenizer is; its file holds how it was trained, too."""
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    return [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
 
 
 def main() -> int:
