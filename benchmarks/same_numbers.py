@@ -5,7 +5,7 @@
 Each folder holds standalone_transformer_lm.py and convert_to_llama.py. Both versions get the same
 small inputs and the same flags, in fp32 on one CPU thread. Compared exactly: token files, every
 figure of metrics.jsonl that is not a time, samples.jsonl, weights, tokenizers, generated text and
-exported tensors. One line a run says `same` or what differs; the exit code is 1 where anything does.
+exported tensors. One line a run says `same` or what differs; the exit code is 1 where any does.
 """
 
 import argparse
