@@ -7344,14 +7344,6 @@ os.write({give}, token)
 """  # the token comes back where the whole program has run, so that an early exit does not pass
 
 
-def sandboxed(folder: str, command: list[str]) -> list[str]:
-    """The command within namespaces of its own, its folder alone writable, where the system allows
-    that; else as it is."""
-    if not has_namespaces():
-        return command
-    return [*SANDBOX, folder, *command]
-
-
 @functools.cache
 def has_namespaces() -> bool:
     """Whether programs can be shut off here; says once where they cannot."""
@@ -7367,6 +7359,14 @@ def has_namespaces() -> bool:
         "memory limits alone; run it in a container"
     )
     return False
+
+
+def sandboxed(folder: str, command: list[str]) -> list[str]:
+    """The command within namespaces of its own, its folder alone writable, where the system allows
+    that; else as it is."""
+    if not has_namespaces():
+        return command
+    return [*SANDBOX, folder, *command]
 
 
 def code_passes(program: str, seconds: float) -> bool:
