@@ -1,5 +1,6 @@
 """Rewards on hostile texts, and perplexity, on any batch size and ranks, against a slow count."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1200,16 +1202,25 @@ def test_a_program_has_limits():
 
 def test_what_a_program_starts_ends_with_it(tmp_path):
     """A grandchild that leaves its session lives on only where there are no namespaces."""
-    child = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
-    before = running()
+    mark = f"left-by-{os.getpid()}"
+    child = (
+        "import os, sys\nif os.fork() == 0:\n    os.setsid()\n"
+        f"    os.execv(sys.executable, ['python', '-c', 'import time; time.sleep(9)', '{mark}'])\n"
+    )
     assert passes(child)
-    time.sleep(0.3)
+    time.sleep(0.5)
     if lm.has_namespaces():
-        assert running() <= before
+        assert not running(mark)
 
 
-def running():
-    return len([name for name in os.listdir("/proc") if name.isdigit()])
+def running(mark):
+    """The processes whose command line has a mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if mark.encode() in path.read_bytes():
+                found.append(path)
+    return found
 
 
 @pytest.mark.skipif(not lm.has_namespaces(), reason="this system gives no namespaces")
