@@ -6701,6 +6701,41 @@ def before_any(text: str, marks: Iterable[str]) -> str:
     return text
 
 
+@torch.inference_mode()
+def complete_until(
+    candidate: Candidate,
+    prompts: list[list[int]],
+    sampling: SamplingSettings,
+    seed: int,
+    numbers: Sequence[int],
+    marks: Sequence[str],
+) -> list[str]:
+    """Texts that continue the prompts up to the first of the marks, where they end and leave the
+    batch to others; `numbers` are the prompts' own, which they draw by."""
+    tokenizer, stop = candidate.tokenizer, frozenset({candidate.tokenizer.eos})
+    room = max(1, candidate.model.config.seq_len - sampling.max_new_tokens)
+    batch = RunningBatch(candidate.model, candidate.batch_size, candidate.machine.dtype)
+    streams: dict[Generation, TextStream] = {}
+    texts: dict[Generation, str] = {}
+    for prompt, number in zip(prompts, numbers, strict=True):
+        ids = prompt if len(prompt) <= candidate.model.config.seq_len else prompt[-room:]
+        generation = Generation(ids, sampling, seed, number, stop)
+        streams[generation], texts[generation] = TextStream(tokenizer, ids), ""
+    waiting = deque(texts)
+    with candidate.machine.autocast():
+        while waiting or batch.live():
+            while waiting and not batch.full:
+                batch.join(waiting.popleft())
+            for generation, drawn in batch.step():
+                texts[generation] += streams[generation].push(drawn.token)
+                if any(mark in texts[generation] for mark in marks):
+                    batch.leave(generation)
+    return [
+        before_any(text + streams[generation].waiting(), marks)
+        for generation, text in texts.items()
+    ]
+
+
 def harness_sampling(options: dict) -> SamplingSettings:
     """What a task of the harness asks for; greedy where it does not sample."""
     temperature = 0.0
@@ -6754,9 +6789,9 @@ def harness_model(candidate: Candidate, seed: int) -> object:
                 prompts = [
                     [tokenizer.bos, *tokenizer.encode(requests[place].args[0])] for place in places
                 ]
-                found, _ = candidate.complete(prompts, harness_sampling(options), seed, places)
-                for place, answer in zip(places, found, strict=True):
-                    texts[place] = before_any(answer, harness_stops(options))
+                sampling, marks = harness_sampling(options), harness_stops(options)
+                found = complete_until(candidate, prompts, sampling, seed, places, marks)
+                texts |= zip(places, found, strict=True)
             return [texts[place] for place in range(len(requests))]
 
     return Adapter()
@@ -7997,7 +8032,10 @@ def voted(text: str) -> str:
 
 class AnswerTask(Benchmark):
     """Questions that are answered in words and checked: acc, of several answers pass@k, the answer
-    of most and, with a reward model, the best one's."""
+    of most and, with a reward model, the best one's. A model that was not taught to chat ends an
+    answer at one of the `marks`."""
+
+    marks = ("Question:",)
 
     def __init__(
         self,
@@ -8040,8 +8078,12 @@ class AnswerTask(Benchmark):
         n = self.samples
         prompts = [self.prompt(candidate, place) for place in places for _ in range(n)]
         numbers = [place * n + sample for place in places for sample in range(n)]
-        texts, _ = candidate.complete(prompts, self.sampling, self.seed, numbers)
-        if not candidate.chats:
+        if candidate.chats:
+            texts, _ = candidate.complete(prompts, self.sampling, self.seed, numbers)
+        else:
+            texts = complete_until(
+                candidate, prompts, self.sampling, self.seed, numbers, self.marks
+            )
             texts = [self.answer_in(text) for text in texts]
         asked = [self.rows[place] for place in places for _ in range(n)]
         checked = self.check(asked, texts)
@@ -8053,8 +8095,8 @@ class AnswerTask(Benchmark):
         return found
 
     def answer_in(self, text: str) -> str:
-        """The answer in a text that goes on as long as it may."""
-        return text.partition("Question:")[0].strip()
+        """The answer of a model that continues a text."""
+        return text.strip()
 
     def scores(self, candidate: Candidate, asked: list[Exercise], texts: list[str]) -> list[float]:
         """What the reward model gives each answer; nothing without one."""
@@ -8158,6 +8200,8 @@ class CodeTask(AnswerTask):
     """Programs that must pass the tests of their rows. A model that was not taught to chat goes on
     where the prompt ends."""
 
+    marks = ("[DONE]",)
+
     def prompt(self, candidate: Candidate, place: int) -> list[int]:
         if candidate.chats:
             return super().prompt(candidate, place)
@@ -8168,7 +8212,7 @@ class CodeTask(AnswerTask):
         return [candidate.tokenizer.bos, *candidate.tokenizer.encode(text)]
 
     def answer_in(self, text: str) -> str:
-        return before_any(text, ("[DONE]",))  # the spaces in front are the code's
+        return text  # the spaces in front are the code's
 
 
 class TaskSpec(typing.NamedTuple):

@@ -592,3 +592,30 @@ def test_mistakes_of_eval(name, run, models, files, tmp_path):
     words, said = MISTAKES[name]
     words = [word.format(files=files, model=models[0]) for word in words]
     complaint(run(["eval", *PLACE, "--out_dir", tmp_path, *words]), said)
+
+
+def test_texts_end_at_a_mark_and_leave_the_batch(candidate, monkeypatch):
+    """They are the whole ones, cut; and no token is drawn behind the mark."""
+    tokenizer = candidate.tokenizer
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in documents(9, seed=12)]
+    prompts = [prompt[:12] for prompt in prompts]
+    sampling = lm.SamplingSettings(12, temperature=1.0, top_p=1.0)
+    numbers = range(20, 29)
+    whole, _ = candidate.complete(prompts, sampling, 3, numbers)
+    letters = sorted(set("".join(whole)), key="".join(whole).count)
+    marks = [letters[len(letters) // 2], letters[-1] + letters[-2], "nowhere"]
+    drawn = []
+    step = lm.RunningBatch.step
+
+    def counted(batch):
+        found = step(batch)
+        drawn.extend(found)
+        return found
+
+    monkeypatch.setattr(lm.RunningBatch, "step", counted)
+    found = lm.complete_until(candidate, prompts, sampling, 3, numbers, marks)
+    assert found == [lm.before_any(text, marks) for text in whole] != whole
+    cut = len(drawn)
+    drawn.clear()
+    assert lm.complete_until(candidate, prompts, sampling, 3, numbers, ["nowhere"]) == whole
+    assert cut < len(drawn)
