@@ -619,3 +619,32 @@ def test_texts_end_at_a_mark_and_leave_the_batch(candidate, monkeypatch):
     drawn.clear()
     assert lm.complete_until(candidate, prompts, sampling, 3, numbers, ["nowhere"]) == whole
     assert cut < len(drawn)
+
+
+def test_the_adapter_answers_every_kind_of_request(candidate):
+    """In the order of the requests, whatever options stand among them."""
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    adapter, tokenizer = lm.harness_model(candidate, 5), candidate.tokenizer
+    texts = list(itertools.islice(documents(6, seed=14), 6))
+    texts = [" ".join(text.split()[:3]) for text in texts]
+    options = [{"until": ["e"], "max_gen_toks": 9}, {"until": "a", "max_gen_toks": 5}]
+    requests = [
+        instance("generate_until", {}, (text, options[i % 2]), i) for i, text in enumerate(texts)
+    ]
+    for i, answer in enumerate(adapter.generate_until(requests)):
+        ids = [tokenizer.bos, *tokenizer.encode(texts[i])]
+        greedy = lm.SamplingSettings(options[i % 2]["max_gen_toks"], temperature=0.0)
+        (whole,), _ = candidate.complete([ids], greedy, 0)
+        assert answer == whole.partition("ea"[i % 2])[0]
+    pairs = [instance("loglikelihood", {}, (text, " and"), i) for i, text in enumerate(texts)]
+    for text, (logp, greedy) in zip(texts, adapter.loglikelihood(pairs), strict=True):
+        wanted = alone(candidate, *lm.text_pair(tokenizer, text, " and"))
+        assert (logp, greedy) == (pytest.approx(wanted[0], abs=1e-4), wanted[1])
+    rolling = [
+        instance("loglikelihood_rolling", {}, (text * 9,), i) for i, text in enumerate(texts)
+    ]
+    for text, total in zip(texts, adapter.loglikelihood_rolling(rolling), strict=True):
+        ids = [tokenizer.bos, *tokenizer.encode(text * 9)]
+        task = lm.PerplexityTask("t", [ids], [(1, 1)], 24, 24)
+        figures = task.figures(task.answers(candidate, list(range(len(task)))))
+        assert -total == pytest.approx(figures["loss"] * (len(ids) - 1), rel=1e-5)
