@@ -4641,7 +4641,7 @@ class RunningBatch:
         alike: dict[tuple, list[int]] = {}
         for row in self.live():
             generation = self.rows[row]
-            key = (*astuple(generation.sampling)[1:], generation.stop)
+            key = (*astuple(generation.sampling)[1:], generation.stop)  # all but how many ids
             alike.setdefault(key, []).append(row)
         tokens = [0] * len(self.rows)
         for rows in alike.values():
@@ -4661,7 +4661,8 @@ class RunningBatch:
         decoder, found = self.decoder, []
         live = self.live()
         logps = decoder.logits[live].log_softmax(-1)
-        chosen = logps.gather(1, torch.tensor([[tokens[row]] for row in live], device=logps.device))
+        picks = torch.tensor([[tokens[row]] for row in live], device=logps.device)
+        chosen = logps.gather(1, picks).squeeze(1).tolist()
         ended = []
         for place, row in enumerate(live):
             generation = self.rows[row]
@@ -4669,7 +4670,7 @@ class RunningBatch:
             if generation.likeliest:
                 values, ids = logps[place].topk(generation.likeliest)
                 best = list(zip(ids.tolist(), values.tolist(), strict=True))
-            found.append((generation, Drawn(tokens[row], float(chosen[place]), best)))
+            found.append((generation, Drawn(tokens[row], chosen[place], best)))
             generation.drawn += 1
             decoder.slots[row].drawn += 1
             whole = generation.drawn >= generation.sampling.max_new_tokens
@@ -6599,6 +6600,15 @@ def rolling_starts(length: int, limit: int, stride: int) -> Iterator[int]:
         done = rolling_window(length, done, limit, stride)[1]
 
 
+def rolling_pairs(ids: list[int], limit: int, stride: int) -> list[Pair]:
+    """The windows over ids, each as what it reads first and what it predicts."""
+    pairs = []
+    for done in rolling_starts(len(ids), limit, stride):
+        begin, end = rolling_window(len(ids), done, limit, stride)
+        pairs.append((ids[begin : done + 1], ids[done + 1 : end + 1]))
+    return pairs
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A model under evaluation; `name` is that of the command line, `key` tells its weights."""
@@ -6662,35 +6672,38 @@ class Candidate:
                 greedy.append((best == wanted).cpu())
         return zip(torch.cat(logps).split(counts), torch.cat(greedy).split(counts), strict=True)
 
+    def shortened(self, prompt: list[int], sampling: SamplingSettings) -> list[int]:
+        """A prompt, or of one beyond the context the end that leaves room for an answer."""
+        limit = self.model.config.seq_len
+        if len(prompt) <= limit:
+            return prompt
+        return prompt[-max(1, limit - sampling.max_new_tokens) :]
+
     def complete(
         self,
         prompts: list[list[int]],
         sampling: SamplingSettings,
         seed: int,
         numbers: Sequence[int] | None = None,
-    ) -> tuple[list[str], list[bool]]:
-        """Texts that continue the prompts, and which of them ended; `numbers` are the prompts' own,
-        which they draw by."""
-        limit = self.model.config.seq_len
-        room = max(1, limit - sampling.max_new_tokens)
-        cut = [prompt if len(prompt) <= limit else prompt[-room:] for prompt in prompts]
-        stop = frozenset({self.tokenizer.eos})
+    ) -> list[str]:
+        """Texts that continue the prompts; `numbers` are the prompts' own, which they draw by."""
+        prompts = [self.shortened(prompt, sampling) for prompt in prompts]
         with self.machine.autocast():
             found = complete(
                 self.model,
-                cut,
+                prompts,
                 sampling,
                 seed,
-                stop,
+                frozenset({self.tokenizer.eos}),
                 self.machine.dtype,
                 numbers=numbers,
                 at_once=self.batch_size,
             )
         texts = []
-        for prompt, new in zip(cut, found, strict=True):
+        for prompt, new in zip(prompts, found, strict=True):
             before = self.tokenizer.decode(prompt)
             texts.append(self.tokenizer.decode(prompt + new)[len(before) :])
-        return texts, [new[-1:] == [self.tokenizer.eos] for new in found]
+        return texts
 
 
 def before_any(text: str, marks: Iterable[str]) -> str:
@@ -6713,12 +6726,11 @@ def complete_until(
     """Texts that continue the prompts up to the first of the marks, where they end and leave the
     batch to others; `numbers` are the prompts' own, which they draw by."""
     tokenizer, stop = candidate.tokenizer, frozenset({candidate.tokenizer.eos})
-    room = max(1, candidate.model.config.seq_len - sampling.max_new_tokens)
     batch = RunningBatch(candidate.model, candidate.batch_size, candidate.machine.dtype)
     streams: dict[Generation, TextStream] = {}
     texts: dict[Generation, str] = {}
     for prompt, number in zip(prompts, numbers, strict=True):
-        ids = prompt if len(prompt) <= candidate.model.config.seq_len else prompt[-room:]
+        ids = candidate.shortened(prompt, sampling)
         generation = Generation(ids, sampling, seed, number, stop)
         streams[generation], texts[generation] = TextStream(tokenizer, ids), ""
     waiting = deque(texts)
@@ -6772,10 +6784,7 @@ def harness_model(candidate: Candidate, seed: int) -> object:
             found = []
             for request in requests:
                 ids = [tokenizer.bos, *tokenizer.encode(request.args[0])]
-                pairs = []
-                for done in rolling_starts(len(ids), limit, limit):
-                    begin, end = rolling_window(len(ids), done, limit, limit)
-                    pairs.append((ids[begin : done + 1], ids[done + 1 : end + 1]))
+                pairs = rolling_pairs(ids, limit, limit)
                 found.append(sum(scored.logp for scored in candidate.score(pairs)))
             return found
 
@@ -7371,8 +7380,10 @@ import os, resource, sys
 token = os.read({given}, 64)
 for name, most in (("CPU", {seconds}), ("AS", {memory}), ("FSIZE", 1 << 24), ("NOFILE", 64),
                    ("NPROC", 64), ("CORE", 0)):
-    kind = getattr(resource, "RLIMIT_" + name)
-    resource.setrlimit(kind, (most, most))
+    try:
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    except (ValueError, OSError):  # a system that lacks this limit, or has a lower one
+        pass
 code = compile(sys.stdin.read(), "program", "exec")
 exec(code, {{"__name__": "__main__"}})
 os.write({give}, token)
@@ -8023,7 +8034,7 @@ def pass_at(k: int, tried: int, right: int) -> float:
 
 
 def voted(text: str) -> str:
-    """What an answer counts as in a majority vote: its number, its letter or its text."""
+    """What an answer counts as in a majority vote: its number, what it marks, or its text."""
     number = final_number(text)
     if number is not None:
         return str(number.value)
@@ -8079,7 +8090,7 @@ class AnswerTask(Benchmark):
         prompts = [self.prompt(candidate, place) for place in places for _ in range(n)]
         numbers = [place * n + sample for place in places for sample in range(n)]
         if candidate.chats:
-            texts, _ = candidate.complete(prompts, self.sampling, self.seed, numbers)
+            texts = candidate.complete(prompts, self.sampling, self.seed, numbers)
         else:
             texts = complete_until(
                 candidate, prompts, self.sampling, self.seed, numbers, self.marks
@@ -10376,10 +10387,7 @@ def token_page(candidate: Candidate, path: str) -> str:
         raise UserError(f"--per_token {path} holds no text", "give a file of text")
     tokenizer, limit = candidate.tokenizer, candidate.model.config.seq_len
     ids = [tokenizer.bos, *tokenizer.encode(text)]
-    stride, pairs = max(1, limit // 2), []
-    for done in rolling_starts(len(ids), limit, stride):
-        begin, end = rolling_window(len(ids), done, limit, stride)
-        pairs.append((ids[begin : done + 1], ids[done + 1 : end + 1]))
+    pairs = rolling_pairs(ids, limit, max(1, limit // 2))
     losses = -torch.cat([logps for logps, _ in candidate.score_tokens(pairs)])
     stream, spans, waiting = TextStream(tokenizer, []), [], 0.0
     for token, loss in zip(ids[1:], losses.tolist(), strict=True):

@@ -601,7 +601,7 @@ def test_texts_end_at_a_mark_and_leave_the_batch(candidate, monkeypatch):
     prompts = [prompt[:12] for prompt in prompts]
     sampling = lm.SamplingSettings(12, temperature=1.0, top_p=1.0)
     numbers = range(20, 29)
-    whole, _ = candidate.complete(prompts, sampling, 3, numbers)
+    whole = candidate.complete(prompts, sampling, 3, numbers)
     letters = sorted(set("".join(whole)), key="".join(whole).count)
     marks = [letters[len(letters) // 2], letters[-1] + letters[-2], "nowhere"]
     drawn = []
@@ -634,7 +634,7 @@ def test_the_adapter_answers_every_kind_of_request(candidate):
     for i, answer in enumerate(adapter.generate_until(requests)):
         ids = [tokenizer.bos, *tokenizer.encode(texts[i])]
         greedy = lm.SamplingSettings(options[i % 2]["max_gen_toks"], temperature=0.0)
-        (whole,), _ = candidate.complete([ids], greedy, 0)
+        (whole,) = candidate.complete([ids], greedy, 0)
         assert answer == whole.partition("ea"[i % 2])[0]
     pairs = [instance("loglikelihood", {}, (text, " and"), i) for i, text in enumerate(texts)]
     for text, (logp, greedy) in zip(texts, adapter.loglikelihood(pairs), strict=True):

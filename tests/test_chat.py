@@ -61,13 +61,23 @@ def test_an_answer_is_what_generate_says(session, capsys):
     assert capsys.readouterr().out == answered.text + "\n"
 
 
-def test_the_model_sees_the_whole_conversation(session):
-    session.system("Be brief.")
+def test_the_model_sees_the_whole_conversation(session, monkeypatch):
+    """All turns so far, the system prompt first, with an answer to be begun."""
+    seen, original = [], lm.generate
+
+    def watched(model, prompts, *args, **kwargs):
+        seen.extend(prompts)
+        return original(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(lm, "generate", watched)
+    session.sampling = lm.SamplingSettings(3, temperature=0.0)
+    session.system("Brief.")
     session.take("One?")
     session.take("Two?")
-    ids, _ = session.prompt()
-    assert [turn.role for turn in session.turns] == "system user assistant user assistant".split()
-    assert ids[:-1] == lm.encode_chat(session.tokenizer, session.turns)[0][:-2] or len(ids) < 64
+    roles = [turn.role for turn in session.turns]
+    assert roles == "system user assistant user assistant".split()
+    for ids, turns in zip(seen, (session.turns[:2], session.turns[:4]), strict=True):
+        assert ids == lm.encode_chat(session.tokenizer, turns, reply=True)[0]
 
 
 def test_retry_draws_another_answer_to_the_same_question(session):
