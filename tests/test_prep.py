@@ -1051,3 +1051,19 @@ def test_the_name_of_a_data_set_on_the_hub_is_recognised(prep):
     refused(
         prep("roneneldan/TinyStories"), "hf download --repo-type dataset roneneldan/TinyStories"
     )
+
+
+@pytest.mark.parametrize("damage", ["cut", "no text in a row"])
+def test_a_fault_met_while_the_tokenizer_trains_is_told_as_itself(damage, run, tmp_path):
+    """Deep in the input, behind what any probe reads; never as a fault of --vocab_size."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in documents(4000, seed=3))
+    path, said = tmp_path / "rows.jsonl", "rows.jsonl, line 4001"
+    if damage == "cut":
+        path, said = tmp_path / "rows.jsonl.gz", "rows.jsonl.gz is damaged"
+        write(path, gzip.compress(rows.encode())[:-2000])
+    else:
+        write(path, rows + '{"no": 1}\n')
+    words = ["--text_path", path, "--out_dir", tmp_path / "data", "--vocab_size", 400]
+    result = run(["prep", *words, "--workers", 1])
+    refused(result, said)
+    assert "--vocab_size" not in result[2]
