@@ -323,7 +323,7 @@ class Engine:
         settings: ServerSettings,
         statistics: Statistics,
     ):
-        self.batch = lm.RunningBatch(model, settings.batch_size, machine.dtype)
+        self.batch = lm.RunningBatch(model, settings.batch_size, machine.dtype, machine.compiles)
         self.machine = machine
         self.settings = settings
         self.statistics = statistics
@@ -822,16 +822,17 @@ def make_app(service: Service):
     return app
 
 
-def open_service(settings: ServerSettings, device: lm.DeviceSettings) -> Service:
-    machine = lm.open_machine(device)
+def open_service(settings: ServerSettings, device: lm.InferenceSettings) -> Service:
+    machine = lm.open_to_generate(device)
     saved = lm.load_checkpoint(settings.ckpt, settings.base)
     tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
     if saved.get("kind") in lm.UNTAUGHT_KINDS:
         lm.say("note: this model was never taught to chat; /v1/completions continues text")
-    return Service(settings, lm.build_model(saved, machine.device), tokenizer, machine)
+    model = lm.build_model(saved, machine.device, machine.dtype)
+    return Service(settings, model, tokenizer, machine)
 
 
-def serve(settings: ServerSettings, device: lm.DeviceSettings) -> int:
+def serve(settings: ServerSettings, device: lm.InferenceSettings) -> int:
     uvicorn = lm.need("uvicorn")
     lm.need("fastapi")
     service = open_service(settings, device)
@@ -853,7 +854,7 @@ def main(argv: list[str] | None = None) -> int:
     """The server; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     about = "an OpenAI-compatible server for a checkpoint"
-    groups = (ServerSettings, lm.DeviceSettings)
+    groups = (ServerSettings, lm.InferenceSettings)
 
     def run() -> int:
         parser = lm.make_parser("", about, EXAMPLE, groups)

@@ -72,6 +72,7 @@ import bisect
 import bz2
 import codecs
 import contextlib
+import copy
 import csv
 import ctypes
 import difflib
@@ -128,6 +129,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -1017,6 +1019,18 @@ class DeviceSettings:
 
 
 @dataclass
+class InferenceSettings(DeviceSettings):
+    """Device and precision."""
+
+    compile: str = setting(
+        "auto",
+        "compile generation (torch.compile); auto: on CUDA",
+        choices=("auto", "0", "1"),
+        basic=True,
+    )
+
+
+@dataclass
 class StepSettings:
     """Size and cost of a step."""
 
@@ -1502,6 +1516,11 @@ class SamplingSettings:
     )
     no_repeat_ngram_size: int = setting(0, "no n-gram of this length occurs twice; 0: off")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether what was drawn changes the chances of what comes."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
 
 @dataclass
 class GenerateSettings:
@@ -1784,6 +1803,13 @@ PEAK_FLOPS = (  # dense bf16 (fp16 where there is no bf16) FLOP/s by a part of t
 )
 
 
+def on_cuda(x: Tensor | torch.device) -> bool:
+    """Whether what is done with x goes CUDA's way. This alone decides it, so that tests take that
+    way on a CPU."""
+    device = x.device if isinstance(x, Tensor) else x
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class Machine:
     """The device and precision of this process, and its place among the ranks."""
@@ -1792,6 +1818,7 @@ class Machine:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    compiles: bool = False  # what generates
 
     @property
     def main(self) -> bool:
@@ -1804,9 +1831,9 @@ class Machine:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A copy on the device; on CUDA the transfer overlaps with computation."""
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        if on_cuda(self.device) and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=on_cuda(self.device))
 
     def all_reduce_sum(
         self,
@@ -1851,6 +1878,27 @@ class Machine:
         return result
 
 
+def can_compile(device: torch.device) -> bool:
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
+    return device.type != "mps" and any(map(shutil.which, compilers))
+
+
+SHAPES_COMPILED = 64  # of one function; those beyond would run eager
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """The function or module compiled, anew for each of its shapes."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES_COMPILED)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    return torch.compile(function, dynamic=False, **options)
+
+
+@functools.cache
+def compiled_once(function: Callable, **options) -> Callable:
+    return compiled(function, **options)
+
+
 def bf16_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
     with contextlib.suppress(OSError):  # not Linux
@@ -1881,7 +1929,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of --dtype; auto is the fastest that trains well on the device."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    if device.type == "cuda":
+    if on_cuda(device):
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float16
     if device.type == "cpu" and bf16_cpu():
@@ -1917,17 +1965,32 @@ def open_machine(settings: DeviceSettings) -> Machine:
     device = pick_device(settings.device)
     if settings.flash:
         activate_flash(settings.flash)
-    if device.type == "cuda":
+    if on_cuda(device):
         torch.cuda.set_device(device)
         precision = "highest" if settings.dtype == "fp32" else "high"
         torch.set_float32_matmul_precision(precision)
     else:
         prepare_cpu(settings.threads)
     if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         dist.barrier()  # so that no rank fails and leaves while another still joins
     return Machine(device, pick_dtype(settings.dtype, device), rank, world)
+
+
+def compiles_generation(choice: str, device: torch.device) -> bool:
+    """Whether --compile lets generation be compiled, which on CUDA is captured as a graph too."""
+    if choice == "auto" and not (on_cuda(device) and can_compile(device)):
+        return False
+    if choice == "0":
+        return False
+    say("compiling: the first token takes a minute or less (--compile 0 skips it)")
+    return True
+
+
+def open_to_generate(settings: InferenceSettings) -> Machine:
+    machine = open_machine(settings)
+    return replace(machine, compiles=compiles_generation(settings.compile, machine.device))
 
 
 def derive_seed(*key: object) -> int:
@@ -1951,7 +2014,7 @@ def flops_of(name: str) -> float | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
+    if not on_cuda(device):
         return None
     return flops_of(torch.cuda.get_device_name(device))
 
@@ -3575,11 +3638,6 @@ class Prompts(Stream):
 YARN_FAST, YARN_SLOW = 32, 1  # turns over the original context that are kept, that are stretched
 
 
-@functools.cache
-def compiled_once(function: Callable, **options) -> Callable:
-    return torch.compile(function, **options)
-
-
 def yarn_frequencies(frequencies: Tensor, config: ModelSettings) -> Tensor:
     """Slow rotations stretched, fast ones kept, a ramp between (Peng et al. 2023, section 3.2)."""
     original = config.rope_original or round(config.seq_len / config.rope_factor)
@@ -3617,7 +3675,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, a row each its own length.
+    """Keys and values of the tokens seen so far, a row each its own length; a tensor (B, K, S, D)
+    for each layer, so that a step that writes one copies no other.
 
     A row lies at 0..length-1, learned sinks first, so positions need no shift and prompts of
     unequal length share a batch: what a longer neighbour's padding wrote is overwritten before
@@ -3634,14 +3693,32 @@ class KVCache:
     ):
         self.config = config
         self.size = config.n_sink + min(room or config.seq_len, config.seq_len)
-        shape = (config.n_layer, rows, config.kv_heads, self.size, config.head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (rows, config.kv_heads, self.size, config.head_size)
+        layers = range(config.n_layer)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = [0] * rows
+        self.static = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.k, *self.v]
+
+    def first(self, rows: int) -> "KVCache":
+        """Its first rows as a cache in the same memory, which stays where it is: a CUDA graph that
+        writes there can be captured."""
+        part = copy.copy(self)
+        part.k = [tensor[:rows] for tensor in self.k]
+        part.v = [tensor[:rows] for tensor in self.v]
+        part.lengths = [0] * rows
+        part.static = True
+        for tensor in part.tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        return part
 
     def positions(self, new: int) -> Tensor:
         """Where `new` tokens a row will lie: (B, new)."""
-        return (torch.tensor(self.lengths).unsqueeze(1) + torch.arange(new)).to(self.k.device)
+        return (torch.tensor(self.lengths).unsqueeze(1) + torch.arange(new)).to(self.k[0].device)
 
     def write(
         self,
@@ -3654,26 +3731,36 @@ class KVCache:
         """Store (B, K, T, D) at `positions` (B, T); the layer's tensors up to the longest row, or
         to a `fixed` end, which keeps the shapes of one step those of the next."""
         end = fixed or max(self.lengths) + k.shape[2]
+        kept_k, kept_v = self.k[layer], self.v[layer]
         if not fixed and len(set(self.lengths)) == 1:
             span = slice(self.lengths[0], end)
-            self.k[layer, :, :, span], self.v[layer, :, :, span] = k, v
+            kept_k[:, :, span], kept_v[:, :, span] = k, v
         else:
             rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
-            self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-            self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+            kept_k[rows, :, positions] = k.transpose(1, 2).to(kept_k.dtype)
+            kept_v[rows, :, positions] = v.transpose(1, 2).to(kept_v.dtype)
+        return kept_k[:, :, :end], kept_v[:, :, :end]
 
     def put(self, rows: list[int], other: "KVCache", picks: list[int]) -> None:
         """Begin `rows` anew with what the rows `picks` of another cache hold."""
         end = max(other.lengths)
-        self.k[:, rows, :, :end] = other.k[:, picks, :, :end]
-        self.v[:, rows, :, :end] = other.v[:, picks, :, :end]
+        at, source = (torch.tensor(places, device=self.k[0].device) for places in (rows, picks))
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine[at, :, :end] = theirs[source, :, :end]
         for row, pick in zip(rows, picks, strict=True):
             self.lengths[row] = other.lengths[pick]
 
-    def keep(self, rows: list[int]) -> None:
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.lengths = [self.lengths[r] for r in rows]
+    def keep(self, rows: list[int]) -> "KVCache":
+        """A cache of these rows; a static one in the same memory."""
+        kept, places = self, list(range(len(rows)))
+        if self.static:
+            kept = self.first(len(rows))
+            kept.put(places, self, rows)
+            return kept
+        at = torch.tensor(rows, device=self.k[0].device)
+        self.k, self.v = [k[at] for k in self.k], [v[at] for v in self.v]
+        self.lengths = [self.lengths[row] for row in rows]
+        return self
 
     def forget(self, rows: list[int], count: int, cos: Tensor, sin: Tensor) -> None:
         """Drop the `count` oldest tokens behind the sinks of full rows, and move the rest up.
@@ -3682,11 +3769,12 @@ class KVCache:
         position ever passes the trained context. cos and sin (D/2,) are of `count` positions.
         """
         sinks = self.config.n_sink
-        k, v = self.k[:, rows, :, sinks + count :], self.v[:, rows, :, sinks + count :]
-        turned = torch.tensor([self.config.rotates(i) for i in range(len(k))], device=k.device)
-        k = torch.where(turned.view(-1, 1, 1, 1, 1), rotate(k.float(), cos, -sin).to(k.dtype), k)
-        self.k[:, rows, :, sinks : self.size - count] = k
-        self.v[:, rows, :, sinks : self.size - count] = v
+        for layer, (kept_k, kept_v) in enumerate(zip(self.k, self.v, strict=True)):
+            k, v = kept_k[rows, :, sinks + count :], kept_v[rows, :, sinks + count :]
+            if self.config.rotates(layer):
+                k = rotate(k.float(), cos, -sin).to(k.dtype)
+            kept_k[rows, :, sinks : self.size - count] = k
+            kept_v[rows, :, sinks : self.size - count] = v
         for row in rows:
             self.lengths[row] -= count
 
@@ -3755,7 +3843,7 @@ class AttentionMask:
         """The same for flex_attention, which skips the blocks that no query attends to."""
         rows = None if self.documents is None else len(self.documents)
         create = create_block_mask
-        if self.key.device.type != "cpu" and not torch.compiler.is_compiling():
+        if on_cuda(self.key) and not torch.compiler.is_compiling():
             create = compiled_once(create_block_mask)  # eager, it would build the whole (T, S)
         return create(
             self.mask_mod(window),
@@ -3778,17 +3866,22 @@ def attend(
     BlockMask, else SDPA; without a mask it is causal, and a single query sees every key."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        flex = compiled_once(flex_attention, dynamic=False)  # eager, it is not fused
+        flex = compiled_once(flex_attention)  # eager, it is not fused
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(
-        q,
+    single = q.shape[2] == 1
+    queries = q
+    if grouped and single:  # the queries of a group as rows: every kernel takes them
+        queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    y = F.scaled_dot_product_attention(
+        queries,
         k,
         v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=grouped,
+        is_causal=mask is None and not single,
+        enable_gqa=grouped and not single,
     )
+    return y.reshape(q.shape)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -3878,12 +3971,25 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of x (N, d), sorted by expert, each through its own of weight (E, d, f); counts (E,)
-    says how many rows each expert has. One kernel where torch offers it."""
-    aligned = weight.shape[-1] % 8 == weight.shape[-2] % 8 == 0  # strides of 16 bytes
-    if hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16 and aligned:
-        return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
+    says how many rows each expert has. For an eager CPU, as it reads the counts."""
     parts = x.split(counts.tolist())
     return torch.cat([part @ w for part, w in zip(parts, weight, strict=True)])
+
+
+def in_blocks(counts: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
+    """A layout of rows, sorted by expert, in blocks that belong to one expert each, whose shapes do
+    not depend on the counts (E,): the place of each row, the expert of each block, and the
+    rows of a block. Twice as many blocks as experts hold whatever the counts are."""
+    experts = len(counts)
+    size = -(-rows // experts)
+    blocks = (counts + size - 1) // size  # of each expert
+    ends = blocks.cumsum(0)
+    owners = torch.arange(2 * experts, device=counts.device)
+    owners = torch.searchsorted(ends, owners, right=True).clamp(max=experts - 1)
+    place = torch.arange(rows, device=counts.device)
+    expert = torch.searchsorted(counts.cumsum(0), place, right=True)
+    shift = (ends - blocks) * size - (counts.cumsum(0) - counts)
+    return place + shift[expert], owners, size
 
 
 class MoE(nn.Module):
@@ -3950,10 +4056,22 @@ class MoE(nn.Module):
         return self.balance_loss * balance + self.router_z_loss * z
 
     def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows (R, d), sorted by expert, through their own; in one kernel a matrix where torch has
+        that, and never with a wait for the device."""
         dtype = matmul_dtype(rows)  # grouped_mm does not cast by itself
         rows, w1, w2, w3 = (t.to(dtype) for t in (rows, self.w1, self.w2, self.w3))
-        gate, up = grouped_linear(rows, w1, counts), grouped_linear(rows, w2, counts)
-        return grouped_linear(F.silu(gate) * up, w3, counts)
+        aligned = w1.shape[-1] % 8 == w1.shape[-2] % 8 == 0  # strides of 16 bytes
+        if hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and aligned:
+            linear = functools.partial(F.grouped_mm, offs=counts.cumsum(0).int())
+        elif on_cuda(rows) or torch.compiler.is_compiling():
+            places, owners, size = in_blocks(counts, len(rows))
+            laid = rows.new_zeros(len(owners) * size, rows.shape[1])
+            rows = laid.index_copy(0, places, rows).view(len(owners), size, -1)
+            y = torch.bmm(F.silu(rows @ w1[owners]) * (rows @ w2[owners]), w3[owners])
+            return y.flatten(0, 1)[places]
+        else:
+            linear = functools.partial(grouped_linear, counts=counts)
+        return linear(F.silu(linear(rows, w1)) * linear(rows, w2), w3)
 
 
 class Layer(nn.Module):
@@ -3985,6 +4103,7 @@ class Transformer(nn.Module):
         assert config.rope_layout == "half", "load_checkpoint converts other layouts to this one"
         self.config = config
         self.grad_checkpoint = False
+        self.memory: KVCache | None = None  # kept for the next generation, where it is compiled
         self.fp32_head = False  # logits in fp32 where all else is bf16 (MiniMax 2025, section 3.2)
         empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
         self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
@@ -4079,7 +4198,7 @@ class Transformer(nn.Module):
     def uses_flex(self, x: Tensor) -> bool:
         """Whether masks are for FlexAttention, which has neither dropout nor tiny heads."""
         dropout = self.training and self.config.dropout > 0
-        return x.device.type == "cuda" and self.config.head_size >= 16 and not dropout
+        return on_cuda(x) and self.config.head_size >= 16 and not dropout
 
     def masks(
         self,
@@ -4298,7 +4417,60 @@ def merge_lora(
 
 DROP_WHEN = 0.25  # share of finished rows at which a batch takes in waiting ones, or shrinks
 
-LEAST_END = 64  # of the keys that a compiled step sees; further ends are powers of two
+LEAST_END = 256  # of the keys that a compiled step sees; further ends are powers of two
+
+LEAST_ROWS = 8  # of a compiled batch of more than one, whose sizes are powers of two
+
+LOOK_EVERY = 8  # ids drawn on a GPU before any is looked at, which waits for it
+
+
+def multiplied(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
+    """The weights that autocast casts each time they are read: their modules and names there."""
+    for name, module in model.named_modules():
+        kept = name in ("score", "lm_head" if model.fp32_head else "")
+        if isinstance(module, MoE):
+            yield from ((module, matrix) for matrix in ("w1", "w2", "w3"))
+        elif isinstance(module, nn.Linear) and not kept and not name.endswith("router"):
+            yield from ((module, matrix) for matrix, _ in module.named_parameters(recurse=False))
+
+
+def lower_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model, which from here on is only read, with the weights of its matmuls in `dtype`: under
+    autocast it computes the same, and casts none of them again for every token."""
+    if dtype != torch.float32:
+        for module, name in [*multiplied(model)]:
+            lower = getattr(module, name).detach().to(dtype)
+            setattr(module, name, nn.Parameter(lower, requires_grad=False))
+    return model
+
+
+def reading_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model as generation reads it, in evaluation mode: itself in fp32, or else a copy that
+    shares all but the weights of its matmuls (renew_copy)."""
+    if dtype == torch.float32:
+        return model.eval()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return lower_weights(copy.deepcopy(model, shared), dtype).eval()
+
+
+@torch.no_grad()
+def renew_copy(twin: Transformer, model: Transformer) -> None:
+    """Give a reading_copy the weights that the model has now."""
+    if twin is not model:
+        pairs = zip(multiplied(twin), multiplied(model), strict=True)
+        theirs, ours = zip(*((getattr(*a), getattr(*b)) for a, b in pairs), strict=True)
+        torch._foreach_copy_(theirs, ours)
+
+
+def compiled_rows(rows: int) -> int:
+    """The rows of a compiled batch that has room for so many."""
+    return rows if rows == 1 else max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+
+
+def without_cudnn():
+    """SDPA without cuDNN, which plans anew for each number of keys."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)
 
 
 def banned(history: list[int], n: int) -> list[int]:
@@ -4318,10 +4490,10 @@ def penalise(
     """Repetition penalty (Keskar et al. 2019, section 4.1) and banned n-grams, on (B, V); a stop id
     is never banned, for a text must be able to end."""
     penalty, n = settings.repetition_penalty, settings.no_repeat_ngram_size
-    if penalty == 1.0 and not n:
+    if not settings.penalises:
         return logits
     for row, history in zip(logits, histories, strict=True):
-        seen = torch.tensor(sorted(set(history)), device=logits.device)
+        seen = torch.tensor(sorted(set(history)), dtype=torch.long, device=logits.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
         if not n:
@@ -4372,24 +4544,27 @@ def prefill(
     rows = [torch.tensor(history) for history in histories]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     cache = KVCache(model.config, len(histories), model.device, dtype, max(lengths))
-    hidden = model.hidden(ids.to(model.device), cache, lengths)  # (B, T, d)
+    with without_cudnn():
+        hidden = model.hidden(ids.to(model.device), cache, lengths)  # (B, T, d)
     hidden = hidden[range(len(histories)), [length - 1 for length in lengths]]
     return model.logits(hidden).float(), cache
 
 
 @dataclass
 class Slot:
-    """A row under generation: which prompt it continues, its ids so far, and its random numbers."""
+    """A row under generation: which prompt it continues, its ids so far, how many it may draw, and
+    how many it has drawn."""
 
     prompt: int
     history: list[int]
-    uniforms: list[float]  # one for each id to be drawn
+    most: int
     drawn: int = 0
     live: bool = True  # its text has not ended
 
 
 class Decoder:
-    """A batch of rows under generation: their cache, and the logits after each.
+    """A batch of rows under generation: their cache, the logits after each, and the uniform numbers
+    that each draws by, all on the device.
 
     room: most tokens that a row will hold.
     """
@@ -4406,12 +4581,51 @@ class Decoder:
         self.dtype = dtype
         self.compiled = compiled
         self.half = max(1, model.config.seq_len // 2)  # what is dropped beyond the context
-        self.cache = KVCache(model.config, rows, model.device, dtype, room)
-        self.slots = [Slot(0, [], [], live=False) for _ in range(rows)]
+        self.memory: KVCache | None = None
+        if compiled:
+            rows = compiled_rows(rows)
+            self.memory = self.borrow(rows, room)
+            self.cache = self.memory.first(rows)
+        else:
+            self.cache = KVCache(model.config, rows, model.device, dtype, room)
+        self.slots = [Slot(0, [], 0, live=False) for _ in range(rows)]
         self.logits = torch.zeros(rows, model.config.vocab_size, device=model.device)
+        self.points = torch.zeros(rows, 1, device=model.device)
+        self.places = torch.zeros(rows, 1, device=model.device, dtype=torch.long)  # in points
+        self.positions: Tensor | None = None  # (B, 1), where the next ids will lie
+
+    def borrow(self, rows: int, room: int) -> KVCache:
+        """The memory that the model keeps, for captured graphs write to it; larger if need be."""
+        kept, room = self.model.memory, self.end(room + self.model.config.n_sink)
+        self.model.memory = None  # until `close`
+        fits = kept is not None and len(kept.lengths) >= rows and kept.size >= room
+        if not fits or kept.k[0].dtype != self.dtype:
+            del kept  # frees it first
+            kept = KVCache(self.model.config, rows, self.model.device, self.dtype, room)
+        return kept
+
+    def close(self) -> None:
+        """Give back what it borrowed."""
+        if self.memory is not None:
+            self.model.memory = self.memory
+
+    def end(self, length: int) -> int:
+        """Where the keys end that a compiled step of rows of at most this length sees."""
+        most = self.model.config.n_sink + self.model.config.seq_len
+        return min(most, max(LEAST_END, 1 << (length - 1).bit_length()))
 
     def live(self) -> list[int]:
         return [row for row, slot in enumerate(self.slots) if slot.live]
+
+    def begin(self, rows: list[int], slots: list[Slot], points: list[Tensor]) -> None:
+        """Read the histories of new slots, which draw by `points` (most,) each."""
+        widest = max(map(len, points))
+        if widest > self.points.shape[1]:
+            self.points = F.pad(self.points, (0, widest - self.points.shape[1]))
+        laid = nn.utils.rnn.pad_sequence(points, batch_first=True)
+        self.points[rows, :widest] = laid.to(self.points.device)
+        self.places[rows] = 0
+        self.read(rows, slots)
 
     def read(self, rows: list[int], slots: list[Slot]) -> None:
         """Begin `rows` with the histories of these slots; equal ones are read once, and of those
@@ -4426,21 +4640,60 @@ class Decoder:
         picks = [unique[window] for window in windows]
         self.cache.put(rows, cache, picks)
         self.logits[rows] = logits[picks]
+        self.positions = None
         for row, slot in zip(rows, slots, strict=True):
             self.slots[row] = slot
 
     def keep(self, rows: list[int]) -> None:
-        self.cache.keep(rows)
-        self.logits = self.logits[rows]
+        self.cache = self.cache.keep(rows)
+        self.logits, self.points = self.logits[rows], self.points[rows]
+        self.places, self.positions = self.places[rows], None
         self.slots = [self.slots[row] for row in rows]
 
-    def push(self, tokens: list[int]) -> None:
-        """Append one id to each live row and compute the logits after it; others stand still."""
+    def run(
+        self,
+        settings: SamplingSettings,
+        stop: frozenset[int],
+        scored: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw ids (n, B) for each row, several before any is looked at where looking waits for the
+        device, and with `scored` their log-probabilities; the last ids are still to be read."""
+        drawn, logps = [], []
+        for _ in range(self.ahead(settings)):
+            if drawn:
+                self.step(drawn[-1].unsqueeze(1))
+            drawn.append(self.draw(settings, stop))
+            if scored:
+                logps.append(self.logps(drawn[-1], settings.temperature))
+            self.count()
+        return torch.stack(drawn), torch.stack(logps) if scored else None
+
+    def count(self) -> None:
+        """Each row has used one of its numbers; those that have ended may have none left."""
+        self.places += 1
+        self.places.clamp_(max=self.points.shape[1] - 1)
+
+    def ahead(self, settings: SamplingSettings) -> int:
+        """How many ids to draw before they are looked at: no row may pass the end of its cache, and
+        penalties need to know what was drawn."""
+        if not on_cuda(self.logits) or settings.penalises:
+            return 1
+        lengths, live = self.cache.lengths, self.live()
+        for row, length in enumerate(lengths):
+            if not self.slots[row].live and length + LOOK_EVERY > self.cache.size:
+                lengths[row], self.positions = self.model.config.n_sink, None
+        left = max(self.slots[row].most - self.slots[row].drawn for row in live)
+        room = min(self.cache.size - lengths[row] for row in live)
+        return max(1, min(LOOK_EVERY, left, room))
+
+    def push(self, ids: Tensor) -> None:
+        """Compute the logits after one more id (B,) of each live row, which its history ends with;
+        others stand still."""
         lengths = self.cache.lengths
         live = set(self.live())
-        for row in live:
-            self.slots[row].history.append(tokens[row])
         full = {row for row, length in enumerate(lengths) if length >= self.cache.size}
+        if full:
+            self.positions = None
         if full & live and self.model.sinks is not None:
             unit = self.model.cos[0]  # YaRN's tables are scaled
             cos, sin = self.model.cos[self.half] / unit, self.model.sin[self.half] / unit
@@ -4449,22 +4702,27 @@ class Decoder:
         for row in full:
             lengths[row] = self.model.config.n_sink
         if live - full:
-            self.step(torch.tensor(tokens, device=self.model.device).unsqueeze(1))  # (B, 1)
+            self.step(ids.unsqueeze(1))
         if again := sorted(full & live):
             self.read(again, [self.slots[row] for row in again])
 
     def step(self, ids: Tensor) -> None:
+        """The logits after ids (B, 1), none of whose rows is full."""
         model, cache = self.model, self.cache
         if not self.compiled:
-            self.logits = model(ids, cache)[:, -1].float()
+            with without_cudnn():
+                self.logits = model(ids, cache)[:, -1].float()
             return
-        end = min(cache.size, max(LEAST_END, 1 << max(cache.lengths).bit_length()))
+        if self.positions is None:
+            self.positions = cache.positions(1)
         step = compiled_once(
-            Transformer.next_logits,
-            dynamic=False,  # on CUDA captured as one graph
-            mode="reduce-overhead" if ids.is_cuda else "default",
+            Transformer.next_logits,  # on CUDA captured as one graph
+            mode="reduce-overhead" if on_cuda(ids) else "default",
         )
-        self.logits = step(model, ids, cache.positions(1), cache, end).float().clone()
+        with without_cudnn():
+            logits = step(model, ids, self.positions, cache, self.end(max(cache.lengths) + 1))
+        self.logits.copy_(logits)  # the next step writes to the same place
+        self.positions += 1
         cache.lengths = [length + 1 for length in cache.lengths]
 
     def shrink(self) -> None:
@@ -4473,25 +4731,33 @@ class Decoder:
         kept = self.live()
         if self.compiled:
             half = len(self.slots) // 2
-            if len(kept) > half:
+            if len(kept) > half or half < LEAST_ROWS:
                 return
             idle = [row for row in range(len(self.slots)) if row not in kept]
             kept += idle[: half - len(kept)]
         self.keep(kept)
 
-    def draw(self, settings: SamplingSettings, stop: frozenset[int]) -> Tensor:
-        """The next id of each row (B,), of those that have ended an arbitrary one."""
-        histories = [slot.history for slot in self.slots]
-        logits = penalise(self.logits.clone(), histories, settings, stop)
-        points = [slot.uniforms[slot.drawn] if slot.live else 0.0 for slot in self.slots]
-        uniform = torch.tensor(points, device=logits.device).unsqueeze(1)
-        return draw(logits, uniform, settings)
+    def draw(
+        self,
+        settings: SamplingSettings,
+        stop: frozenset[int],
+        rows: list[int] | None = None,
+    ) -> Tensor:
+        """The next id of each row, or of these (n,); of those that have ended an arbitrary one."""
+        logits, points, places, slots = self.logits, self.points, self.places, self.slots
+        if rows is not None:
+            logits, points, places = logits[rows], points[rows], places[rows]
+            slots = [slots[row] for row in rows]
+        if settings.penalises:
+            histories = [slot.history for slot in slots]
+            logits = penalise(logits.clone(), histories, settings, stop)
+        return draw(logits, points.gather(1, places), settings)
 
-    def logps(self, tokens: Tensor, temperature: float) -> list[float]:
-        """The log-probability of these next ids, without top-k, top-p and penalties."""
+    def logps(self, tokens: Tensor, temperature: float) -> Tensor:
+        """The log-probabilities (B,) of these next ids, without top-k, top-p and penalties."""
         scores = self.logits / temperature
         chosen = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        return (chosen - scores.logsumexp(1)).tolist()
+        return chosen - scores.logsumexp(1)
 
 
 @torch.inference_mode()
@@ -4513,41 +4779,43 @@ def generate(
     places. A row draws by the seed and its number, by default its place: in fp32 the same ids alone
     as in any batch, while in bf16 the size of a batch changes the rounding of matmuls.
     Beyond the context the oldest half is dropped. `logps` takes, for each prompt, the
-    log-probability of each id at the sampling temperature.
+    log-probability of each id at the sampling temperature. Under autocast a model of lower_weights
+    is faster.
     """
     most = settings.max_new_tokens
     numbers = numbers or range(len(prompts))
     waiting = deque(range(len(prompts)))
     rows = min(at_once or len(prompts), len(prompts))
     room = min(model.config.seq_len, max(map(len, prompts)) + most)
-    decoder = Decoder(model, rows, room, dtype, compiled)
-    while waiting or decoder.live():
-        idle = [row for row, slot in enumerate(decoder.slots) if not slot.live]
-        if len(idle) >= DROP_WHEN * len(decoder.slots):
+    with contextlib.closing(Decoder(model, rows, room, dtype, compiled)) as decoder:
+        while waiting or decoder.live():
+            idle = [row for row, slot in enumerate(decoder.slots) if not slot.live]
             if waiting:
-                begun = []
-                for _ in idle[: len(waiting)]:
-                    row = waiting.popleft()
-                    points = uniforms(seed, numbers[row], most).tolist()
-                    begun.append(Slot(row, list(prompts[row]), points))
-                decoder.read(idle[: len(begun)], begun)
-            else:
-                decoder.shrink()
+                idle = idle[: rows - len(decoder.live())]  # a compiled batch has more of them
+            if idle and len(idle) >= DROP_WHEN * min(rows, len(decoder.slots)):
+                if waiting:
+                    idle = idle[: len(waiting)]
+                    begun = [waiting.popleft() for _ in idle]
+                    slots = [Slot(row, list(prompts[row]), most) for row in begun]
+                    points = [uniforms(seed, numbers[row], most) for row in begun]
+                    decoder.begin(idle, slots, points)
+                else:
+                    decoder.shrink()
 
-        drawn = decoder.draw(settings, stop)
-        if logps is not None:
-            found = decoder.logps(drawn, settings.temperature)
-            for row in decoder.live():
-                logps[decoder.slots[row].prompt].append(found[row])
-        tokens = drawn.tolist()
-        for row in decoder.live():
-            slot = decoder.slots[row]
-            slot.drawn += 1
-            yield slot.prompt, tokens[row]
-            if tokens[row] in stop or slot.drawn == most:
-                slot.live = False
-        if decoder.live():
-            decoder.push(tokens)
+            drawn, scores = decoder.run(settings, stop, logps is not None)
+            found = [[]] * len(drawn) if scores is None else scores.tolist()
+            for tokens, scored in zip(drawn.tolist(), found, strict=True):
+                for row in decoder.live():
+                    slot, token = decoder.slots[row], tokens[row]
+                    slot.drawn += 1
+                    slot.history.append(token)
+                    if scored:
+                        logps[slot.prompt].append(scored[row])
+                    yield slot.prompt, token
+                    if token in stop or slot.drawn == most:
+                        slot.live = False
+            if decoder.live():
+                decoder.push(drawn[-1])
 
 
 def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
@@ -4585,15 +4853,25 @@ class RunningBatch:
     the same ids as alone, but for draws within rounding of the border between two ids. The batch
     grows and shrinks by halves with the texts in it."""
 
-    def __init__(self, model: Transformer, most: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Transformer,
+        most: int,
+        dtype: torch.dtype,
+        compiled: bool = False,
+    ):
         self.model = model
         self.most = most
         self.dtype = dtype
+        self.compiled = compiled
+        if compiled:
+            self.sized(most).close()  # whose memory all sizes share
         self.decoder = self.sized(1)
         self.rows: list[Generation | None] = [None]
 
     def sized(self, rows: int) -> Decoder:
-        return Decoder(self.model, rows, self.model.config.seq_len, self.dtype)
+        room = self.model.config.seq_len
+        return Decoder(self.model, rows, room, self.dtype, self.compiled)
 
     def live(self) -> list[int]:
         return [row for row, generation in enumerate(self.rows) if generation is not None]
@@ -4605,11 +4883,16 @@ class RunningBatch:
     def resize(self, rows: int) -> None:
         """A batch of so many rows, with the texts that are in this one."""
         old, kept = self.decoder, self.live()
+        old.close()
         self.decoder = self.sized(rows)
+        rows = len(self.decoder.slots)
         places = list(range(len(kept)))
         if kept:
             self.decoder.cache.put(places, old.cache, kept)
             self.decoder.logits[places] = old.logits[kept]
+            self.decoder.points = old.points.new_zeros(rows, old.points.shape[1])
+            self.decoder.points[places] = old.points[kept]
+            self.decoder.places[places] = old.places[kept]
         for place, row in enumerate(kept):
             self.decoder.slots[place] = old.slots[row]
         self.rows = [self.rows[row] for row in kept] + [None] * (rows - len(kept))
@@ -4620,8 +4903,9 @@ class RunningBatch:
         if None not in self.rows:
             self.resize(min(self.most, 2 * len(self.rows)))
         row = self.rows.index(None)
-        points = uniforms(generation.seed, generation.number, generation.sampling.max_new_tokens)
-        self.decoder.read([row], [Slot(0, list(generation.ids), points.tolist())])
+        most = generation.sampling.max_new_tokens
+        points = uniforms(generation.seed, generation.number, most)
+        self.decoder.begin([row], [Slot(0, list(generation.ids), most)], [points])
         self.rows[row] = generation
 
     def leave(self, generation: Generation) -> None:
@@ -4646,14 +4930,10 @@ class RunningBatch:
         tokens = [0] * len(self.rows)
         for rows in alike.values():
             generation = self.rows[rows[0]]
-            slots = [decoder.slots[row] for row in rows]
-            histories = [slot.history for slot in slots]
-            logits = decoder.logits[rows]
-            logits = penalise(logits, histories, generation.sampling, generation.stop)
-            points = torch.tensor([[slot.uniforms[slot.drawn]] for slot in slots])
-            drawn = draw(logits, points.to(logits.device), generation.sampling)
+            drawn = decoder.draw(generation.sampling, generation.stop, rows)
             for row, token in zip(rows, drawn.tolist(), strict=True):
                 tokens[row] = token
+        decoder.count()
         return self.push(tokens)
 
     def push(self, tokens: list[int]) -> list[tuple[Generation, Drawn]]:
@@ -4673,16 +4953,20 @@ class RunningBatch:
             found.append((generation, Drawn(tokens[row], chosen[place], best)))
             generation.drawn += 1
             decoder.slots[row].drawn += 1
+            decoder.slots[row].history.append(tokens[row])
             whole = generation.drawn >= generation.sampling.max_new_tokens
             generation.ended = whole or tokens[row] in generation.stop
             if generation.ended:
                 ended.append(generation)
                 decoder.slots[row].live = False
         if decoder.live():
-            decoder.push(tokens)
+            decoder.push(torch.tensor(tokens, device=decoder.logits.device))
         for generation in ended:
             self.leave(generation)
         return found
+
+    def close(self) -> None:
+        self.decoder.close()
 
 
 # ==================================================================================================
@@ -4700,7 +4984,7 @@ def by_parts(work: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: 
     as a whole.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    if hidden.device.type == "cpu":
+    if hidden.device.type == "cpu" and not on_cuda(hidden):
         if torch.compiler.is_compiling() or (targets != IGNORE).all():
             return work(hidden, targets)
         kept = targets != IGNORE
@@ -5142,7 +5426,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     iteration (Jordan et al. 2024); in bf16, but in fp32 on a CPU without it."""
     a, b, c = NEWTON_SCHULZ
     dtype = torch.float32
-    if matrices.is_cuda or bf16_cpu():
+    if on_cuda(matrices) or bf16_cpu():
         dtype = torch.bfloat16
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -5592,14 +5876,20 @@ def load_checkpoint(path: str | Path, base: str | Path = "") -> dict:
     }
 
 
-def build_model(checkpoint: dict, device: torch.device) -> Transformer:
-    """The model of a loaded checkpoint, in evaluation mode."""
+def build_model(
+    checkpoint: dict,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The model of a loaded checkpoint, in evaluation mode; in another dtype than fp32 it computes
+    under autocast alone (lower_weights)."""
     with torch.device("meta"):
         model = Transformer(ModelSettings(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.tie:
         model.lm_head.weight = model.tok_emb.weight
-    return model.float().to(device).eval().requires_grad_(False)
+    model = lower_weights(model.float(), dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
@@ -5852,7 +6142,7 @@ class Metrics:
             "perf/tok_per_s": round(speed, 1),
             "perf/mfu": mfu,
         }
-        if self.machine.device.type == "cuda":
+        if on_cuda(self.machine.device):
             row["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
@@ -5971,11 +6261,6 @@ class Job:
         return self.stream.tokens / self.stream.count
 
 
-def can_compile(device: torch.device) -> bool:
-    compilers = (os.environ.get("CXX") or "g++", "clang++", "cl")
-    return device.type != "mps" and any(map(shutil.which, compilers))
-
-
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
     """Whether to compile: as --compile says, or by the estimated length of the whole run."""
     if choice != "auto":
@@ -6065,7 +6350,7 @@ class Trainer:
     def compile(self, objective: nn.Module) -> nn.Module:
         if not self.compiled:
             return objective
-        return torch.compile(objective, dynamic=False)
+        return compiled(objective)
 
     def averaged(self):
         """The model has its averaged weights inside the block, where --ema asks for them."""
@@ -6553,7 +6838,7 @@ def sample_answers(
     prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
     greedy = SamplingSettings(most, temperature=0.0)
     stop = frozenset({tokenizer.eos})
-    answers = complete(model, prompts, greedy, 0, stop, dtype)
+    answers = complete(reading_copy(model, dtype), prompts, greedy, 0, stop, dtype)
     rows = []
     for turns, ids in zip(questions, answers, strict=True):
         ended = ids[-1:] == [tokenizer.eos]
@@ -6698,6 +6983,7 @@ class Candidate:
                 self.machine.dtype,
                 numbers=numbers,
                 at_once=self.batch_size,
+                compiled=self.machine.compiles,
             )
         texts = []
         for prompt, new in zip(prompts, found, strict=True):
@@ -6726,7 +7012,8 @@ def complete_until(
     """Texts that continue the prompts up to the first of the marks, where they end and leave the
     batch to others; `numbers` are the prompts' own, which they draw by."""
     tokenizer, stop = candidate.tokenizer, frozenset({candidate.tokenizer.eos})
-    batch = RunningBatch(candidate.model, candidate.batch_size, candidate.machine.dtype)
+    machine = candidate.machine
+    batch = RunningBatch(candidate.model, candidate.batch_size, machine.dtype, machine.compiles)
     streams: dict[Generation, TextStream] = {}
     texts: dict[Generation, str] = {}
     for prompt, number in zip(prompts, numbers, strict=True):
@@ -6734,7 +7021,7 @@ def complete_until(
         generation = Generation(ids, sampling, seed, number, stop)
         streams[generation], texts[generation] = TextStream(tokenizer, ids), ""
     waiting = deque(texts)
-    with candidate.machine.autocast():
+    with contextlib.closing(batch), machine.autocast():
         while waiting or batch.live():
             while waiting and not batch.full:
                 batch.join(waiting.popleft())
@@ -6851,7 +7138,7 @@ def open_judge(
         raise UserError(
             f"{path} is not a reward model", f"train one: python {PROGRAM} reward --help"
         )
-    return build_model(saved, machine.device), tokenizer_of(saved, spm, path)
+    return build_model(saved, machine.device, machine.dtype), tokenizer_of(saved, spm, path)
 
 
 # ==================================================================================================
@@ -8790,6 +9077,7 @@ class Sampler:
         self.machine = machine
         self.compiled = compiled
         self.latest: list[Group] = []
+        self.reader: Transformer | None = None  # the model as it is sampled from
 
     def draw(
         self,
@@ -8828,9 +9116,12 @@ class Sampler:
         """The ids of a completion of each problem, and their log-probabilities."""
         logps: list[list[float]] = [[] for _ in asked]
         self.model.eval()
+        if self.reader is None:
+            self.reader = reading_copy(self.model, self.machine.dtype)
+        renew_copy(self.reader, self.model)
         with self.machine.autocast():
             found = complete(
-                self.model,
+                self.reader,
                 [one.ids.tolist() for one in asked],
                 SamplingSettings(self.settings.max_new_tokens, temperature, 0, 1.0),
                 seed,
@@ -10331,8 +10622,10 @@ def draw_attention(candidate: Candidate, text: str, path: Path) -> None:
     tokenizer = candidate.tokenizer
     ids = [tokenizer.bos, *tokenizer.encode(text)][: candidate.model.config.seq_len]
     device = candidate.model.device
+    on_cpu = replace(candidate.machine, device=torch.device("cpu"))
     try:
-        weights = attention_weights(candidate.model.cpu(), torch.tensor([ids]))
+        with on_cpu.autocast():
+            weights = attention_weights(candidate.model.cpu(), torch.tensor([ids]))
     finally:
         candidate.model.to(device)
     sinks = weights[0].shape[1] - len(ids)
@@ -10495,6 +10788,7 @@ class ChatSession:
             frozenset({self.tokenizer.eos}),
             self.machine.dtype,
             numbers=[self.answers],
+            compiled=self.machine.compiles,
         )
         self.answers += 1
         text, pieces = TextStream(self.tokenizer, context), []
@@ -10881,7 +11175,7 @@ def cmd_grpo(
         critic = tuning.network(scalar_head=True)
         if lora.lora_rank:
             attach_lora(critic, lora, tuning.seed)
-    compiles = run.compile == "1" or (run.compile == "auto" and machine.device.type == "cuda")
+    compiles = compiles_generation(run.compile, machine.device)
     sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, compiles)
     held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
     if policy.kl:  # a run begun without it has no reference to go on with
@@ -10905,9 +11199,9 @@ def cmd_grpo(
 def cmd_generate(
     settings: GenerateSettings,
     sampling: SamplingSettings,
-    device: DeviceSettings,
+    device: InferenceSettings,
 ) -> int:
-    machine = open_machine(device)
+    machine = open_to_generate(device)
     saved = load_checkpoint(settings.ckpt, settings.base)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
     requests = make_requests(settings, tokenizer, saved)
@@ -10915,13 +11209,14 @@ def cmd_generate(
         check_writable(Path(settings.out))
     stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
     stream = generate(
-        build_model(saved, machine.device),
+        build_model(saved, machine.device, machine.dtype),
         [request.ids for request in requests],
         sampling,
         device.seed,
         stop,
         machine.dtype,
         at_once=settings.batch_size,
+        compiled=machine.compiles,
     )
     if len(requests) == 1 and not settings.out:
         (one,) = requests
@@ -10953,12 +11248,12 @@ def cmd_generate(
     return 0
 
 
-def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: DeviceSettings) -> int:
-    machine = open_machine(device)
+def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: InferenceSettings) -> int:
+    machine = open_to_generate(device)
     saved = load_checkpoint(settings.ckpt, settings.base)
     tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
     chats = saved.get("kind") not in UNTAUGHT_KINDS
-    model = build_model(saved, machine.device)
+    model = build_model(saved, machine.device, machine.dtype)
     session = ChatSession(model, tokenizer, sampling, machine, device.seed, chats)
     if not chats:
         say("This model was never taught to chat: it continues each text by itself (sft teaches).")
@@ -10978,7 +11273,7 @@ def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candi
     chats = settings.chat == "1"
     if settings.chat == "auto":
         chats = saved.get("kind") in TAUGHT_KINDS
-    key, model = model_key(saved), build_model(saved, machine.device)
+    key, model = model_key(saved), build_model(saved, machine.device, machine.dtype)
     return Candidate(path, key, model, tokenizer, machine, chats, settings.batch_size)
 
 
@@ -10999,13 +11294,13 @@ def look_inside(settings: EvalSettings, candidate: Candidate, out: Path) -> None
         say(f"{path}: the loss of {candidate.name} token by token")
 
 
-def cmd_eval(settings: EvalSettings, sampling: EvalSampling, device: DeviceSettings) -> int:
+def cmd_eval(settings: EvalSettings, sampling: EvalSampling, device: InferenceSettings) -> int:
     if settings.num_samples > 1 and sampling.temperature == 0:
         raise UserError(
             f"--num_samples {settings.num_samples} are all alike at --temperature 0",
             "add --temperature 0.8",
         )
-    machine, out = open_machine(device), Path(settings.out_dir)
+    machine, out = open_to_generate(device), Path(settings.out_dir)
     specs = eval_specs(settings)
     file = AnswerFile(out / "answers.jsonl", machine)
     machine.on_main(check_writable, file.path)

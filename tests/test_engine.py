@@ -282,21 +282,75 @@ def test_rows_that_wait_write_the_same_as_alone(line):
         assert lm.complete(network, QUEUE, s, 11, stop, at_once=at_once) == want, at_once
 
 
-def test_steps_of_fixed_shapes_write_the_same(line, monkeypatch):
-    """What is compiled, run as it is: few sizes, padded with ended rows and unseen keys."""
-    network, s, stop, want = line
-    sizes, ends, real = [], [], lm.Transformer.next_logits
+def run_as_it_is(monkeypatch, network, sizes, ends):
+    """What would be compiled runs as it is; its batch sizes and ends are noted."""
+    real = lm.Transformer.next_logits
 
     def step(model, ids, positions, cache, end):
         sizes.append(len(ids))
         ends.append(end)
+        assert positions.tolist() == [[length] for length in cache.lengths]
         return real(model, ids, positions, cache, end)
 
     monkeypatch.setattr(lm, "compiled_once", lambda function, **options: {real: step}[function])
     monkeypatch.setattr(lm, "LEAST_END", 4)
-    assert lm.complete(network, QUEUE, s, 11, stop, at_once=6, compiled=True) == want
-    assert sizes[0] == 6 and set(sizes) <= {6, 3, 1} and sizes == sorted(sizes, reverse=True)
+    monkeypatch.setattr(lm, "LEAST_ROWS", 2)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_steps_of_fixed_shapes_write_the_same(line, monkeypatch, cuda):
+    """What is compiled, run as it is: few sizes, padded with ended rows and unseen keys; on CUDA
+    several ids are drawn before one is looked at."""
+    network, s, stop, want = line
+    sizes, ends, looks = [], [], []
+    run_as_it_is(monkeypatch, network, sizes, ends)
+    real = lm.Decoder.run
+
+    def run(self, *args):
+        drawn, logps = real(self, *args)
+        looks.append(len(drawn))
+        return drawn, logps
+
+    monkeypatch.setattr(lm.Decoder, "run", run)
+    monkeypatch.setattr(lm, "on_cuda", lambda x: cuda)
+    logps = [[] for _ in QUEUE]
+    found = lm.complete(network, QUEUE, s, 11, stop, at_once=6, compiled=True, logps=logps)
+    assert found == want
+    assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True)
+    assert {8, 4} <= set(sizes) <= {8, 4, 2}
     assert set(ends) <= {4, 8, 16, CONTEXT + network.config.n_sink}
+    assert (max(looks) > 1) == (cuda and not s.penalises), "penalties need each id at once"
+    alone = [[] for _ in QUEUE]
+    monkeypatch.setattr(lm, "on_cuda", lambda x: False)
+    lm.complete(network, QUEUE, s, 11, stop, logps=alone)
+    for mine, theirs in zip(logps, alone, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4, nan_ok=s.temperature == 0)
+
+
+def test_compiled_batches_share_one_memory(monkeypatch):
+    """A captured graph writes to addresses: those of one batch are those of the next."""
+    network, s = build(tie=False), sampling(max_new_tokens=6)
+    run_as_it_is(monkeypatch, network, [], [])
+    seen, real = [], lm.Decoder.step
+
+    def step(self, ids):
+        seen.append([tensor.data_ptr() for tensor in self.cache.tensors])
+        assert all(tensor._dynamo_static_input_type for tensor in self.cache.tensors)
+        return real(self, ids)
+
+    monkeypatch.setattr(lm.Decoder, "step", step)
+    for seed in range(3):
+        lm.complete(network, QUEUE, s, seed, compiled=True)
+    assert len(seen) > 12 and all(addresses == seen[0] for addresses in seen)
+    monkeypatch.setattr(lm.Decoder, "step", real)
+    pairs = []
+    for compiled in (True, False):  # two at a time never write to one memory
+        first, other = (
+            lm.generate(network, prompts, s, 0, compiled=compiled)
+            for prompts in (QUEUE[:2], QUEUE[2:4])
+        )
+        pairs.append(list(zip(first, other, strict=False)))
+    assert pairs[0] == pairs[1]
 
 
 def under_way(model, prompts, s, at_once, stop=frozenset(range(0, 61, 9))):
@@ -386,20 +440,19 @@ def test_put_begins_rows_anew_and_leaves_the_others(model):
     cache = lm.KVCache(model.config, len(texts), torch.device("cpu"), torch.float32, CONTEXT)
     cache.put([0, 1, 2, 3], lm.prefill(model, texts, torch.float32)[1], [0, 1, 2, 3])
     _, other = lm.prefill(model, others, torch.float32)
-    kept = other.k.clone(), other.v.clone(), list(other.lengths)
+    kept = [tensor.clone() for tensor in other.tensors], list(other.lengths)
     cache.put([2, 0], other, [0, 1])
     now = [others[1], texts[1], others[0], texts[3]]
     assert cache.lengths == [len(text) for text in now]
     after = model(torch.full((4, 1), 50), cache)[:, -1]
     for row, text in zip(after, now, strict=True):
         assert torch.allclose(row, model(torch.tensor([[*text, 50]]))[0, -1], atol=1e-4)
-    assert torch.equal(other.k, kept[0]) and torch.equal(other.v, kept[1])
-    assert other.lengths == kept[2] == [3, 6]
+    assert all(map(torch.equal, other.tensors, kept[0]))
+    assert other.lengths == kept[1] == [3, 6]
     cache.put([0, 1, 2, 3], other, [1, 1, 0, 0])  # one row may begin several
     assert cache.lengths == [6, 6, 3, 3]
-    assert torch.equal(cache.k[:, 0, :, :6], other.k[:, 1]) and torch.equal(
-        cache.v[:, 1, :, :6], other.v[:, 1]
-    )
+    for mine, theirs in zip(cache.tensors, other.tensors, strict=True):
+        assert torch.equal(mine[0, :, :6], theirs[1]) and torch.equal(mine[1, :, :6], theirs[1])
 
 
 def test_a_compiled_step_writes_the_same():
