@@ -527,6 +527,7 @@ def setting(
     repeated: bool = True,
     same_on_resume: bool = False,
     basic: bool = False,
+    zero: str = "",
 ):
     """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument.
 
@@ -534,6 +535,7 @@ def setting(
     What a value `expands` to are values of other fields, which their own flags override.
     One that is not `repeated` concerns a single start and is left out of args.txt.
     A resumed run must find it the `same_on_resume`. --help shows what is `basic`, --help_all all.
+    A number 0 is written as the word `zero`, where there is one.
     """
     if least is None and type(default) in (int, float):
         least = 0
@@ -548,6 +550,7 @@ def setting(
         "repeated": repeated,
         "same_on_resume": same_on_resume,
         "basic": basic,
+        "zero": zero,
     }
     return field(default=default, metadata=metadata)
 
@@ -618,6 +621,8 @@ def flag_help(f: Field) -> str:
     default = f.default
     if default in ("", ()):
         default = "none"
+    if f.metadata["zero"] and not default:
+        default = f.metadata["zero"]
     return f"{text} (default: {default})".replace("%", "%%")
 
 
@@ -776,10 +781,18 @@ def read_flags(
     for f in flags(*groups):
         if f.name not in given:
             continue
+        word = f.metadata["zero"]
+        if word and given[f.name] == word:
+            values[f.name] = f.type(0)
+            continue
         try:
             values[f.name] = parse_value(f.type, given[f.name])
+            if word and not values[f.name]:
+                found.append((f"--{f.name} 0 is too small", f"use at least 1, or {word}"))
         except (KeyError, ValueError):
             noun = KINDS[f.type][1]
+            if word:
+                noun += f", or {word}"
             found.append((f"--{f.name} {given[f.name]} is not {noun}", f"give {noun}"))
 
     made = []
@@ -809,6 +822,8 @@ def flag_words(f: Field, value: object) -> list[str]:
         return [f"--{f.name}", *value]
     if isinstance(value, bool):
         value = int(value)
+    if f.metadata["zero"]:
+        value = value or f.metadata["zero"]
     return [f"--{f.name}={value}"]  # one word, so that a value may begin with - or @
 
 
@@ -1035,12 +1050,28 @@ class StepSettings:
     """Size and cost of a step."""
 
     preset: str = setting("", "published model size", expands=PRESETS, repeated=False, basic=True)
-    batch_size: int = setting(8, "sequences per micro-batch and device", least=1, basic=True)
-    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1, basic=True)
+    batch_size: int = setting(
+        0,
+        "sequences per micro-batch and device; auto: as many as fit on a GPU, few on a CPU",
+        zero="auto",
+        basic=True,
+    )
+    grad_accum_steps: int = setting(
+        0,
+        "micro-batches per optimizer step; auto: 1, or what an automatic --batch_size leaves",
+        zero="auto",
+        basic=True,
+    )
     grad_checkpoint: bool = setting(
         False, "recompute activations in the backward pass: slower, with far less memory"
     )
     usd_per_hour: float = setting(0.0, "price of the machine per hour; logs the cost of the run")
+    usual_batch = 8  # sequences of a step on a device, where no flag says more
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that surely fit, where --batch_size is automatic."""
+        return self.batch_size or self.usual_batch
 
 
 @dataclass
@@ -1066,7 +1097,11 @@ class RunSettings(StepSettings):
     )
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int = setting(250, "steps between evaluations", least=1, basic=True)
-    eval_tokens: int = setting(2_000_000, "maximum validation tokens per evaluation", least=1)
+    eval_tokens: int = setting(
+        0,
+        "maximum validation tokens per evaluation; auto: about 5% of the time of training",
+        zero="auto",
+    )
     ckpt_interval: int = setting(250, "steps between checkpoints", least=1, basic=True)
     keep_last: int = setting(2, "numbered checkpoints to keep", least=1)
     wandb: str = setting("", "Weights & Biases project to log to", basic=True)
@@ -1710,9 +1745,7 @@ class DemoSettings:
     )
 
 
-@with_defaults(
-    "path", "grad_accum_steps", "grad_checkpoint", "gpu", "mfu", "tok_per_s", batch_size=4
-)
+@with_defaults("path", "grad_accum_steps", "grad_checkpoint", "gpu", "mfu", "tok_per_s")
 class BenchSettings(InfoSettings):
     """What to measure, and to plan."""
 
@@ -1749,13 +1782,14 @@ class GrpoOptim(TuneOptim):
     "grad_accum_steps",
     "eval_tokens",
     max_steps=200,
-    batch_size=32,
     log_interval=1,
     eval_interval=20,
     ckpt_interval=20,
 )
 class GrpoRun(TuneRun):
     """The run."""
+
+    usual_batch = 32
 
 
 @with_defaults("dropout")  # without it the first ratio is exactly 1
@@ -1811,6 +1845,19 @@ def on_cuda(x: Tensor | torch.device) -> bool:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Rows that are on their way from all ranks."""
+
+    rows: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self.work:
+            self.work.wait()
+        return self.rows
+
+
+@dataclass(frozen=True)
 class Machine:
     """The device and precision of this process, and its place among the ranks."""
 
@@ -1856,6 +1903,22 @@ class Machine:
         box = [None] * self.world
         dist.all_gather_object(box, value)
         return box
+
+    def share_of(self, rows: Tensor) -> Tensor:
+        """This rank's part of rows (n, …), as many as any other's: filled up with zeros."""
+        if self.world == 1:
+            return rows
+        each = -(-len(rows) // self.world)
+        mine = rows[self.rank * each : (self.rank + 1) * each]
+        return torch.cat((mine, rows.new_zeros(each - len(mine), *rows.shape[1:])))
+
+    def gather(self, mine: Tensor, count: int) -> "Gathered":
+        """Begin to gather the shares of all ranks to the `count` rows that they are of."""
+        if self.world == 1:
+            return Gathered(mine, None)
+        whole = mine.new_empty(len(mine) * self.world, *mine.shape[1:])
+        work = dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True)
+        return Gathered(whole[:count], work)
 
     def broadcast(self, value):
         """The value of rank 0, on every rank."""
@@ -3111,24 +3174,38 @@ class Mixture(Stream):
             )
         self.count = sum(part.count for part in parts)
         self.tokens = sum(part.tokens for part in parts)
+        self.latest: tuple = (-1, None, None)
 
     def domains(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The domain of each sample number, and its sample number there."""
         blocks, places = np.divmod(samples, MIXTURE_BLOCK)
         domains, numbers = np.empty_like(samples), np.empty_like(samples)
         for block in np.unique(blocks):
-            order = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, f"{self.seed}/mixture/{block}")
-            whole = np.searchsorted(self.ends, order, side="right")  # the domain of each place
-            ranks = np.empty_like(order)
-            for domain, share in enumerate(self.shares):
-                ranks[whole == domain] = block * share + np.arange(share)
             here = blocks == block
+            whole, ranks = self.block(int(block))
             domains[here], numbers[here] = whole[places[here]], ranks[places[here]]
         return domains, numbers
 
+    def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place in a block the domain, and the sample number there; the latest is kept, as
+        steps that follow each other share it."""
+        if self.latest[0] != block:
+            order = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, f"{self.seed}/mixture/{block}")
+            whole = np.searchsorted(self.ends, order, side="right")
+            ranks = np.empty_like(order)
+            for domain, share in enumerate(self.shares):
+                ranks[whole == domain] = block * share + np.arange(share)
+            self.latest = block, whole, ranks
+        return self.latest[1:]
+
     def samples(self, numbers: np.ndarray) -> list:
-        pairs = zip(*self.domains(numbers), strict=True)
-        return [self.parts[domain].samples(np.array([i]))[0] for domain, i in pairs]
+        domains, places = self.domains(numbers)
+        found: list = [None] * len(numbers)
+        for domain in np.unique(domains):
+            here = np.flatnonzero(domains == domain)
+            for place, item in zip(here, self.parts[domain].samples(places[here]), strict=True):
+                found[place] = item
+        return found
 
 
 def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
@@ -3146,6 +3223,25 @@ def mixed(parts: list[Stream], weights: list[float]) -> Stream:
     if len(parts) == 1:
         return parts[0]
     return Mixture(parts, weights)
+
+
+class Ahead:
+    """Steps' batches, each made in a thread while the device works on the one before."""
+
+    def __init__(self, make: Callable[[int], StepBatch]):
+        self.make = make
+        self.thread = ThreadPoolExecutor(1)
+        self.coming: tuple[int, Future] | None = None
+
+    def take(self, first: int) -> StepBatch:
+        """The step whose first sample number is `first`; that behind it is begun."""
+        if self.coming and self.coming[0] == first:
+            batch = self.coming[1].result()
+        else:
+            batch = self.make(first)
+        behind = first + batch.samples
+        self.coming = behind, self.thread.submit(self.make, behind)
+        return batch
 
 
 # ==================================================================================================
@@ -5391,9 +5487,17 @@ DESCENTS = {
     "constant": lambda elapsed: 0.0,
 }
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
+NEWTON_SCHULZ_ROOM = 1.01  # by which rounding may lift a singular value above 1
 
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (  # quintic coefficients of each step, with that room, for singular values from
+    # 1e-3 (Amsel et al. 2025, Polar Express, algorithm 1)
+    (8.205160414005569, -22.901934987056040, 16.460724910180307),
+    (4.066395159942772, -2.861154086755142, 0.518399522669474),
+    (3.909594904438000, -2.823351735039513, 0.525036976939002),
+    (3.285564017198614, -2.415301959635945, 0.485294065527908),
+    (2.277873287083978, -1.619821765265440, 0.398480787041693),
+)
+
 
 MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
 
@@ -5421,32 +5525,35 @@ def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
     return 1 - (1 - settings.min_lr) * DESCENTS[name](elapsed)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Semi-orthogonal matrices near (n, rows, columns): singular values near 1, by Newton-Schulz
-    iteration (Jordan et al. 2024); in bf16, but in fp32 on a CPU without it."""
-    a, b, c = NEWTON_SCHULZ
+def newton_schulz(x: Tensor) -> Tensor:
+    """Semi-orthogonal matrices near wide ones (n, rows, columns): singular values near 1."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * NEWTON_SCHULZ_ROOM).clamp(min=1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def orthogonalise(matrices: Tensor, compiled: bool = False) -> Tensor:
+    """Semi-orthogonal matrices near (n, rows, columns), by Newton-Schulz iteration (Jordan et al.
+    2024); in bf16, but in fp32 on a CPU without it."""
     dtype = torch.float32
     if on_cuda(matrices) or bf16_cpu():
         dtype = torch.bfloat16
+    iterate = compiled_once(newton_schulz) if compiled else newton_schulz
     x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    if tall:
-        x = x.mT
-    return x.to(matrices.dtype)
+    if x.shape[-2] > x.shape[-1]:
+        return iterate(x.mT).mT.to(matrices.dtype)
+    return iterate(x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for hidden matrices (Jordan et al. 2024).
 
-    As torch.optim.Muon, but with all matrices of a shape in one batch, in fp32 on CPUs without
-    bf16 (where torch's would take minutes a step), and with a group's "rows" naming the parts of
-    a fused projection that are matrices of their own.
+    As torch.optim.Muon, but with all matrices of a shape in one batch, of which each rank
+    orthogonalises its share; in fp32 on CPUs without bf16 (where torch's would take minutes a
+    step); and with a group's "rows" naming the parts of a fused projection that are matrices of
+    their own.
     """
 
     def __init__(
@@ -5456,12 +5563,37 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float,
         scale: str,
+        machine: Machine,
+        compiled: bool = False,
     ):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(groups, {**defaults, "scale": scale, "rows": None})
+        self.machine = machine
+        self.compiled = compiled
 
     @torch.no_grad()
     def step(self) -> None:
+        waiting = None
+        for size, parts, updates in self.batches():
+            found = self.begin(updates)
+            if waiting:  # for the other ranks, while the next batch is computed
+                self.move(*waiting)
+            waiting = size, parts, found
+        if waiting:
+            self.move(*waiting)
+
+    def begin(self, matrices: Tensor) -> Gathered:
+        """Orthogonalise this rank's share of matrices (n, rows, columns), and send for the rest."""
+        mine = self.machine.share_of(matrices)
+        return self.machine.gather(orthogonalise(mine, self.compiled), len(matrices))
+
+    def move(self, size: float, parts: list[Tensor], found: Gathered) -> None:
+        directions = found.wait().view(len(parts), *parts[0].shape)
+        torch._foreach_add_(parts, list(directions), alpha=-size)
+
+    def batches(self) -> Iterator[tuple[float, list[Tensor], Tensor]]:
+        """Weights of one shape, by how much they are to move, and their updates (n, rows,
+        columns)."""
         for group in self.param_groups:
             for shape, pairs in self.matrices(group).items():
                 rows, columns = shape[-2:]
@@ -5471,9 +5603,7 @@ class Muon(torch.optim.Optimizer):
                 at_once = max(1, MUON_AT_ONCE // math.prod(shape))
                 for i in range(0, len(pairs), at_once):
                     parts, updates = zip(*pairs[i : i + at_once], strict=True)
-                    updates = torch.stack(updates)
-                    directions = orthogonalise(updates.flatten(0, -3)).view_as(updates)
-                    torch._foreach_add_(parts, list(directions), alpha=-size)
+                    yield size, list(parts), torch.stack(updates).flatten(0, -3)
 
     def matrices(self, group: dict) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
         """(weight, momentum) of each matrix of a group, by shape; the weights are decayed."""
@@ -5520,7 +5650,8 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def make_optimizers(
     model: Transformer,
     settings: OptimSettings,
-    device: torch.device,
+    machine: Machine,
+    compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
     kinds = split_parameters(model)
@@ -5537,7 +5668,7 @@ def make_optimizers(
     groups = [group for group in groups if group["params"]]
     if groups:
         betas = (settings.beta1, settings.beta2)
-        fused = device.type in ("cpu", "cuda")
+        fused = machine.device.type in ("cpu", "cuda")
         optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=fused))
     if muon:
         attn = model.blocks[0].attn
@@ -5550,6 +5681,8 @@ def make_optimizers(
                 settings.weight_decay,
                 settings.muon_momentum,
                 settings.muon_scale,
+                machine,
+                compiled,
             )
         )
     return optimizers
@@ -5909,17 +6042,66 @@ def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def save_step(out: Path, checkpoint: dict, keep_last: int) -> None:
-    """Write ckpt_NNNNNNNN.pt, make it ckpt_last.pt too, and drop the oldest beyond keep_last."""
-    path = out / f"ckpt_{checkpoint['step']:08d}.pt"
-    save_checkpoint(path, checkpoint)
-    twin = out / ".ckpt_last.pt.tmp"
+def on_host(value: object, seen: dict | None = None) -> object:
+    """A copy in the CPU's memory of what holds tensors, which training may then change; those that
+    share memory share it in the copy too."""
+    seen = {} if seen is None else seen
+    if isinstance(value, dict):
+        return {key: on_host(one, seen) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(one, seen) for one in value)
+    if not isinstance(value, Tensor):
+        return value
+    place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    if place not in seen:
+        host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        seen[place] = host.copy_(value, non_blocking=True)
+    return seen[place]
+
+
+class Writer:
+    """Writes files in a thread, so that training does not wait for the disk: one at a time, each
+    whole before the next is begun. The end of the program waits for it."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.job: Future | None = None
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.job and self.job.done() and self.job.exception())
+
+    def submit(self, work: Callable, *args) -> None:
+        """Begin work(*args), after what was begun before; raises what that ended with."""
+        self.wait()
+        self.job = self.pool.submit(work, *args)
+
+    def wait(self) -> None:
+        """Raise what the writing ended with, once it has ended."""
+        job, self.job = self.job, None
+        if job:
+            job.result()
+
+
+def link(path: Path, name: Path) -> None:
+    """Make `name` the same file as `path`, in one moment."""
+    twin = name.with_name(f".{name.name}.tmp")
     twin.unlink(missing_ok=True)
     try:
         os.link(path, twin)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, twin)
-    os.replace(twin, out / "ckpt_last.pt")
+    os.replace(twin, name)
+
+
+def save_step(out: Path, checkpoint: dict, keep_last: int, best: bool = False) -> None:
+    """Write ckpt_NNNNNNNN.pt once, make it ckpt_last.pt and, if it is the `best`, ckpt_best.pt
+    too, and drop the oldest beyond keep_last."""
+    path = out / f"ckpt_{checkpoint['step']:08d}.pt"
+    save_checkpoint(path, checkpoint)
+    link(path, out / "ckpt_last.pt")
+    if best:
+        link(path, out / "ckpt_best.pt")
     fsync_folder(out)
     for old in numbered(out)[keep_last:]:
         old.unlink()
@@ -6236,8 +6418,8 @@ GAUGES = {"sums": (list, tuple), "step": int, "steps": int, "tokens": int, "seco
 class Job:
     """What a trainer gives the loop.
 
-    evaluate(module) runs on every rank, samples(model) on rank 0. The best checkpoint is that of
-    the lowest `best` metric, or of the highest with `maximise`. `names` are those of the loss's
+    evaluate(module, run) runs on every rank, samples(model) on rank 0. The best checkpoint is that
+    of the lowest `best` metric, or of the highest with `maximise`. `names` are those of the loss's
     sums; `lora` describes adapters and their base.
     """
 
@@ -6245,7 +6427,7 @@ class Job:
     model: Transformer
     loss: Callable[..., Tensor]
     stream: Stream
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    evaluate: Callable[[nn.Module, RunSettings], dict[str, float]]
     tokenizer: Tokenizer
     names: tuple[str, ...] = ("loss",)
     samples: Callable[[Transformer], list[dict]] | None = None
@@ -6259,6 +6441,36 @@ class Job:
     @property
     def sample_tokens(self) -> float:
         return self.stream.tokens / self.stream.count
+
+
+def plan_memory(
+    config: ModelSettings,
+    settings: StepSettings,
+    optim: OptimSettings,
+) -> dict[str, float]:
+    """Bytes on a device: weights, gradients, optimizer, activations (bf16, fused attention)."""
+    counts = parameter_counts(config)
+    total = counts["total"]
+    tokens = settings.micro_batch * config.seq_len
+    active = config.n_expert_active if config.n_expert else 1
+    heads = config.head_size * (config.n_head + config.kv_heads)
+    layer = 4 * (heads + 3 * config.d_model + 2 * config.ffn_width * active)
+    activations = layer * config.n_layer
+    if settings.grad_checkpoint:  # of most layers only the input is kept
+        activations = 2 * config.d_model * config.n_layer + layer
+
+    optimizer = 8 * total
+    if optim.optimizer == "muon":
+        optimizer -= 4 * counts["blocks"]
+    if optim.ema:
+        optimizer += 4 * total
+    logits = min(tokens, LOSS_ROWS) * config.vocab_size * 10
+    return {
+        "weights": 6 * total,  # fp32, and the bf16 copies that matmuls read
+        "gradients": 4 * total,
+        "optimizer": optimizer,
+        "activations": tokens * activations + logits,
+    }
 
 
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
@@ -6326,16 +6538,16 @@ class Trainer:
         self.step = saved.get("step", 0)
         self.samples = saved.get("samples", 0)
         self.best_val = saved.get("best_val", math.inf)
+        self.best_is_new = False
+        self.writer = Writer()
+        self.ahead = Ahead(self.step_batch)
 
-        self.optimizers = make_optimizers(job.model, optim, machine.device)
         self.ema: EMA | None = None
         if optim.ema:
             self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.dtype == torch.float16
         )
-        if saved:
-            load_optimizers(self.optimizers, saved["optim"])
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -6343,6 +6555,9 @@ class Trainer:
         self.step_samples = job.step_samples(run, machine.world)
         total = float(flops) * run.max_steps * self.step_samples * job.sample_tokens
         self.compiled = wants_compile(run.compile, total, machine)
+        self.optimizers = make_optimizers(job.model, optim, machine, self.compiled)
+        if saved:
+            load_optimizers(self.optimizers, saved["optim"])
         self.objective = self.compile(Objective(job.model, job.loss))
         self.wrapped = distribute(self.objective, machine)
         self.metrics = Metrics(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
@@ -6386,9 +6601,7 @@ class Trainer:
     def train_step(self, stop: int) -> bool:
         """One optimizer step over all ranks; whether any rank was told to stop."""
         run, machine = self.run, self.machine
-        batch = self.job.stream.step(
-            self.samples, run.batch_size, run.grad_accum_steps, machine.rank, machine.world
-        )
+        batch = self.ahead.take(self.samples)
         targets, tokens, stops = machine.all_reduce_sum(batch.targets, batch.tokens, stop)
         seed_step(self.args["seed"], self.step, machine.rank)
         lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
@@ -6404,6 +6617,16 @@ class Trainer:
             row |= self.evaluate()
         self.metrics.write(row)
         return bool(stops)
+
+    def step_batch(self, first: int) -> StepBatch:
+        """This rank's share of the step whose first sample is `first`, ready for the device."""
+        run, machine = self.run, self.machine
+        size = run.batch_size, run.grad_accum_steps
+        batch = self.job.stream.step(first, *size, machine.rank, machine.world)
+        if not on_cuda(machine.device):
+            return batch
+        pinned = [type(micro)(*(tensor.pin_memory() for tensor in micro)) for micro in batch.micros]
+        return replace(batch, micros=pinned)
 
     def count_step(self) -> None:
         self.step += 1
@@ -6449,8 +6672,10 @@ class Trainer:
             row = self.measure_model()
             if keep_best and self.job.best in row and self.is_best(row[self.job.best]):
                 self.best_val = row[self.job.best]
-
-                self.save_best()
+                if self.ema:
+                    self.save_best()
+                else:
+                    self.best_is_new = True  # and is saved when the step is over
         if self.machine.main and not self.metrics.progress.bar and row:
             figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
             say_aside(f"step {self.step}: {figures}")
@@ -6468,7 +6693,7 @@ class Trainer:
         """The metrics of Job.evaluate, in evaluation mode; samples are written and printed."""
         self.objective.eval()
         with torch.no_grad(), self.machine.autocast():
-            row = self.job.evaluate(self.objective)
+            row = self.job.evaluate(self.objective, self.run)
             if self.job.samples and self.machine.main:
                 self.metrics.write_samples(self.job.samples(self.job.model))
         self.objective.train()
@@ -6480,11 +6705,30 @@ class Trainer:
         return row
 
     def save_best(self) -> None:
-        self.machine.on_main(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
+        """Write ckpt_best.pt, of the weights that the model has now."""
+        saved = self.checkpoint()
+        self.write(save_checkpoint, self.out / "ckpt_best.pt", saved)
 
-    def save(self) -> None:
+    def write(self, work: Callable, where: Path, saved: dict, *args) -> None:
+        """Have rank 0 write a checkpoint, of which it takes a copy at once."""
+
+        def begin() -> None:
+            copied = on_host(saved)
+            if on_cuda(self.machine.device):
+                torch.cuda.synchronize()  # the copies
+            self.writer.submit(work, where, copied, *args)
+
+        self.machine.on_main(begin)
+
+    def save(self, numbered: bool) -> None:
+        """Write the checkpoints that are due, once: the `numbered` one, and the best if it is new;
+        averaged weights are the best ones, and were written when they were measured."""
         with self.metrics.aside():
-            self.machine.on_main(save_step, self.out, self.checkpoint(), self.run.keep_last)
+            best, self.best_is_new = self.best_is_new, False
+            if numbered:
+                self.write(save_step, self.out, self.checkpoint(), self.run.keep_last, best)
+            elif best:
+                self.save_best()
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
@@ -6495,11 +6739,11 @@ class Trainer:
         ):
             stop = False
             while self.step < self.run.max_steps and not stop:
-                stop = self.train_step(signals.received)
+                stop = self.train_step(signals.received or self.writer.failed)
                 if trace:
                     trace.step()
-                if stop or self.due(self.run.ckpt_interval):
-                    self.save()
+                self.save(stop or self.due(self.run.ckpt_interval))
+            self.machine.on_main(self.writer.wait)
         self.metrics.progress.close()
         if self.step < self.run.max_steps:
             self.say_how_to_resume()
@@ -6509,6 +6753,7 @@ class Trainer:
                 self.save_best()
             if not self.job.lora:
                 self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
+        self.machine.on_main(self.writer.wait)
         return 0
 
     def say_how_to_resume(self) -> None:
@@ -6524,16 +6769,11 @@ class Trainer:
 
 def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
     """Keep the size of a step on another number of ranks, unless new flags say what it is."""
-    old, now = saved["args"], run.batch_size * run.grad_accum_steps * world
+    old, now = saved["args"], run.batch_size * max(1, run.grad_accum_steps) * world
     same = (old["batch_size"], old["grad_accum_steps"]) == (run.batch_size, run.grad_accum_steps)
     if now == old["step_samples"] or not same:
         return run
-    share, rest = divmod(old["step_samples"], world)
-    if rest:
-        raise UserError(
-            f"a step of {old['step_samples']} sequences cannot be divided among {world} ranks",
-            "give new --batch_size and --grad_accum_steps",
-        )
+    share = share_of_step(old["step_samples"], world)
     batch_size = max(size for size in divisors(share) if size <= run.batch_size)
     run = replace(run, batch_size=batch_size, grad_accum_steps=share // batch_size)
     say(
@@ -6541,6 +6781,102 @@ def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
         f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences"
     )
     return run
+
+
+def share_of_step(samples: int, world: int) -> int:
+    """A rank's sequences of a step of so many."""
+    share, rest = divmod(samples, world)
+    if rest:
+        raise UserError(
+            f"a step of {samples} sequences cannot be divided among {world} ranks",
+            "give new --batch_size and --grad_accum_steps",
+        )
+    return share
+
+
+STEP_TOKENS = (  # (parameters, tokens of a step from there on): small models learn from small steps
+    (0, 1 << 15),
+    (10e6, 1 << 16),
+    (30e6, 1 << 17),
+    (60e6, 1 << 18),
+    (100e6, 1 << 19),  # GPT-2 124M's and nanochat's, up to 700M
+    (1e9, 1 << 20),
+)
+
+MICRO_TOKENS = 1 << 17  # of a micro-batch: more does not train faster
+
+MEMORY_USED = 0.85  # of a device's memory, by plan
+
+
+def step_tokens(parameters: int) -> int:
+    """Tokens of an optimizer step that a model of such a size learns well from."""
+    return max(tokens for least, tokens in STEP_TOKENS if parameters >= least)
+
+
+def device_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def largest_batch(job: Job, machine: Machine, run: RunSettings, optim: OptimSettings) -> int:
+    """The largest power of two of samples whose planned memory the device has; at least 1."""
+    config, rows = job.model.config, 1
+    if not job.stream.per_step:
+        rows = len(job.stream.collate(job.stream.items(np.array([0]))).ids)  # of a pair 2
+    size = max(1, MICRO_TOKENS // (config.seq_len * rows))
+    size = 1 << (size.bit_length() - 1)
+    room = MEMORY_USED * device_memory(machine.device)
+    while size > 1:
+        planned = plan_memory(config, replace(run, batch_size=size * rows), optim)
+        if sum(planned.values()) <= room:
+            break
+        size //= 2
+    return size
+
+
+def choose_step(
+    run: RunSettings,
+    job: Job,
+    machine: Machine,
+    optim: OptimSettings,
+    samples: int,
+) -> RunSettings:
+    """The run with the sizes of its step: where --batch_size is automatic, what the device holds,
+    accumulated to `samples`, or where that is 0 to a size that suits the model."""
+    accum, cuda = run.grad_accum_steps, on_cuda(machine.device)
+    if run.batch_size:
+        return replace(run, grad_accum_steps=accum or 1)
+    size = largest_batch(job, machine, run, optim) if cuda else run.micro_batch
+    if job.stream.per_step:
+        return replace(run, batch_size=size, grad_accum_steps=1)
+    if accum and not samples:
+        return replace(run, batch_size=size)
+    if not samples and cuda and job.kind == "train":
+        wanted = step_tokens(parameter_counts(job.model.config)["total"])
+        share = max(1, round(wanted / (job.model.config.seq_len * machine.world)))
+        size = min(size, 1 << (share.bit_length() - 1))
+        share = -(-share // size) * size
+    elif not samples:
+        share = run.usual_batch
+    else:
+        share = share_of_step(samples, machine.world)
+    size = max(n for n in divisors(share) if n <= size)
+    return replace(run, batch_size=size, grad_accum_steps=share // size)
+
+
+EVAL_SHARE = 0.05  # of the time of training
+
+EVAL_TOKENS = (1 << 14, 2_000_000)  # fewest and most of an evaluation, where --eval_tokens is auto
+
+
+def choose_eval_tokens(run: RunSettings, job: Job, machine: Machine) -> RunSettings:
+    """The run with the tokens of an evaluation. A token takes a third as long there as in training,
+    so they follow from those trained on in between, and are the same after a restart."""
+    if run.eval_tokens:
+        return run
+    steps = min(run.eval_interval, run.max_steps)
+    trained = steps * job.step_samples(run, machine.world) * job.sample_tokens
+    least, most = EVAL_TOKENS
+    return replace(run, eval_tokens=max(least, min(most, round(3 * EVAL_SHARE * trained))))
 
 
 def check_fields(saved: dict, types: dict[str, object], name: str = "") -> None:
@@ -6623,8 +6959,31 @@ def resume(
     return saved
 
 
-def describe_run(job: Job, machine: Machine, run: RunSettings, saved: dict | None) -> None:
-    """Say what is trained, where, and on how much."""
+def chosen_sizes(job: Job, machine: Machine, run: RunSettings, given: RunSettings) -> Iterator[str]:
+    """What was chosen instead of the user, who had not `given` it."""
+    if job.stream.per_step:
+        return
+    if on_cuda(machine.device) and not given.batch_size:
+        yield (
+            f"batch: {run.grad_accum_steps} x {run.batch_size} sequences on each device, as the "
+            "model and the device suggest (--batch_size, --grad_accum_steps)"
+        )
+    if not given.eval_tokens:
+        yield (
+            f"evaluation: at most {short(run.eval_tokens)} tokens every {run.eval_interval} steps, "
+            f"about {EVAL_SHARE:.0%} of the time (--eval_tokens)"
+        )
+
+
+def describe_run(
+    job: Job,
+    machine: Machine,
+    run: RunSettings,
+    given: RunSettings,
+    saved: dict | None,
+) -> None:
+    """Say what is trained, where, and on how much; `given` are the settings before defaults that
+    depend on model and machine."""
     config, stream = job.model.config, job.stream
     total = parameter_counts(config)["total"]
     samples = job.step_samples(run, machine.world)
@@ -6641,6 +7000,7 @@ def describe_run(job: Job, machine: Machine, run: RunSettings, saved: dict | Non
         f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
         f"data: {short(stream.tokens)} training tokens; {step_tokens:,.0f} per step, "
         f"{short(step_tokens * run.max_steps)} in the run ({epochs:.2g} epochs)",
+        *chosen_sizes(job, machine, run, given),
     )
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
@@ -6692,14 +7052,20 @@ def train_job(
     """
     args, args_text = settings_dict(*groups) | extra, settings_text(*groups)
     saved = resume(job, machine, run, args, groups, extra)
+    given, samples = run, 0
     if saved and not job.stream.per_step:
-        run = keep_step_size(run, saved, machine.world)
+        if run.batch_size:
+            run = keep_step_size(run, saved, machine.world)
+        elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
+            samples = saved["args"]["step_samples"]
+    run = choose_step(run, job, machine, optim, samples)
     if not run.max_steps:
         samples = job.step_samples(run, machine.world)
         run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
+    run = choose_eval_tokens(run, job, machine)
     job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
     machine.on_main(begin_run, Path(run.out_dir), args_text)
-    describe_run(job, machine, run, saved)
+    describe_run(job, machine, run, given, saved)
     trainer = make(job, machine, run, optim, args, saved)
     del saved  # frees its memory
     code = trainer.fit()
@@ -9317,7 +9683,7 @@ class Critic:
         loss = functools.partial(value_loss, clip=settings.value_clip)
         module = trainer.compile(Objective(model, loss))
         self.wrapped = distribute(module, trainer.machine)
-        self.optimizers = make_optimizers(model, self.optim, trainer.machine.device)
+        self.optimizers = make_optimizers(model, self.optim, trainer.machine, trainer.compiled)
         model.grad_checkpoint = trainer.run.grad_checkpoint
         if saved:
             try:
@@ -9740,7 +10106,7 @@ class PolicyTrainer(Trainer):
         """The policy becomes the reference, and its optimizer starts again (Liu et al. 2025,
         ProRL, section 2.2.2)."""
         self.reference = WeightCopy(self.job.model)
-        self.optimizers = make_optimizers(self.job.model, self.optim, self.machine.device)
+        self.optimizers = make_optimizers(self.job.model, self.optim, self.machine, self.compiled)
 
     def warn(self, row: dict[str, float]) -> None:
         """Say, once each, when steps teach nothing or completions are cut off."""
@@ -9948,7 +10314,7 @@ class Tuning:
             attach_lora(network, self.lora, self.seed)
             lora = self.adapters()
 
-        def evaluate(module: nn.Module) -> dict[str, float]:
+        def evaluate(module: nn.Module, run: RunSettings) -> dict[str, float]:
             share = run.batch_size, run.eval_tokens, machine.rank, machine.world
             parts = [(name, weight, stream.in_order(*share)) for name, weight, stream in val]
             return validate(module, parts, machine, names)
@@ -9975,7 +10341,7 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
         logps = np.load(path)
     else:
         pairs = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
-        logps = row_logps(network.eval(), pairs, tuning.run.batch_size, machine)
+        logps = row_logps(network.eval(), pairs, tuning.run.micro_batch, machine)
         machine.on_main(save_array, path, logps)
     for stream in streams:
         stream.numbers, logps = logps[: stream.count], logps[stream.count :]
@@ -10000,7 +10366,7 @@ def score_rows(
 
     found = read_rows(reward.score, parse, tune.on_bad_row, "--score")
     chats = [turns for _, group in found for turns in group]
-    scores = iter(score_answers(model, tokenizer, chats, run.batch_size, machine))
+    scores = iter(score_answers(model, tokenizer, chats, run.micro_batch, machine))
     names = {1: ("reward",), 2: ("chosen_reward", "rejected_reward")}
     rows = [row | {name: next(scores) for name in names[len(group)]} for row, group in found]
     write_jsonl(out, rows)
@@ -10016,6 +10382,8 @@ def score_rows(
 # ==================================================================================================
 # Planning: what a checkpoint is, what a run takes, the fastest flags
 # ==================================================================================================
+
+BENCH_BATCH = 4  # sequences of the first trial
 
 BENCH_WARMUP = 2  # steps before timing
 
@@ -10067,36 +10435,6 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         yield "tokenizer: none in the checkpoint, use --spm"
 
 
-def plan_memory(
-    config: ModelSettings,
-    settings: InfoSettings,
-    optim: OptimSettings,
-) -> dict[str, float]:
-    """Bytes on a device: weights, gradients, optimizer, activations (bf16, fused attention)."""
-    counts = parameter_counts(config)
-    total = counts["total"]
-    tokens = settings.batch_size * config.seq_len
-    active = config.n_expert_active if config.n_expert else 1
-    heads = config.head_size * (config.n_head + config.kv_heads)
-    layer = 4 * (heads + 3 * config.d_model + 2 * config.ffn_width * active)
-    activations = layer * config.n_layer
-    if settings.grad_checkpoint:  # of most layers only the input is kept
-        activations = 2 * config.d_model * config.n_layer + layer
-
-    optimizer = 8 * total
-    if optim.optimizer == "muon":
-        optimizer -= 4 * counts["blocks"]
-    if optim.ema:
-        optimizer += 4 * total
-    logits = min(tokens, LOSS_ROWS) * config.vocab_size * 10
-    return {
-        "weights": 6 * total,  # fp32, and the bf16 copies that matmuls read
-        "gradients": 4 * total,
-        "optimizer": optimizer,
-        "activations": tokens * activations + logits,
-    }
-
-
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
     """What a run of a preset would take: parameters, FLOPs, memory, hours, money."""
     counts = parameter_counts(config)
@@ -10111,7 +10449,8 @@ def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) ->
     memory = plan_memory(config, settings, optim)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     yield f"memory per device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
-    step = settings.batch_size * settings.grad_accum_steps * settings.gpus * config.seq_len
+    step = settings.micro_batch * max(1, settings.grad_accum_steps) * settings.gpus
+    step *= config.seq_len
     yield (
         f"compute: {short(flops)} FLOPs per token, {flops * tokens:.3g} for {short(tokens)} "
         f"tokens, {tokens / step:,.0f} steps of {step:,} tokens"
@@ -10172,7 +10511,7 @@ def time_steps(
         network,
         functools.partial(pretrain_loss, z_loss=optim.z_loss),
         Windows(ids, config.seq_len, device.seed),
-        lambda module: {},
+        lambda *_: {},
         None,
     )
     with contextlib.redirect_stderr(io.StringIO()):
@@ -11065,7 +11404,7 @@ def cmd_train(
         network,
         functools.partial(pretrain_loss, z_loss=optim.z_loss),
         stream,
-        lambda module: perplexity(
+        lambda module, run: perplexity(
             module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
         ),
         tokenizer,
@@ -11152,7 +11491,7 @@ def cmd_grpo(
     machine, most = tuning.machine, rollout.max_new_tokens
     check_rollouts(rollout, policy, machine.world, tuning.config.seq_len)
     specs = rollout.reward or (TASK_REWARDS.get(task.task, "number"),)
-    rewards = Rewards(specs, rollout.reward_timeout, run.batch_size, machine)
+    rewards = Rewards(specs, rollout.reward_timeout, run.micro_batch, machine)
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
 
     def parse(row: dict) -> Row:
@@ -11192,7 +11531,7 @@ def cmd_grpo(
         samples=lambda _: sampler.shown(),
         best="val/error" if rewards.yes_or_no else "val/reward",
         maximise=not rewards.yes_or_no,
-        evaluate=lambda _: sampler.evaluate(held, device.seed) if held.count else {},
+        evaluate=lambda *_: sampler.evaluate(held, device.seed) if held.count else {},
     )
 
 
@@ -11377,7 +11716,7 @@ def cmd_bench(
     config = planned(settings, model)
     place = pick_device(device.device)
     flags = {
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size or BENCH_BATCH,
         "dtype": device.dtype,
         "compile": "0",
         "grad_checkpoint": 0,
@@ -11387,7 +11726,7 @@ def cmd_bench(
         changes.append({"dtype": "fp32"})
     if can_compile(place):
         changes.append({"compile": "1"})
-    largest = max(settings.batch_size, BENCH_TOKENS // config.seq_len)
+    largest = max(flags["batch_size"], BENCH_TOKENS // config.seq_len)
     say(f"training on {place.type}, one trial per line:")
     flags, speed = fastest(functools.partial(trial, config, optim, device), flags, changes, largest)
     if not speed:

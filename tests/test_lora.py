@@ -279,7 +279,9 @@ def test_frozen_weights_are_untouched_by_a_step():
     before = {n: w.detach().clone() for n, w in model.named_parameters()}
     lm.attach_lora(model, lm.LoraSettings(lora_rank=2), seed=5)
     optimizers = lm.make_optimizers(
-        model, lm.OptimSettings(optimizer="muon", weight_decay=0.5), torch.device("cpu")
+        model,
+        lm.OptimSettings(optimizer="muon", weight_decay=0.5),
+        lm.Machine(torch.device("cpu"), torch.float32),
     )
     for _ in range(3):
         lm.pretrain_loss(model, some_ids(), some_ids()).backward()

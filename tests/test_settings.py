@@ -60,7 +60,8 @@ def test_help_shows_every_flag_with_its_default_under_its_topic(run, name, monke
         assert len(shown) == len(flags)
         for f, (flag, text, default) in zip(flags, shown, strict=True):
             assert flag == ("PATH" if f.metadata["positional"] else f"--{f.name}")
-            assert default == ("none" if f.default in ("", ()) else str(f.default))
+            plain = f.metadata["zero"] or str(f.default)
+            assert default == ("none" if f.default in ("", ()) else plain)
             assert f.metadata["help"] in text
             assert all(choice in text for choice in f.metadata["choices"])
 

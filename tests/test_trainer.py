@@ -378,10 +378,10 @@ MOMENTS = [  # in turn; each run goes on where the one before was killed
     (signal_at, "seed_step", 3),
     (kill_in_save, 1),
     (signal_at, "os.link", 1),
+    (signal_at, "Metrics.write", 3),
+    (signal_at, "os.replace", 2),
     (signal_at, "fsync_folder", 3),
     (kill_in_save, 2),
-    (signal_at, "Metrics.write", 6),
-    (signal_at, "os.replace", 3),
     (signal_at, "save_weights", 1),
 ]
 
