@@ -466,10 +466,18 @@ def cores_here() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def start_method() -> str:
+    """How worker processes begin: as copies of this one, but not once CUDA and NCCL have threads
+    in it, which a copy would lack."""
+    if START_METHOD == "fork" and torch.cuda.is_initialized():
+        return "forkserver"
+    return START_METHOD
+
+
 @contextlib.contextmanager
 def worker_pool(workers: int, start: str = "") -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block: at once where it fails, when done where it does not."""
-    context = multiprocessing.get_context(start or START_METHOD)
+    context = multiprocessing.get_context(start or start_method())
     pool = ProcessPoolExecutor(workers, context, serve_parent)
     done = False
     try:
@@ -1089,6 +1097,11 @@ class RunSettings(StepSettings):
         "use torch.compile; auto: in long runs",
         choices=("auto", "0", "1"),
         basic=True,
+    )
+    fp8: bool = setting(
+        False,
+        "train matrices of at least 1,024 rows and columns in 8 bits, on Hopper GPUs and newer; "
+        "pays from about 1B parameters",
     )
     max_steps: int = setting(
         1000,
@@ -2117,6 +2130,9 @@ class Signals:
 # ==================================================================================================
 
 
+GRADIENT_BUCKETS = 8  # at most about so many: a compiled graph is cut where one is full
+
+
 def distribute(module: nn.Module, machine: Machine) -> nn.Module:
     """The module in DDP, where there are several ranks."""
     if machine.world == 1:
@@ -2125,7 +2141,14 @@ def distribute(module: nn.Module, machine: Machine) -> nn.Module:
     name = "broadcast_buffers"  # older than torch 2.10
     if "forward_sync_buffers" in known:
         name = "forward_sync_buffers"
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    size = sum(weight.numel() * weight.element_size() for weight in trained)
+    return DistributedDataParallel(
+        module,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=max(25, math.ceil(size / 2**20 / GRADIENT_BUCKETS)),
+        **{name: False},
+    )
 
 
 def no_sync(module: nn.Module, last: bool):
@@ -3962,7 +3985,9 @@ def attend(
     BlockMask, else SDPA; without a mask it is causal, and a single query sees every key."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        flex = compiled_once(flex_attention)  # eager, it is not fused
+        flex = flex_attention
+        if not torch.compiler.is_compiling():
+            flex = compiled_once(flex_attention)  # eager, it is not fused
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     single = q.shape[2] == 1
     queries = q
@@ -4063,6 +4088,49 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in 8 bits, and the factor, one for the whole tensor, that gives it back."""
+    most = torch.finfo(dtype).max
+    scale = (x.abs().amax().float() / most).clamp(min=1e-12)
+    return (x / scale).clamp(-most, most).to(dtype), scale
+
+
+class Fp8Matmul(torch.autograd.Function):
+    """x (N, d) times the transpose of a weight (f, d) in 8 bits, and so its gradients: e4m3 for
+    both, e5m2 for what comes back (Micikevicius et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        a, a_scale = to_fp8(x, torch.float8_e4m3fn)
+        b, b_scale = to_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(a, a_scale, b, b_scale)
+        ctx.dtypes = x.dtype, weight.dtype
+        return scaled_matmul(a, a_scale, b, b_scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a, a_scale, b, b_scale = ctx.saved_tensors
+        g, g_scale = to_fp8(gradient, torch.float8_e5m2)
+        of_x = scaled_matmul(g, g_scale, b.t().contiguous(), b_scale)
+        of_weight = scaled_matmul(g.t().contiguous(), g_scale, a.t().contiguous(), a_scale)
+        return of_x.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1])
+
+
+def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """a (n, k) times the transpose of b (m, k), both in 8 bits with their factors, in bf16."""
+    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+
+
+class Fp8Linear(nn.Linear):
+    """A linear map that trains in 8 bits where 16 divides its rows, and is evaluated in 16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).to(matmul_dtype(x))
+        if not self.training or len(rows) % 16:
+            return super().forward(x)
+        return Fp8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -4406,6 +4474,24 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.logits(self.hidden(ids, cache))
+
+
+FP8_LEAST = 1024  # rows and columns of a matrix, below which 8 bits cost more than they save
+
+
+def attach_fp8(model: Transformer) -> int:
+    """Make the large matrices of the layers train in 8 bits; how many these are."""
+    changed = 0
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            for name, old in [*part.named_children()]:
+                fits = isinstance(old, nn.Linear) and min(old.weight.shape) >= FP8_LEAST
+                if fits and not any(size % 16 for size in old.weight.shape):
+                    new = Fp8Linear(old.in_features, old.out_features, bias=False, device="meta")
+                    new.weight = old.weight
+                    setattr(part, name, new)
+                    changed += 1
+    return changed
 
 
 def parameter_counts(config: ModelSettings) -> dict[str, int]:
@@ -5487,17 +5573,9 @@ DESCENTS = {
     "constant": lambda elapsed: 0.0,
 }
 
-NEWTON_SCHULZ_ROOM = 1.01  # by which rounding may lift a singular value above 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon's authors
 
-NEWTON_SCHULZ = (  # quintic coefficients of each step, with that room, for singular values from
-    # 1e-3 (Amsel et al. 2025, Polar Express, algorithm 1)
-    (8.205160414005569, -22.901934987056040, 16.460724910180307),
-    (4.066395159942772, -2.861154086755142, 0.518399522669474),
-    (3.909594904438000, -2.823351735039513, 0.525036976939002),
-    (3.285564017198614, -2.415301959635945, 0.485294065527908),
-    (2.277873287083978, -1.619821765265440, 0.398480787041693),
-)
-
+NEWTON_SCHULZ_STEPS = 5
 
 MUON_AT_ONCE = 1 << 26  # numbers orthogonalised together
 
@@ -5527,8 +5605,9 @@ def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
 
 def newton_schulz(x: Tensor) -> Tensor:
     """Semi-orthogonal matrices near wide ones (n, rows, columns): singular values near 1."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * NEWTON_SCHULZ_ROOM).clamp(min=1e-7)
-    for a, b, c in NEWTON_SCHULZ:
+    a, b, c = NEWTON_SCHULZ
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -6265,7 +6344,7 @@ class Metrics:
         self.step = state.get("step", 0)
         self.steps = state.get("steps", 0)  # since the last row
         self.tokens = state.get("tokens", 0)
-        self.stopwatch = time.monotonic()
+        self.stopwatch = self.last_row = time.monotonic()
         self.timed_tokens = 0
         self.began = self.stopwatch - state.get("seconds", 0.0)  # earlier starts included
         self.progress = Progress("training", run.max_steps, "steps", self.step, machine.main)
@@ -6291,12 +6370,13 @@ class Metrics:
     def renew_note(self) -> None:
         """Between two rows: the loss of this rank since the last one, so that none shown is old."""
         loss = float(self.sums[0]) / self.steps
-        self.note = f"{self.names[0]} {loss:.4f} {short(self.speed())} tok/s"
+        self.note = f"{self.names[0]} {loss:.4f} {short(self.speed(self.last_row))} tok/s"
         self.noted = time.monotonic()
 
-    def speed(self) -> float:
-        """Tokens per second since the last row."""
-        return self.timed_tokens / max(time.monotonic() - self.stopwatch, 1e-9)
+    def speed(self, since: float) -> float:
+        """Tokens per second since the last row: of training alone `since` the stopwatch, which
+        stands still meanwhile, or of all `since` that row."""
+        return self.timed_tokens / max(time.monotonic() - since, 1e-9)
 
     def totals(self) -> list[float]:
         """Losses and gradient norm summed since the last row; UserError where one is not finite."""
@@ -6312,7 +6392,7 @@ class Metrics:
     def row(self, lr: float) -> dict:
         """The figures since the last row, which starts the next."""
         *losses, norm = (total / max(1, self.steps) for total in self.totals())
-        speed = self.speed()
+        speed, overall = self.speed(self.stopwatch), self.speed(self.last_row)
         peak = peak_flops(self.machine.device)
         mfu = None
         if peak:
@@ -6322,6 +6402,7 @@ class Metrics:
             "train/grad_norm": norm,
             "train/lr": lr,
             "perf/tok_per_s": round(speed, 1),
+            "perf/wall_tok_per_s": round(overall, 1),
             "perf/mfu": mfu,
         }
         if on_cuda(self.machine.device):
@@ -6329,12 +6410,12 @@ class Metrics:
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
 
-        self.note = f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(speed)} tok/s"
+        self.note = f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(overall)} tok/s"
         if mfu is not None:
             self.note += f" mfu {mfu:.1%}"
         if "cost/usd" in row:
             self.note += f" ${row['cost/usd']:.2f}"
-        self.noted = self.stopwatch = time.monotonic()
+        self.noted = self.stopwatch = self.last_row = time.monotonic()
         self.sums.zero_()
         self.steps = 0
         self.timed_tokens = 0
@@ -6471,6 +6552,20 @@ def plan_memory(
         "optimizer": optimizer,
         "activations": tokens * activations + logits,
     }
+
+
+def use_fp8(model: Transformer, machine: Machine) -> None:
+    """Train in 8 bits; UserError where the device, or the model, is not made for it."""
+    device = machine.device
+    if not on_cuda(device) or torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError("--fp8 needs an NVIDIA GPU of the Hopper generation or newer", "drop it")
+    if machine.dtype != torch.bfloat16:
+        raise UserError("--fp8 needs --dtype bf16", "drop one of them")
+    if not attach_fp8(model):
+        raise UserError(
+            f"--fp8: no matrix of this model has {FP8_LEAST} rows and columns",
+            "drop it: it pays from about 1B parameters",
+        )
 
 
 def wants_compile(choice: str, flops: float, machine: Machine) -> bool:
@@ -7064,6 +7159,8 @@ def train_job(
         run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
     run = choose_eval_tokens(run, job, machine)
     job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    if run.fp8:
+        use_fp8(job.model, machine)
     machine.on_main(begin_run, Path(run.out_dir), args_text)
     describe_run(job, machine, run, given, saved)
     trainer = make(job, machine, run, optim, args, saved)
@@ -7928,7 +8025,7 @@ class Worker:
 
     def start(self) -> None:
         if self.pool is None:
-            context = multiprocessing.get_context(START_METHOD)
+            context = multiprocessing.get_context(start_method())
             self.pool = ProcessPoolExecutor(1, context, serve_parent)
             self.pool.submit(os.getpid).result()  # the start takes none of the call's time
 

@@ -29,7 +29,7 @@ TINY = """--n_layer 2 --d_model 32 --n_head 4 --n_kv_head 2 --seq_len 32 --ffn_m
 SHORT = """--max_steps 12 --dropout 0.1 --log_interval 1 --eval_interval 4 --ckpt_interval 4
 --eval_tokens 500""".split()
 PRELOADED = ["torch._dynamo", "torch.distributed", "sentencepiece", "hypothesis", "pytest"]
-TIMES = ("time", "perf/tok_per_s")  # what two runs of the same steps may differ in
+TIMES = ("time", "perf/tok_per_s", "perf/wall_tok_per_s")  # in which equal runs differ
 
 NOUNS = """harbour engine village river teacher library mountain orchard soldier painter bridge
 market winter garden letter captain island forest candle window station doctor printer sailor

@@ -20,6 +20,7 @@ KEYS = {
     "train/grad_norm",
     "train/lr",
     "perf/tok_per_s",
+    "perf/wall_tok_per_s",
     "perf/mfu",
 }
 VAL = {"val/loss", "val/ppl", "val/bpb"}
