@@ -4097,6 +4097,11 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-most, most).to(dtype), scale
 
 
+def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """a (n, k) times the transpose of b (m, k), both in 8 bits with their factors, in bf16."""
+    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+
+
 class Fp8Matmul(torch.autograd.Function):
     """x (N, d) times the transpose of a weight (f, d) in 8 bits, and so its gradients: e4m3 for
     both, e5m2 for what comes back (Micikevicius et al. 2022)."""
@@ -4116,11 +4121,6 @@ class Fp8Matmul(torch.autograd.Function):
         of_x = scaled_matmul(g, g_scale, b.t().contiguous(), b_scale)
         of_weight = scaled_matmul(g.t().contiguous(), g_scale, a.t().contiguous(), a_scale)
         return of_x.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1])
-
-
-def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """a (n, k) times the transpose of b (m, k), both in 8 bits with their factors, in bf16."""
-    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
 
 
 class Fp8Linear(nn.Linear):
@@ -6624,6 +6624,8 @@ class Trainer:
         saved: dict | None,
     ):
         saved = saved or {}  # the model has its weights
+        sizes = {"batch_size": run.micro_batch, "grad_accum_steps": max(1, run.grad_accum_steps)}
+        run = replace(run, **sizes)  # as choose_step left them
         self.job = job
         self.machine = machine
         self.run = run
@@ -6862,6 +6864,17 @@ class Trainer:
         )
 
 
+def share_of_step(samples: int, world: int) -> int:
+    """A rank's sequences of a step of so many."""
+    share, rest = divmod(samples, world)
+    if rest:
+        raise UserError(
+            f"a step of {samples} sequences cannot be divided among {world} ranks",
+            "give new --batch_size and --grad_accum_steps",
+        )
+    return share
+
+
 def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
     """Keep the size of a step on another number of ranks, unless new flags say what it is."""
     old, now = saved["args"], run.batch_size * max(1, run.grad_accum_steps) * world
@@ -6876,17 +6889,6 @@ def keep_step_size(run: RunSettings, saved: dict, world: int) -> RunSettings:
         f"{run.grad_accum_steps} keeps a step at {old['step_samples']} sequences"
     )
     return run
-
-
-def share_of_step(samples: int, world: int) -> int:
-    """A rank's sequences of a step of so many."""
-    share, rest = divmod(samples, world)
-    if rest:
-        raise UserError(
-            f"a step of {samples} sequences cannot be divided among {world} ranks",
-            "give new --batch_size and --grad_accum_steps",
-        )
-    return share
 
 
 STEP_TOKENS = (  # (parameters, tokens of a step from there on): small models learn from small steps

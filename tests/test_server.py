@@ -27,7 +27,7 @@ ASKED = [{"role": "user", "content": "Where is the harbour?"}]
 def served(ckpt, dtype="fp32", **flags):
     """A server of a checkpoint on a free port: its address and its service."""
     settings = chat_server.ServerSettings(ckpt=str(ckpt), **flags)
-    device = lm.DeviceSettings(device="cpu", dtype=dtype, threads=1)
+    device = lm.InferenceSettings(device="cpu", dtype=dtype, threads=1)
     service = chat_server.open_service(settings, device)
     config = uvicorn.Config(chat_server.make_app(service), port=0, log_level="error")
     server = uvicorn.Server(config)
