@@ -24,6 +24,8 @@ import torch
 import torch._dynamo.backends.common
 import torch._inductor.compile_fx
 import torch._inductor.graph
+import torch._inductor.runtime.triton_helpers
+import torch.utils._triton
 import triton
 from functorch.compile import make_boxed_func
 from torch._guards import TracingContext, tracing
@@ -98,6 +100,8 @@ def pretend(codes: list[str]) -> None:
         "_maybe_exchange_device": lambda device: 0,
         "_lazy_init": lambda: None,
         "is_bf16_supported": lambda *_, **__: True,
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *_: None,
     }
     interface = torch._dynamo.device_interface.CudaInterface
     for name, fact in facts.items():
@@ -112,6 +116,10 @@ def pretend(codes: list[str]) -> None:
 
     torch._inductor.graph.GraphLowering.compile_to_module = generate
     triton.runtime.driver.set_active(PretendedDriver())
+    torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: None
+    for function in vars(torch.utils._triton).values():  # that found no device before
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def traced(function, *arguments) -> list:
@@ -167,6 +175,10 @@ def move(graph, inputs) -> tuple:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         inputs = [fake(value) for value in inputs]
+        for module in graph.modules():  # those of masks within FlexAttention
+            if isinstance(module, torch.fx.GraphModule) and module is not graph:
+                for node in module.graph.nodes:
+                    node.meta["val"] = torch.utils._pytree.tree_map(fake, node.meta.get("val"))
         Propagate(graph).run(*inputs)
     return mode, inputs
 
