@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import standalone_transformer_lm as lm
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ONE = lm.Machine(CPU, torch.float32)
 SHAPE = {
@@ -337,6 +339,41 @@ def test_a_copy_of_adapters_reads_as_they_do():
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert torch.equal(twin(ids), model(ids))
     assert casts_of_tokens(twin, torch.bfloat16) == 0
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
+def test_several_ids_are_drawn_without_a_look_at_any(how, cuda, monkeypatch):
+    """What would be captured runs as it is; ids, positions and numbers never leave the device."""
+    step = lm.Transformer.next_logits
+    monkeypatch.setattr(lm, "compiled_once", lambda function, **_: step)
+    model = build().eval().requires_grad_(False)
+    with torch.inference_mode():
+        decoder = lm.Decoder(model, 3, 60, torch.float32, compiled=True)
+        slots = [lm.Slot(0, [1, 7, 8 + i], 20) for i in range(3)]
+        decoder.begin([0, 1, 2], slots, [lm.uniforms(0, row, 20) for row in range(3)])
+        decoder.positions = decoder.cache.positions(1)  # sent once, when texts join
+        with NoWaits():
+            drawn, logps = decoder.run(lm.SamplingSettings(20, **how), frozenset(), True)
+    assert drawn.shape == logps.shape == (lm.LOOK_EVERY, len(decoder.slots))
+
+
+def test_a_mixture_asks_each_part_once_a_step(monkeypatch):
+    """Not once a sample, which took 31 ms a step of 64."""
+    asked = []
+
+    class Part(lm.Windows):
+        def samples(self, numbers):
+            asked.append(len(numbers))
+            return super().samples(numbers)
+
+    parts = [Part(np.arange(900) + 1000 * i, 8, 1) for i in range(3)]
+    mixture = lm.Mixture(parts, [0.5, 0.3, 0.2])
+    real, orders = lm.permute, []
+    monkeypatch.setattr(lm, "permute", lambda *args: orders.append(args[2]) or real(*args))
+    for first in (0, 64, 128):
+        mixture.step(first, 64, 1, 0, 1)
+    assert len(asked) == 9 and sum(asked) == 3 * 64
+    assert sum("mixture" in key for key in orders) == 1, "the order of a block is worked out once"
 
 
 def test_an_eager_token_takes_few_operations():
@@ -740,6 +777,50 @@ def test_the_best_and_the_newest_are_written_once_where_they_are_one(run, data_d
     )
     steps = [lm.read_checkpoint(out / name)["step"] for name in ("ckpt_best.pt", "ckpt_last.pt")]
     assert steps[1] == 6 and lm.read_checkpoint(out / "ckpt_00000004.pt")["step"] == 4
+
+
+def test_a_trainer_made_with_automatic_sizes_takes_whole_steps(tmp_path):
+    ids = np.random.default_rng(0).integers(4, 97, 20_000)
+    job = lm.Job("train", build(), lm.pretrain_loss, lm.Windows(ids, 64, 0), None, None)
+    run = lm.RunSettings(out_dir=str(tmp_path), compile="0", eval_interval=9)
+    one = lm.Trainer(job, ONE, run, lm.OptimSettings(), {"seed": 0}, None)
+    one.train_step(0)
+    assert one.samples == 8 and one.metrics.tokens == 8 * 64
+
+
+def test_speed_is_told_with_and_without_what_stands_aside(run, data_dir, tmp_path):
+    """Evaluations and checkpoints take no part in tok_per_s, but in wall_tok_per_s they do."""
+    words = "--n_layer 1 --d_model 32 --n_head 4 --seq_len 32 --max_steps 4 --log_interval 2"
+    out = tmp_path / "run"
+    real = lm.perplexity
+
+    def slow(*args):
+        lm.time.sleep(1.0)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "perplexity", slow)
+        argv = ["train", *words.split(), "--eval_interval", 1, "--compile", 0]
+        assert run([*argv, "--data_dir", data_dir, "--out_dir", out])[0] == 0
+    rows = [lm.json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "perf/tok_per_s" in row][-1]
+    tokens = 2 * 8 * 32
+    assert last["perf/wall_tok_per_s"] < tokens / 1.9 + 1
+    assert last["perf/tok_per_s"] > 2 * last["perf/wall_tok_per_s"]
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_works(tmp_path):
+    """In miniature, as far as a machine without a GPU goes."""
+    command = [lm.sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--small"]
+    done = lm.subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Everything is right." in done.stdout and "failed" not in done.stdout
+    for title in ("Losses and gradients", "Captured decoding", "Training", "prefill", "grpo"):
+        assert title in done.stdout, title
+    done = lm.subprocess.run(command[:-1], capture_output=True, text=True, timeout=100)
+    if not torch.cuda.is_available():
+        assert done.returncode == 2 and "error: " in done.stderr and "fix: " in done.stderr
 
 
 def test_batches_made_ahead_are_those_that_were_due():
