@@ -6722,6 +6722,7 @@ class Trainer:
         batch = self.job.stream.step(first, *size, machine.rank, machine.world)
         if not on_cuda(machine.device):
             return batch
+        torch.cuda.set_device(machine.device)  # of this thread: else rank 1 would pin on device 0
         pinned = [type(micro)(*(tensor.pin_memory() for tensor in micro)) for micro in batch.micros]
         return replace(batch, micros=pinned)
 

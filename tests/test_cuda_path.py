@@ -836,6 +836,20 @@ def test_batches_made_ahead_are_those_that_were_due():
     assert sorted(made) == [0, 8, 16, 24, 80, 88, 96], "each once, but for a leap"
 
 
+def test_what_is_made_ahead_is_pinned_for_the_ranks_own_device(cuda, tmp_path, monkeypatch):
+    """A new thread stands at device 0, where every rank's pinning would then take memory."""
+    devices, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(len(devices)) or tensor
+    )
+    one = trainer_of(build(), lm.pretrain_loss, tmp_path)
+    batch = one.ahead.take(0)
+    one.ahead.coming[1].result()
+    assert len(batch.micros) == 2 and devices == [CPU, CPU]
+    assert pinned and all(pinned), "after the device was set"
+
+
 def test_a_reader_that_fails_ahead_fails_its_step():
     def make(first):
         if first:
