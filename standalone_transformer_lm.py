@@ -4485,7 +4485,8 @@ def attach_fp8(model: Transformer) -> int:
     for block in model.blocks:
         for part in (block.attn, block.mlp):
             for name, old in [*part.named_children()]:
-                fits = isinstance(old, nn.Linear) and min(old.weight.shape) >= FP8_LEAST
+                plain = type(old) is nn.Linear  # no adapter
+                fits = plain and min(old.weight.shape) >= FP8_LEAST
                 if fits and not any(size % 16 for size in old.weight.shape):
                     new = Fp8Linear(old.in_features, old.out_features, bias=False, device="meta")
                     new.weight = old.weight
@@ -5062,6 +5063,7 @@ class RunningBatch:
     def full(self) -> bool:
         return len(self.live()) >= self.most
 
+    @torch.inference_mode()
     def resize(self, rows: int) -> None:
         """A batch of so many rows, with the texts that are in this one."""
         old, kept = self.decoder, self.live()
@@ -5097,7 +5099,8 @@ class RunningBatch:
             self.rows[row] = None
             self.decoder.slots[row].live = False
         half = len(self.rows) // 2
-        if half and len(self.live()) <= half // 2:
+        smaller = compiled_rows(half) < len(self.rows) if self.compiled else half > 0
+        if smaller and len(self.live()) <= half // 2:
             self.resize(half)
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU: is CUDA's way right, and how fast is it? About 20 minutes on
-# one H100. Prints a table, and keeps it in gpu_results.md, to be added to benchmarks/RESULTS.md.
+# One command on a machine with a GPU: is CUDA's way right, and how fast is it? Made to take less
+# than 25 minutes on one H100, which is not measured yet. Prints a table, and keeps it in gpu_results.md, to be added to benchmarks/RESULTS.md.
 #
 #     bash benchmarks/gpu.sh            # --small tries the script itself, on any machine
 set -euo pipefail

@@ -132,8 +132,25 @@ WAITS = {
 }
 
 
+def refuse(_tensor, name, *_):
+    raise AssertionError(f"{name} waits for the device")
+
+
 class NoWaits(TorchDispatchMode):
-    """Refuses what makes a host wait for its device."""
+    """Refuses what makes a host wait for its device; of what a CPU's tensors do without dispatching
+    anything, the methods themselves."""
+
+    METHODS = ("tolist", "cpu", "numpy", "item", "__float__", "__int__", "__bool__", "__index__")
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in self.METHODS:
+            self.patch.setattr(torch.Tensor, name, functools.partialmethod(refuse, name))
+        return super().__enter__()
+
+    def __exit__(self, *fault):
+        self.patch.undo()
+        return super().__exit__(*fault)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in WAITS, function
@@ -171,9 +188,24 @@ def test_no_step_waits_for_the_device(kind, optimizer, cuda, tmp_path, monkeypat
             one.metrics.add(1, losses, norm, 9)
 
 
-def test_the_old_way_of_experts_would_be_refused():
-    with pytest.raises(AssertionError, match="local_scalar"), NoWaits():
-        lm.grouped_linear(torch.rand(4, 8), torch.rand(2, 8, 8), torch.tensor([1, 3])).sum().item()
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: lm.grouped_linear(x, torch.rand(2, 8, 8), torch.tensor([1, 3])),  # the old way
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0.5],
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+    ],
+)
+def test_what_waits_is_refused(wait):
+    wait(torch.rand(4, 8))
+    with pytest.raises(AssertionError), NoWaits():
+        wait(torch.rand(4, 8))
+    wait(torch.rand(4, 8))
 
 
 # --- experts in blocks ----------------------------------------------------------------------------
@@ -625,6 +657,15 @@ def test_only_large_matrices_train_in_eight_bits(monkeypatch):
         with torch.no_grad():  # evaluated in 16 bits
             assert model.eval()(ids).equal(build(ffn_mult=1.5).eval()(ids))
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_adapters_stay_beside_matrices_of_eight_bits(monkeypatch):
+    monkeypatch.setattr(lm, "FP8_LEAST", 64)
+    model = build(ffn_mult=1.5)
+    lm.attach_lora(model, lm.LoraSettings(lora_rank=2, lora_targets="qkv,proj"), 1)
+    names = [name for name, _ in model.named_parameters()]
+    assert lm.attach_fp8(model) == 3 * SHAPE["n_layer"], "w1, w2 and w3"
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_eight_bits_are_one_graph(monkeypatch):

@@ -353,6 +353,40 @@ def test_compiled_batches_share_one_memory(monkeypatch):
     assert pairs[0] == pairs[1]
 
 
+def test_a_compiled_running_batch_writes_the_same_and_moves_seldom(monkeypatch):
+    """Texts join and leave, also from outside inference mode; a batch that could not become
+    smaller is left as it is."""
+    network, s = build(tie=False), sampling(max_new_tokens=9)
+    sizes, moves = [], []
+    run_as_it_is(monkeypatch, network, sizes, [])
+    monkeypatch.setattr(lm, "LEAST_ROWS", 4)
+    real = lm.RunningBatch.resize
+
+    def resize(self, rows):
+        moves.append((len(self.rows), rows))
+        real(self, rows)
+        assert len(self.rows) != moves[-1][0], "nothing is moved for nothing"
+
+    monkeypatch.setattr(lm.RunningBatch, "resize", resize)
+    batch = lm.RunningBatch(network, 8, torch.float32, compiled=True)
+    texts = [lm.Generation(list(prompt), s, 5, i) for i, prompt in enumerate(QUEUE)]
+    waiting, found = list(texts), {one: [] for one in texts}
+    gone = texts[1]
+    while waiting or batch.live():
+        while waiting and not batch.full:
+            batch.join(waiting.pop(0))
+        for one, drawn in batch.step():
+            found[one].append(drawn.token)
+        if len(found[gone]) == 3:
+            batch.leave(gone)
+    want = lm.complete(network, QUEUE, s, 5)
+    for i, one in enumerate(texts):
+        assert found[one] == want[i][: len(found[one])] and (one is gone or len(found[one]) == 9)
+    assert set(sizes) <= {1, 4, 8} and len(set(sizes)) > 1
+    batch.close()
+    assert network.memory is not None, "it is kept for the next"
+
+
 def under_way(model, prompts, s, at_once, stop=frozenset(range(0, 61, 9))):
     """Of a run: what it yielded, and by each pass through the model which rows were under way."""
     rows, moments, passes, real = [[] for _ in prompts], [], [], model.hidden
