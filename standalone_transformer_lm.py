@@ -1031,7 +1031,7 @@ class DeviceSettings:
     )
     dtype: str = setting(
         "auto",
-        "precision of matrix multiplications; auto is bf16 where the hardware supports it",
+        "precision of matrix multiplications; auto is bf16 where the hardware is faster in it",
         choices=("auto", "bf16", "fp16", "fp32"),
         basic=True,
     )
@@ -1976,10 +1976,13 @@ def compiled_once(function: Callable, **options) -> Callable:
 
 
 def bf16_cpu() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
+    """Whether this CPU multiplies bf16 faster than fp32: by AMX, by Arm's bf16, or by AVX-512, of
+    which Intel's processors without AMX do no more in a second than of fp32 (measured 0.6)."""
     with contextlib.suppress(OSError):  # not Linux
         words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-        return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(words)
+        if "avx512_bf16" in words and "GenuineIntel" not in words:
+            return True
+        return not {"amx_bf16", "bf16", "svebf16"}.isdisjoint(words)
     return False
 
 

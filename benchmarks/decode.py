@@ -1,9 +1,10 @@
 """Tokens per second of cached generation, of this program beside another copy of it.
 
-    python benchmarks/decode.py OLD.py [--rounds 5]
+    python benchmarks/decode.py OLD.py [--rounds 5] [--bf16]
 
 Both are timed in turn in one process, greedy and sampled, with 1 and 64 rows, at 15M and 110M
-parameters, in fp32 and, where the CPU multiplies it, bf16. Prints medians and their ratio.
+parameters, in fp32 and, where the CPU is faster in it or with --bf16, bf16. Prints medians and
+their ratio.
 """
 
 import argparse
@@ -56,12 +57,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="time bf16 on any CPU")
     args = parser.parse_args()
     here = Path(__file__).parent.parent / "standalone_transformer_lm.py"
     programs = [load(args.old.resolve()), load(here.resolve())]
     torch.set_num_threads(programs[1].cores_here())
     dtypes = [torch.float32]
-    if programs[1].bf16_cpu():
+    if args.bf16 or programs[1].bf16_cpu():
         dtypes.append(torch.bfloat16)
     for name, shape in SIZES.items():
         for rows in TOKENS:

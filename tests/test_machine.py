@@ -49,6 +49,9 @@ def test_cuda_takes_its_local_rank_and_the_cpu_no_index(monkeypatch):
     [
         ("flags : fpu avx512f avx512_bf16 amx_tile", True),
         ("flags\t\t: fpu amx_bf16", True),
+        ("vendor_id : GenuineIntel flags : avx512_bf16 amx_bf16", True),
+        ("vendor_id : GenuineIntel flags : avx512f avx512_bf16", False),
+        ("vendor_id : AuthenticAMD flags : avx512f avx512_bf16", True),
         ("Features : fp asimd bf16 i8mm", True),
         ("flags : fpu avx2 avx512f avx512_vnni", False),
         ("flags : fpu xbf16x avx512_bf16ish", False),
