@@ -234,6 +234,22 @@ def need(module: str, package: str = ""):
         raise UserError(f"this needs the package {name}", f"pip install {name}") from fault
 
 
+class Caught:
+    """A block whose failure is kept as `fault`, for work that others wrote and that may fail in
+    ways of its own; a demand to end the process passes."""
+
+    fault: Exception | None = None
+
+    def __enter__(self) -> "Caught":
+        return self
+
+    def __exit__(self, _kind, fault: BaseException | None, _trace) -> bool:
+        if fault is None or not isinstance(fault, Exception):
+            return False
+        self.fault = fault
+        return True
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut; a no-op where folders cannot be opened."""
     if os.name == "posix":
@@ -2829,6 +2845,76 @@ def install(building: Path, final: Path) -> None:
     fsync_folder(final)
 
 
+PROBED = 1 << 20  # ids read at once to check or copy a split
+
+
+class TokenFile:
+    """The ids of a split, read from the disk slice by slice, which a memory map would not survive:
+    a file cut short under it ends the process without a word. UserError where the file changes."""
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int):
+        self.path = path
+        self.dtype = dtype
+        self.count = count
+        self.file = io.FileIO(path)
+        self.lock = threading.Lock()  # of the file's position, where reading cannot name one
+        self.seen = self.stamp()
+        self.print = self.fingerprint()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice | int) -> np.ndarray:
+        """The ids of a slice, or one; UserError where the file is no longer what it was."""
+        if not isinstance(part, slice):
+            place = range(self.count)[part]
+            return self[place : place + 1][0]
+        start, stop, step = part.indices(self.count)
+        self.check()
+        size = self.dtype.itemsize
+        data = self.read(start * size, max(0, stop - start) * size)
+        return np.frombuffer(data, self.dtype)[::step]
+
+    def read(self, start: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            data = os.pread(self.file.fileno(), count, start)
+        else:
+            with self.lock:
+                self.file.seek(start)
+                data = self.file.read(count)
+        if len(data) == count:
+            return data
+        if not data:
+            raise self.changed()
+        return data + self.read(start + len(data), count - len(data))  # at most 2 GiB at once
+
+    def stamp(self) -> tuple[int, int]:
+        state = os.fstat(self.file.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def fingerprint(self) -> str:
+        """A hash of 64 places of the file, which tells whether one that was touched is the same."""
+        size = self.count * self.dtype.itemsize
+        digest = hashlib.blake2b(digest_size=16)
+        for place in range(0, size, max(4096, size // 64)):
+            digest.update(self.read(place, min(4096, size - place)))
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Raise UserError where the file was changed since it was opened."""
+        if (now := self.stamp()) == self.seen:
+            return
+        if now[0] != self.seen[0] or self.fingerprint() != self.print:
+            raise self.changed()
+        self.seen = now
+
+    def changed(self) -> UserError:
+        return UserError(
+            f"{self.path} has changed while it was read",
+            "restore it, or run prep again, and resume: the run's checkpoints are whole",
+        )
+
+
 class TokenFolder:
     """A prepared data folder, checked: its meta, tokenizer and splits; UserError where unsound."""
 
@@ -2864,8 +2950,8 @@ class TokenFolder:
                         "run prep again",
                     )
 
-    def tokens(self, split: str) -> np.ndarray:
-        """A split's ids as a read-only memory map, its size and ids checked."""
+    def tokens(self, split: str) -> TokenFile | np.ndarray:
+        """A split's ids, its size and ids checked."""
         path = self.folder / f"{split}.bin"
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         count = self.meta["splits"][split]["tokens"]
@@ -2879,9 +2965,11 @@ class TokenFolder:
             )
         if not count:
             return np.zeros(0, dtype)
-        ids = np.memmap(path, dtype, "r")
-        probe = ids if count <= 1 << 26 else ids[:: count >> 22]
-        if int(probe.max()) >= vocab_size:
+        ids = TokenFile(path, dtype, count)
+        parts = range(0, count, PROBED)
+        if count > 1 << 26:
+            parts = np.linspace(0, count - PROBED, 64).astype(int).tolist()
+        if max(int(ids[start : start + PROBED].max()) for start in parts) >= vocab_size:
             raise UserError(
                 f"{path} holds an id beyond the vocabulary of {vocab_size}", "run prep again"
             )
@@ -2917,7 +3005,9 @@ def merge_shards(folder: Path, out: Path) -> dict:
         counts = [shard.meta["splits"][split] for shard in shards]
         splits[split] = {key: sum(count[key] for count in counts) for key in COUNTS}
         with atomic_write(out / f"{split}.bin") as file:
-            file.writelines(getattr(shard, split) for shard in shards)
+            for ids in (getattr(shard, split) for shard in shards):
+                for start in range(0, len(ids), PROBED):
+                    file.write(ids[start : start + PROBED].tobytes())
     (out / "tokenizer.model").write_bytes(shards[0].tokenizer.data)
     return write_meta(out, shards[0].tokenizer, splits, shards[0].meta["val_split"])
 

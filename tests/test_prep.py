@@ -82,7 +82,7 @@ def read(path, mode="line", key="text", errors="strict"):
 def split_ids(folder, split):
     """The ids of each document of a split, without <s> and </s>."""
     found = []
-    for i in getattr(folder, split).tolist():
+    for i in getattr(folder, split)[:].tolist():
         if i == lm.BOS:
             found.append([])
         else:
@@ -997,7 +997,7 @@ def test_reading_changes_nothing(data_dir):
     before = contents(data_dir)
     folder = lm.TokenFolder(data_dir)
     with pytest.raises(ValueError, match="read-only"):
-        folder.train[0] = 5
+        folder.train[:4][0] = 5
     assert contents(data_dir) == before
 
 
@@ -1067,3 +1067,40 @@ def test_a_fault_met_while_the_tokenizer_trains_is_told_as_itself(damage, run, t
     result = run(["prep", *words, "--workers", 1])
     refused(result, said)
     assert "--vocab_size" not in result[2]
+
+
+def touched(path, data):
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", ["shrunk", "grown", "other ids"])
+def test_a_file_that_changes_under_a_reader_is_a_sentence(data_dir, tmp_path, change):
+    """A memory map of a file cut short ends the process by SIGBUS."""
+    out = shutil.copytree(data_dir, tmp_path / "data")
+    path, ids = out / "train.bin", lm.TokenFolder(out).train
+    before, data = ids[:].copy(), path.read_bytes()
+    touched(path, data)
+    assert (ids[:] == before).all(), "what is only touched is the same"
+    changed = {"shrunk": data[:100], "grown": data + data, "other ids": data[::-1]}[change]
+    touched(path, changed)
+    os.utime(path)
+    with pytest.raises(lm.UserError, match="train.bin has changed"):
+        ids[len(ids) - 20 :]
+
+
+def test_a_file_replaced_under_a_reader_stays_what_it_was(data_dir, tmp_path):
+    out = shutil.copytree(data_dir, tmp_path / "data")
+    ids = lm.TokenFolder(out).train
+    before = ids[:].copy()
+    (out / "new.bin").write_bytes(bytes(len(ids) * 2))
+    os.replace(out / "new.bin", out / "train.bin")
+    assert (ids[:] == before).all()
+
+
+@pytest.mark.parametrize("part", [(0, 5), (7, 8), (3, 3), (-9, None), (0, 10**9), (None, None)])
+def test_a_slice_of_a_file_is_that_of_its_array(data_dir, part):
+    ids = lm.TokenFolder(data_dir).train
+    whole = np.fromfile(data_dir / "train.bin", "<u2")
+    for step in (1, 3):
+        assert np.array_equal(ids[slice(*part, step)], whole[slice(*part, step)])
