@@ -32,6 +32,7 @@ Rooms
   Losses             tensors in, tensors out
   Optimisers         parameter groups and schedules
   Checkpoints        the only place that saves and loads
+  Endurance          one run a folder, a second place for its files, and what happened to it
   Metrics            figures of a run to files and services, and the progress line
   Trainer            the one training loop, given a loss
   Evaluation         how good is a model
@@ -77,8 +78,10 @@ import csv
 import ctypes
 import difflib
 import errno
+import faulthandler
 import fnmatch
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -94,6 +97,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import platform
 import queue
 import random
 import re
@@ -200,6 +204,14 @@ def disk_error(fault: OSError, path: str | Path = "") -> UserError | None:
     return UserError(what, DISK_FAULTS[fault.errno])
 
 
+def sentence(fault: BaseException) -> str:
+    """What went wrong, in a line without its remedy."""
+    if isinstance(fault, OSError) and (told := disk_error(fault)):
+        return told.faults[0][0]
+    lines = str(fault).splitlines() or [type(fault).__name__]
+    return lines[0]
+
+
 def raise_all(faults: list[tuple[str, str]]) -> None:
     if faults:
         raise UserError(*faults[0], *faults[1:])
@@ -218,6 +230,13 @@ def out_of_memory(fault: BaseException) -> UserError | None:
         "use a smaller --batch_size, a shorter --seq_len or a smaller model; when training, "
         "--grad_checkpoint also saves memory",
     )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, once what held it is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def refuse(wrong: bool, what: str) -> None:
@@ -1132,7 +1151,22 @@ class RunSettings(StepSettings):
         zero="auto",
     )
     ckpt_interval: int = setting(250, "steps between checkpoints", least=1, basic=True)
+    ckpt_minutes: float = setting(
+        15.0, "minutes between checkpoints at most, the first after one minute; 0: no matter"
+    )
     keep_last: int = setting(2, "numbered checkpoints to keep", least=1)
+    mirror: str = setting(
+        "",
+        "second place for the run's files, a folder or s3:// gs:// hf:// …; a fresh machine goes "
+        "on from there",
+        basic=True,
+    )
+    max_hours: float = setting(
+        0.0, "stop and save after so many hours, as at a SIGTERM; 0: off", repeated=False
+    )
+    stall_minutes: float = setting(
+        60.0, "a step that takes longer ends the process, with the stacks of its threads; 0: off"
+    )
     wandb: str = setting("", "Weights & Biases project to log to", basic=True)
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")
     profile: int = setting(
@@ -3137,6 +3171,44 @@ AnyBatch = Batch | JudgedBatch
 Batches = Iterator[tuple[AnyBatch, int]]  # micro-batches, and what the loss of each is counted in
 
 
+def halves(micro: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """A micro-batch as two of half its groups each, or as it is where it has one group. A last
+    vector says of each row which prompt it continues; the prompts stay together."""
+    shared: tuple[Tensor, ...] = ()
+    rows = tuple(micro)
+    if micro[-1].dim() == 1:
+        rows, shared = (*micro[:-2], micro[-1]), micro[-2:-1]
+    groups = min(map(len, rows))
+    if groups < 2:
+        return [micro]
+    found = []
+    for part in (slice(0, groups // 2), slice(groups // 2, groups)):
+        cut = []
+        for tensor in rows:
+            each = len(tensor) // groups
+            cut.append(tensor[part.start * each : part.stop * each])
+        if shared:
+            cut[-1:-1] = shared
+        found.append(tuple(cut))
+    return found
+
+
+def in_halves(
+    work: Callable[..., Tensor],
+    micro: tuple[Tensor, ...],
+    device: torch.device,
+) -> Tensor:
+    """work(*micro), a sum over rows; where memory runs out, as the sum of its halves."""
+    parts = halves(micro)
+    try:
+        return work(*micro)
+    except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+        if len(parts) < 2 or not out_of_memory(fault):
+            raise
+    free_memory(device)
+    return sum(in_halves(work, part, device) for part in parts)
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """One rank's share of one step."""
@@ -3348,6 +3420,10 @@ class Ahead:
         self.make = make
         self.thread = ThreadPoolExecutor(1)
         self.coming: tuple[int, Future] | None = None
+
+    def forget(self) -> None:
+        """What was begun is not wanted any more."""
+        self.coming = None
 
     def take(self, first: int) -> StepBatch:
         """The step whose first sample number is `first`; that behind it is begun."""
@@ -5094,12 +5170,38 @@ def generate(
                 decoder.push(drawn[-1])
 
 
-def complete(model: Transformer, prompts: list[list[int]], *args, **kwargs) -> list[list[int]]:
-    """The ids that generate(model, prompts, …) draws for each prompt."""
-    rows = [[] for _ in prompts]
-    for row, token in generate(model, prompts, *args, **kwargs):
-        rows[row].append(token)
-    return rows
+def complete(
+    model: Transformer,
+    prompts: list[list[int]],
+    settings: SamplingSettings,
+    seed: int,
+    stop: frozenset[int] = frozenset(),
+    dtype: torch.dtype = torch.float32,
+    numbers: Sequence[int] | None = None,
+    at_once: int = 0,
+    compiled: bool = False,
+    logps: list[list[float]] | None = None,
+) -> list[list[int]]:
+    """The ids that `generate` draws for each prompt; where memory runs out, with half as many rows
+    at once."""
+    at_once = min(at_once or len(prompts), len(prompts))
+    while True:
+        rows: list[list[int]] = [[] for _ in prompts]
+        drawn = generate(
+            model, prompts, settings, seed, stop, dtype, numbers, at_once, compiled, logps
+        )
+        try:
+            for row, token in drawn:
+                rows[row].append(token)
+            return rows
+        except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+            if at_once < 2 or not out_of_memory(fault):
+                raise
+        at_once //= 2
+        for one in logps or ():
+            one.clear()
+        free_memory(model.tok_emb.weight.device)
+        say(f"memory ran out: generating {at_once} rows at once")
 
 
 @dataclass(eq=False)
@@ -5681,6 +5783,16 @@ MUON_SCALES = {
 }
 
 
+def decay_begin(settings: OptimSettings, max_steps: int) -> float:
+    """The step behind which the learning rate falls from its peak."""
+    if settings.schedule.startswith("wsd"):
+        return max(settings.warmup_steps, max_steps * (1 - settings.decay_share))
+    return settings.warmup_steps
+
+
+STABLE = "ckpt_stable.pt"  # of the last step before wsd's learning rate falls
+
+
 def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
     """The learning rate of a step, counted from 0, as a fraction of its peak: warm-up, schedule.
 
@@ -5692,9 +5804,7 @@ def lr_scale(step: int, settings: OptimSettings, max_steps: int) -> float:
         return (step + 1) / warm
     if name == "inverse_sqrt":
         return math.sqrt(max(1, warm) / max(1, step))
-    begin = warm
-    if name != "cosine":
-        begin = max(warm, max_steps * (1 - settings.decay_share))
+    begin = decay_begin(settings, max_steps)
     elapsed = min(1.0, max(0.0, (step - begin) / max(1e-9, max_steps - begin)))
     return 1 - (1 - settings.min_lr) * DESCENTS[name](elapsed)
 
@@ -5745,6 +5855,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {**defaults, "scale": scale, "rows": None})
         self.machine = machine
         self.compiled = compiled
+        self.found_inf: Tensor | None = None  # as torch's fused optimisers: 1 skips the step
+
+    @property
+    def share(self) -> Tensor | float:
+        """What a step does of itself: 0 or 1."""
+        return 1.0 if self.found_inf is None else 1 - self.found_inf
 
     @torch.no_grad()
     def step(self) -> None:
@@ -5768,7 +5884,7 @@ class Muon(torch.optim.Optimizer):
 
     def batches(self) -> Iterator[tuple[float, list[Tensor], Tensor]]:
         """Weights of one shape, by how much they are to move, and their updates (n, rows,
-        columns)."""
+        columns), which are 0 in a step that is skipped."""
         for group in self.param_groups:
             for shape, pairs in self.matrices(group).items():
                 rows, columns = shape[-2:]
@@ -5778,16 +5894,20 @@ class Muon(torch.optim.Optimizer):
                 at_once = max(1, MUON_AT_ONCE // math.prod(shape))
                 for i in range(0, len(pairs), at_once):
                     parts, updates = zip(*pairs[i : i + at_once], strict=True)
-                    yield size, list(parts), torch.stack(updates).flatten(0, -3)
+                    updates = torch.stack(updates).flatten(0, -3)
+                    if self.found_inf is not None:
+                        updates *= 1 - self.found_inf
+                    yield size, list(parts), updates
 
     def matrices(self, group: dict) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
         """(weight, momentum) of each matrix of a group, by shape; the weights are decayed."""
         shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        kept = 1 - group["lr"] * group["weight_decay"] * self.share
         for weight in group["params"]:
             if weight.grad is None:
                 continue
             update = self.momentum(weight, group["momentum"])
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.mul_(kept)
             rows = group["rows"] or (weight.shape[-2],)
             for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
                 shapes.setdefault(pair[0].shape, []).append(pair)
@@ -5798,7 +5918,9 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].lerp_(weight.grad, 1 - beta)
+        if self.found_inf is not None:
+            weight.grad.nan_to_num_(0.0, 0.0, 0.0)
+        state["momentum"].lerp_(weight.grad, (1 - beta) * self.share)
         return weight.grad.lerp_(state["momentum"], beta)
 
 
@@ -5935,6 +6057,16 @@ def set_step(
     return scale * settings.lr
 
 
+def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Have the next step of an optimiser change nothing where `bad` (), a flag on the device, is
+    set; the device decides it, and nobody waits for it."""
+    fused = isinstance(optimizer, Muon) or optimizer.defaults.get("fused")
+    if fused:
+        optimizer.found_inf = bad.float()
+    elif bad:  # a device without fused optimisers: no gradient, no step
+        optimizer.zero_grad(set_to_none=True)
+
+
 # ==================================================================================================
 # Checkpoints: the only place that saves and loads
 # ==================================================================================================
@@ -6003,8 +6135,14 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
     )
 
 
+NUMBERED = re.compile(r"ckpt_[0-9]{8}\.pt")
+
+
 def numbered(out: Path) -> list[Path]:
-    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+    """The numbered checkpoints of a run, the newest first."""
+    if not out.is_dir():
+        return []
+    return sorted((p for p in out.iterdir() if NUMBERED.fullmatch(p.name)), reverse=True)
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -6234,28 +6372,85 @@ def on_host(value: object, seen: dict | None = None) -> object:
     return seen[place]
 
 
+class WriteJob(typing.NamedTuple):
+    """work(*args) writes a file; of the `best` checkpoint no other holds the weights."""
+
+    work: Callable
+    args: tuple
+    best: bool
+
+
+RETRY_S = 60.0  # between two tries to write what the disk refuses
+
+PATIENCE_S = 60.0  # of tries at the end of a run
+
+
 class Writer:
     """Writes files in a thread, so that training does not wait for the disk: one at a time, each
-    whole before the next is begun. The end of the program waits for it."""
+    whole before the next is begun, and after() behind each. What the disk refuses is tried again
+    until it takes it, or a newer checkpoint takes its place."""
 
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.job: Future | None = None
+    def __init__(self, after: Callable[[], None] = int):
+        self.after = after
+        self.changed = threading.Condition()
+        self.jobs: list[WriteJob] = []  # the first one is being written
+        self.fault: Exception | None = None  # of its last try
+        self.thread: threading.Thread | None = None
 
-    @property
-    def failed(self) -> bool:
-        return bool(self.job and self.job.done() and self.job.exception())
+    def submit(self, work: Callable, *args, best: bool = False) -> None:
+        """Begin work(*args), after what was begun before."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.fault or not self.jobs)
+            self.raise_bug()
+            waiting = [job for job in self.jobs if job.best and not best]
+            self.jobs = [*waiting, WriteJob(work, args, best)]
+            self.changed.notify_all()
+            if not self.thread:
+                self.thread = threading.Thread(target=self.run, daemon=True)
+                self.thread.start()
 
-    def submit(self, work: Callable, *args) -> None:
-        """Begin work(*args), after what was begun before; raises what that ended with."""
-        self.wait()
-        self.job = self.pool.submit(work, *args)
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.jobs)
+                job = self.jobs[0]
+            with Caught() as caught:
+                job.work(*job.args)
+            if not caught.fault:
+                self.after()
+            with self.changed:
+                if caught.fault and not self.fault:
+                    self.tell(caught.fault)
+                self.fault = caught.fault
+                if not self.fault:
+                    self.jobs = [other for other in self.jobs if other is not job]
+                self.changed.notify_all()
+                if self.fault:
+                    self.changed.wait(RETRY_S)
+
+    def tell(self, fault: Exception) -> None:
+        if isinstance(fault, OSError):
+            say(
+                f"warning: a checkpoint cannot be written ({sentence(fault)}); training goes on, "
+                "and it is tried again every minute"
+            )
+
+    def raise_bug(self) -> None:
+        if self.fault and not isinstance(self.fault, OSError):
+            raise self.fault
 
     def wait(self) -> None:
-        """Raise what the writing ended with, once it has ended."""
-        job, self.job = self.job, None
-        if job:
-            job.result()
+        """Wait until all is written; raise what the disk says where it still refuses after
+        PATIENCE_S."""
+        until = time.monotonic() + PATIENCE_S
+        with self.changed:
+            while self.jobs:
+                self.raise_bug()
+                self.changed.notify_all()
+                if self.fault and time.monotonic() > until:
+                    fault, self.jobs = self.fault, []
+                    raise fault
+                self.changed.wait(1.0)
 
 
 def link(path: Path, name: Path) -> None:
@@ -6269,22 +6464,30 @@ def link(path: Path, name: Path) -> None:
     os.replace(twin, name)
 
 
-def save_step(out: Path, checkpoint: dict, keep_last: int, best: bool = False) -> None:
-    """Write ckpt_NNNNNNNN.pt once, make it ckpt_last.pt and, if it is the `best`, ckpt_best.pt
-    too, and drop the oldest beyond keep_last."""
+def save_step(out: Path, checkpoint: dict, keep_last: int, also: Sequence[str] = ()) -> None:
+    """Write ckpt_NNNNNNNN.pt once, make it ckpt_last.pt and what it is `also`, and drop the oldest
+    beyond keep_last."""
     path = out / f"ckpt_{checkpoint['step']:08d}.pt"
     save_checkpoint(path, checkpoint)
-    link(path, out / "ckpt_last.pt")
-    if best:
-        link(path, out / "ckpt_best.pt")
+    for name in ("ckpt_last.pt", *also):
+        link(path, out / name)
     fsync_folder(out)
     for old in numbered(out)[keep_last:]:
         old.unlink()
 
 
-def newest_whole(out: Path, resume: bool) -> Path | None:
-    """The newest whole checkpoint of a run, or None where there is no run."""
+def newest_whole(out: Path, resume: bool, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, or None where there is no run; with `before`, of the
+    numbered ones up to that step, and those behind it are removed."""
     candidates = [*out.glob("ckpt_last.pt"), *numbered(out)]
+    if before is not None:
+        candidates = numbered(out)
+        later = [path for path in candidates if int(path.stem[-8:]) > before]
+        candidates = candidates[len(later) :]
+        if candidates:
+            link(candidates[0], out / "ckpt_last.pt")
+            for path in later:
+                path.unlink()
     if not candidates:
         return None
     if not resume:
@@ -6308,6 +6511,332 @@ def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
         json.dump(asdict(model.config), file, indent=1)
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.data)
+
+
+# ==================================================================================================
+# Endurance: one run a folder, a second place for its files, and what happened to it
+# ==================================================================================================
+
+LOCK_WAIT_S = 2.0  # for the lock of a run that is just ending
+
+RESTART_WAIT_S = 30.0  # the same, where torchrun starts a run again
+
+
+class Lock:
+    """A folder that one run has at a time. The system lets go of it when that run's process ends,
+    however it ends; where the file system knows no locks there is none."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / ".lock"
+        self.handle: int | None = None
+
+    def acquire(self) -> None:
+        """UserError where another run has the folder."""
+        patience = LOCK_WAIT_S
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            patience = RESTART_WAIT_S
+        until = time.monotonic() + patience
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while not self.attempt():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"another run is at work in {self.folder} ({self.holder()})",
+                    "wait for its end, stop it, or use another --out_dir",
+                )
+            time.sleep(0.1)
+
+    def attempt(self) -> bool:
+        try:
+            locks = importlib.import_module("fcntl")
+        except ImportError:  # not POSIX
+            return True
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            locks.lockf(handle, locks.LOCK_EX | locks.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            return False
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return True
+        if not self.path.exists() or os.stat(self.path).st_ino != os.fstat(handle).st_ino:
+            os.close(handle)  # the run before removed it in between
+            return False
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+        self.handle = handle
+        return True
+
+    def holder(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        return "of which nothing is known"
+
+    def release(self) -> None:
+        if self.handle is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self.handle)
+            self.handle = None
+        with contextlib.suppress(OSError):  # it holds something, as it should
+            self.folder.rmdir()
+
+
+class LogFile:
+    """A file of JSON lines that grows with a run. Lines that the disk refuses are kept for the
+    next time, as no log is worth a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting: list[str] = []
+        self.told = False
+
+    def write(self, *rows: dict) -> None:
+        self.waiting += [json_line(row) for row in rows]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(self.waiting)
+        except OSError as fault:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no line twice
+            if not self.told:
+                say(
+                    f"warning: {self.path} cannot be written ({sentence(fault)}); "
+                    "its lines are kept until it can"
+                )
+            self.told = True
+        else:
+            self.waiting.clear()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a .jsonl of a run; none where there is no such file."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+class Events:
+    """events.jsonl, what happened to a run besides training; its process tells it too."""
+
+    def __init__(self, out: Path, machine: Machine):
+        self.log = LogFile(out / "events.jsonl")
+        self.machine = machine
+
+    def add(self, step: int, kind: str, told: str, **facts: object) -> None:
+        """Say what happened, and write it with its facts."""
+        if self.machine.main:
+            say(told)
+            self.log.write({"step": step, "event": kind, "told": told, **facts})
+
+    def note(self, step: int, kind: str, **facts: object) -> None:
+        """Write it without a word."""
+        if self.machine.main:
+            self.log.write({"step": step, "event": kind, **facts})
+
+    def count(self, kind: str, step: int) -> int:
+        """How often it happened up to a step, in all starts of the run."""
+        return sum(
+            row.get("event") == kind and row.get("step", 0) <= step
+            for row in read_log(self.log.path)
+        )
+
+
+class FolderPlace:
+    """A folder that is a mirror, on another disk or one that is mounted."""
+
+    def __init__(self, root: str):
+        self.root = Path(root)
+
+    def names(self) -> list[str]:
+        if not self.root.exists():
+            return []
+        return [path.name for path in self.root.iterdir() if not path.name.startswith(".")]
+
+    def put(self, file: Path, name: str) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        half = self.root / f".{name}.tmp"
+        shutil.copyfile(file, half)
+        os.replace(half, self.root / name)
+
+    def put_again(self, old: str, name: str) -> None:
+        """Give what it holds as `old` another name too."""
+        link(self.root / old, self.root / name)
+
+    def get(self, name: str, file: Path) -> None:
+        shutil.copyfile(self.root / name, file)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+
+class UrlPlace:
+    """The same in a bucket or on a server, through fsspec."""
+
+    def __init__(self, url: str):
+        files = need("fsspec.core", "fsspec")
+        try:
+            self.files, self.root = files.url_to_fs(url)
+        except (ImportError, ValueError) as fault:  # a protocol unknown, or without its package
+            raise UserError(
+                f"--mirror {url} cannot be opened ({sentence(fault)})",
+                "install the package of that protocol, as s3fs, gcsfs or huggingface_hub",
+            ) from fault
+
+    def names(self) -> list[str]:
+        self.files.invalidate_cache()
+        if not self.files.exists(self.root):
+            return []
+        return [path.rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
+
+    def put(self, file: Path, name: str) -> None:
+        self.files.makedirs(self.root, exist_ok=True)
+        self.files.put_file(str(file), f"{self.root}/{name}")
+
+    def put_again(self, old: str, name: str) -> None:
+        self.files.cp_file(f"{self.root}/{old}", f"{self.root}/{name}")
+
+    def get(self, name: str, file: Path) -> None:
+        self.files.get_file(f"{self.root}/{name}", str(file))
+
+    def remove(self, name: str) -> None:
+        self.files.rm_file(f"{self.root}/{name}")
+
+
+def open_place(where: str) -> FolderPlace | UrlPlace:
+    if "://" in where:
+        return UrlPlace(where)
+    return FolderPlace(where)
+
+
+MIRROR_WAIT_S = 600.0  # for the last copies, when a run has ended
+
+Stamp = tuple[int, int, int]  # inode, time and size of a file, by which a new one is known
+
+
+class Mirror:
+    """Copies a run's files to a second place, in a thread: training waits for none of it, and
+    where the place is slow or gone, the newest files are copied when it is back."""
+
+    def __init__(self, where: str, out: Path, keep_last: int):
+        self.where = where
+        self.out = out
+        self.keep_last = keep_last
+        self.place = open_place(where)
+        self.sent: dict[str, Stamp] = {}
+        self.changed = threading.Condition()
+        self.asked = self.done = 0
+        self.fault: Exception | None = None
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def renew(self) -> None:
+        """Have the files copied that are new; what is under way is finished first."""
+        with self.changed:
+            self.asked += 1
+            self.changed.notify_all()
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.asked > self.done)
+                goal = self.asked
+            with Caught() as caught:
+                self.copy()
+            with self.changed:
+                if caught.fault and not self.fault:
+                    say(
+                        f"warning: {self.where} cannot be written ({sentence(caught.fault)}); "
+                        "training goes on, and it is tried again behind each checkpoint"
+                    )
+                if self.fault and not caught.fault:
+                    say(f"{self.where} can be written again, and holds the newest files")
+                self.fault = caught.fault
+                self.done = goal
+                self.changed.notify_all()
+
+    def copy(self) -> None:
+        """Copy what is new, checkpoints first, and drop numbered ones beyond keep_last."""
+        files = [path for path in self.out.iterdir() if not path.name.startswith(".")]
+        held = {stamp: name for name, stamp in self.sent.items()}
+        for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
+            if path.name == "ckpt_last.pt":  # the newest numbered one is
+                continue
+            with contextlib.suppress(FileNotFoundError):  # dropped since
+                state = path.stat()
+                stamp = state.st_ino, state.st_mtime_ns, state.st_size
+                if not path.is_file() or self.sent.get(path.name) == stamp:
+                    continue
+                if stamp in held:
+                    self.place.put_again(held[stamp], path.name)
+                else:
+                    self.place.put(path, path.name)
+                self.sent[path.name] = stamp
+                held[stamp] = path.name
+        stored = sorted(filter(NUMBERED.fullmatch, self.place.names()), reverse=True)
+        for name in stored[self.keep_last :]:
+            self.place.remove(name)
+            self.sent.pop(name, None)
+
+    def wait(self) -> None:
+        """Wait up to MIRROR_WAIT_S for what was asked for, and say so where it is in vain."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.done >= self.asked, 2.0):
+                say(f"copying to {self.where}")
+            self.changed.wait_for(lambda: self.done >= self.asked, MIRROR_WAIT_S)
+            if self.fault or self.done < self.asked:
+                say(f"warning: {self.where} lacks the newest files, which are in {self.out}")
+
+
+def fetch(place: FolderPlace | UrlPlace, name: str, out: Path) -> Path:
+    half = out / f".{name}.tmp"
+    place.get(name, half)
+    os.replace(half, out / name)
+    return out / name
+
+
+def fetch_run(place: FolderPlace | UrlPlace, out: Path) -> str:
+    """Fetch the files of a run from its mirror, where it is further than the folder; the name of
+    its checkpoint, or "" where nothing was fetched."""
+    names = place.names()
+    stored = sorted(filter(NUMBERED.fullmatch, names), reverse=True)
+    own = [path.name for path in numbered(out)]
+    newer = [name for name in stored if not own or name > own[0]]
+    for name in newer:
+        path = fetch(place, name, out)
+        try:
+            read_checkpoint(path, verify=True)
+        except UserError as fault:
+            say(f"warning: {fault.faults[0][0]}; trying the one before it")
+            path.unlink()
+            continue
+        for other in set(names) - set(stored):
+            fetch(place, other, out)
+        link(path, out / "ckpt_last.pt")
+        return name
+    return ""
+
+
+def restore_run(where: str, out: Path) -> None:
+    """Continue from --mirror where it is further than --out_dir; UserError where it cannot be read
+    and nothing else is there to continue from."""
+    place = open_place(where)
+    out.mkdir(parents=True, exist_ok=True)
+    with Caught() as caught:
+        if name := fetch_run(place, out):
+            say(f"fetched {name} and its run from {where}")
+    if not caught.fault:
+        return
+    if not numbered(out):
+        raise UserError(
+            f"--mirror {where} cannot be read ({sentence(caught.fault)})",
+            "check its name and your rights to it, or drop --mirror to begin a new run",
+        ) from caught.fault
+    say(f"warning: {where} cannot be read ({sentence(caught.fault)}); going on with {out}")
 
 
 # ==================================================================================================
@@ -6415,10 +6944,86 @@ def curve(values: list[float], width: int = 60, height: int = 8) -> str:
     )
 
 
+SPIKE_WINDOW = 128  # steps that a step is compared with
+
+SPIKE_LEAST = 32  # so many are needed to judge by
+
+SPIKE_Z = 8.0  # robust deviations above the median, from which a figure is a spike
+
+SPIKE_FLOOR = 0.05  # of the median: a deviation is at least so large
+
+FAULT_WINDOW = 100  # steps in which faults are counted together
+
+FAULTS_MOST = 5  # of these; with more the run goes back to a checkpoint
+
+
+class StepFigures(typing.NamedTuple):
+    """What a step gave, on all ranks, and the numbers of its samples: `samples` from `first`."""
+
+    step: int
+    first: int
+    samples: int
+    loss: float
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class StepFault(typing.NamedTuple):
+    """A step that was skipped, or a spike, and by how many deviations it stands out."""
+
+    figures: StepFigures
+    kind: str
+    z: float
+
+
+def robust_z(value: float, before: list[float]) -> float:
+    """By how many deviations a value is above the median, measured by the median absolute
+    deviation (Iglewicz and Hoaglin 1993)."""
+    median = float(np.median(before))
+    deviation = 1.4826 * float(np.median(np.abs(np.array(before) - median)))
+    return (value - median) / max(deviation, SPIKE_FLOOR * abs(median), 1e-12)
+
+
+class FaultWatch:
+    """Notices the steps that went wrong, among those before them."""
+
+    def __init__(self):
+        self.before: deque[StepFigures] = deque(maxlen=SPIKE_WINDOW)
+        self.faults: deque[StepFault] = deque()
+
+    def look(self, steps: Iterable[StepFigures]) -> list[StepFault]:
+        """The faults among further steps."""
+        found = []
+        for one in steps:
+            if not one.finite:
+                found.append(StepFault(one, "skipped", math.inf))
+                continue
+            if len(self.before) >= SPIKE_LEAST:
+                losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
+                z = max(robust_z(one.loss, losses), robust_z(one.norm, norms))
+                if z > SPIKE_Z:
+                    found.append(StepFault(one, "spike", z))
+                    continue  # it is no measure for others
+            self.before.append(one)
+        self.faults += found
+        return found
+
+    def too_many(self, step: int) -> StepFault | None:
+        """The first of more than FAULTS_MOST in the last steps, or None."""
+        while self.faults and self.faults[0].figures.step <= step - FAULT_WINDOW:
+            self.faults.popleft()
+        if len(self.faults) > FAULTS_MOST:
+            return self.faults[0]
+        return None
+
+
 class Metrics:
     """What a run reports to its logs, services and progress line.
 
-    Sums stay on the device until a row is due.
+    Figures stay on the device until a row is due.
     """
 
     def __init__(
@@ -6435,26 +7040,43 @@ class Metrics:
         self.machine = machine
         self.flops = flops
         self.names = names
-        zeros = (0.0,) * (len(names) + 1)
-        self.sums = torch.tensor(state.get("sums", zeros), device=machine.device)
+        zeros = (0.0,) * (len(names) + 2)  # the last one counts steps that were skipped
+        sums = [*state.get("sums", zeros), 0.0][: len(zeros)]
+        self.sums = torch.tensor(sums, device=machine.device)
         self.step = state.get("step", 0)
         self.steps = state.get("steps", 0)  # since the last row
         self.tokens = state.get("tokens", 0)
+        self.latest: list[tuple[int, int, int, Tensor]] = []  # steps since the last row
         self.stopwatch = self.last_row = time.monotonic()
         self.timed_tokens = 0
         self.began = self.stopwatch - state.get("seconds", 0.0)  # earlier starts included
         self.progress = Progress("training", run.max_steps, "steps", self.step, machine.main)
         self.note = ""
         self.noted = self.stopwatch
+        self.log = LogFile(out / "metrics.jsonl")
+        self.samples_log = LogFile(out / "samples.jsonl")
         self.sinks: list[Callable[[dict], None]] = []
         if machine.main:
-            for log in ("metrics.jsonl", "samples.jsonl"):
-                cut_log(out / log, self.step or -1)
+            for log in (self.log, self.samples_log):
+                cut_log(log.path, self.step or -1)
             self.sinks = open_sinks(run, out, self.step)
 
-    def add(self, step: int, losses: Tensor, norm: Tensor, tokens: int) -> None:
-        """One step: its mean losses and gradient norm, still on the device, and its tokens."""
-        self.sums += torch.cat((losses.detach().float().view(-1), norm.detach().float().view(1)))
+    def add(
+        self,
+        step: int,
+        losses: Tensor,
+        norm: Tensor,
+        tokens: int,
+        first: int = 0,
+        samples: int = 0,
+    ) -> None:
+        """One step: its mean losses and gradient norm, still on the device, its tokens, and which
+        samples it saw. One that is not finite, and so was skipped, has no part in the means."""
+        figures = torch.cat((losses.detach().float().view(-1), norm.detach().float().view(1)))
+        good = figures.isfinite().all()
+        self.sums[:-1] += torch.where(good, figures, 0.0)
+        self.sums[-1] += ~good
+        self.latest.append((step, first, samples, figures))
         self.step = step
         self.steps += 1
         self.tokens += tokens
@@ -6475,27 +7097,44 @@ class Metrics:
         return self.timed_tokens / max(time.monotonic() - since, 1e-9)
 
     def totals(self) -> list[float]:
-        """Losses and gradient norm summed since the last row; UserError where one is not finite."""
-        *losses, norm = self.sums.tolist()
+        """Losses, gradient norm and skipped steps, summed since the last row; the losses are means
+        over the ranks."""
+        *losses, norm, skipped = self.sums.tolist()
         losses = [total / self.machine.world for total in self.machine.all_reduce_sum(*losses)]
-        if not math.isfinite(sum(losses) + norm):
-            raise UserError(
-                f"the loss or its gradient is NaN or infinite at step {self.step}",
-                "resume with a lower --lr, more --warmup_steps, or --dtype fp32",
-            )
-        return [*losses, norm]
+        return [*losses, norm, skipped]
+
+    def step_figures(self) -> list[StepFigures]:
+        """The steps since the last row."""
+        if not self.latest:
+            return []
+        found = torch.stack([figures for *_, figures in self.latest]).tolist()
+        losses = self.machine.all_reduce_sum(*(loss for loss, *_ in found))
+        rows = []
+        for (step, first, samples, _), loss, (*_, norm) in zip(
+            self.latest, losses, found, strict=True
+        ):
+            rows.append(StepFigures(step, first, samples, loss / self.machine.world, norm))
+        self.latest.clear()
+        return rows
 
     def row(self, lr: float) -> dict:
         """The figures since the last row, which starts the next."""
-        *losses, norm = (total / max(1, self.steps) for total in self.totals())
+        *sums, skipped = self.totals()
+        means = [total / max(1, self.steps - skipped) for total in sums]
         speed, overall = self.speed(self.stopwatch), self.speed(self.last_row)
         peak = peak_flops(self.machine.device)
         mfu = None
         if peak:
             mfu = speed * self.flops / (peak * self.machine.world)
-        row = {
-            **report("train", self.names, losses),
-            "train/grad_norm": norm,
+        row = {}
+        self.note = f"every step was skipped, lr {lr:.2e} {short(overall)} tok/s"
+        if skipped < self.steps:
+            row = {**report("train", self.names, means[:-1]), "train/grad_norm": means[-1]}
+            loss = f"loss {row[f'train/{self.names[0]}']:.4f}"
+            self.note = f"{loss} lr {lr:.2e} {short(overall)} tok/s"
+        if skipped:
+            row["train/skipped"] = int(skipped)
+        row |= {
             "train/lr": lr,
             "perf/tok_per_s": round(speed, 1),
             "perf/wall_tok_per_s": round(overall, 1),
@@ -6506,7 +7145,6 @@ class Metrics:
         if self.run.usd_per_hour:
             row["cost/usd"] = self.elapsed() / 3600 * self.run.usd_per_hour
 
-        self.note = f"loss {row['train/loss']:.4f} lr {lr:.2e} {short(overall)} tok/s"
         if mfu is not None:
             self.note += f" mfu {mfu:.1%}"
         if "cost/usd" in row:
@@ -6525,16 +7163,16 @@ class Metrics:
         if not row or not self.machine.main:
             return
         row = {"step": self.step, "tokens": self.tokens, "time": round(self.elapsed(), 3), **row}
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
+        self.log.write(row)
         for sink in self.sinks:
             sink(row)
 
     def write_samples(self, rows: list[dict], aloud: bool = True) -> None:
         """Answers of the model, a line each in samples.jsonl and, `aloud`, on the terminal."""
-        with (self.out / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json_line({"step": self.step, **row}))
+        self.samples_log.write(*({"step": self.step, **row} for row in rows))
         if not aloud:
             return
         for row in rows:
@@ -6707,6 +7345,44 @@ def load_optimizers(
         raise damaged_field(field_name) from fault
 
 
+FIRST_CKPT_S = 60.0  # after a start, where --ckpt_minutes is on
+
+ROLLBACKS_MOST = 3  # of one start; a run that needs more has another fault than its data
+
+
+class RollBack(Exception):
+    """A run must go back to a checkpoint of `before` that step, and go on with sample `samples`."""
+
+    def __init__(self, before: int, samples: int, told: str):
+        super().__init__(told)
+        self.before = before
+        self.samples = samples
+        self.told = told
+
+
+class Wishes(typing.NamedTuple):
+    """What a rank asks of all, exchanged with each step's counts: to stop, to save, and to have
+    smaller micro-batches."""
+
+    stop: bool = False
+    save: bool = False
+    smaller: bool = False
+
+
+@contextlib.contextmanager
+def stall_watch() -> Iterator[None]:
+    """The watch over steps that take too long, which each step sets anew, ends with the block."""
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def write_args(out: Path, text: str) -> None:
+    with atomic_write(out / "args.txt", "w") as file:
+        file.write(text)
+
+
 class Trainer:
     """One run: its model, optimiser and counters, and the steps that move them."""
 
@@ -6732,8 +7408,19 @@ class Trainer:
         self.samples = saved.get("samples", 0)
         self.best_val = saved.get("best_val", math.inf)
         self.best_is_new = False
-        self.writer = Writer()
+        self.args_text = ""  # of args.txt
+        self.events = Events(self.out, machine)
+        self.watch = FaultWatch()
+        self.mirror: Mirror | None = None
+        if run.mirror and machine.main:
+            self.mirror = Mirror(run.mirror, self.out, run.keep_last)
+        self.writer = Writer(self.mirror.renew if self.mirror else int)
         self.ahead = Ahead(self.step_batch)
+        self.began = self.saved_at = self.step_at = time.monotonic()
+        self.step_s = 0.0  # of the latest step
+        self.ever_saved = False  # in this start
+        self.short_of_memory = False  # since the last step, on this rank
+        self.exchanging = False  # gradients with other ranks
 
         self.ema: EMA | None = None
         if optim.ema:
@@ -6783,7 +7470,11 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.weights if self.ema else None,
             "rng": {"seed": self.args["seed"]},  # each step is seeded by (seed, step, rank)
-            "args": {**self.args, "step_samples": self.step_samples},
+            "args": {
+                **self.args,
+                "step_samples": self.step_samples,
+                "planned_steps": self.run.max_steps,
+            },
             "gauges": self.metrics.state(),
             "tokenizer": self.job.tokenizer.data,
         }
@@ -6791,25 +7482,97 @@ class Trainer:
     def due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.run.max_steps
 
-    def train_step(self, stop: int) -> bool:
-        """One optimizer step over all ranks; whether any rank was told to stop."""
+    def wishes(self, stop: int) -> Wishes:
+        """What this rank asks for, which was told to `stop` or not."""
+        now, run = time.monotonic(), self.run
+        late = run.max_hours and now - self.began + self.step_s > run.max_hours * 3600
+        save = False
+        if run.ckpt_minutes:
+            wait = run.ckpt_minutes * 60
+            if not self.ever_saved:
+                wait = min(FIRST_CKPT_S, wait)
+            save = now - self.saved_at > wait
+        return Wishes(bool(stop or late), save and self.machine.main, self.short_of_memory)
+
+    def agree(self, stop: int, *numbers: float) -> tuple[Wishes, list[float]]:
+        """What all ranks do, and these numbers summed over them; the step begins here."""
+        now = time.monotonic()
+        self.step_s, self.step_at = now - self.step_at, now
+        if self.run.stall_minutes and hasattr(sys.stderr, "fileno"):
+            with contextlib.suppress(io.UnsupportedOperation):  # stderr is no file
+                faulthandler.dump_traceback_later(self.run.stall_minutes * 60, exit=True)
+        mine = self.wishes(stop)
+        found = self.machine.all_reduce_sum(*mine, *numbers)
+        wishes = Wishes(*(total > 0 for total in found[: len(mine)]))
+        if wishes.smaller:
+            self.use_smaller_batches()
+        return wishes, found[len(mine) :]
+
+    def use_smaller_batches(self) -> None:
+        """Halve the micro-batches of the steps to come, on all ranks; a step stays what it is."""
+        self.short_of_memory = False
+        run = self.run
+        share = run.batch_size * run.grad_accum_steps
+        if self.job.stream.per_step:
+            share = run.batch_size
+        if run.batch_size < 2:
+            return
+        size = max(n for n in divisors(share) if n <= run.batch_size // 2)
+        accum = run.grad_accum_steps
+        if not self.job.stream.per_step:
+            accum = share // size
+        self.run = replace(run, batch_size=size, grad_accum_steps=accum)
+        self.ahead.forget()
+        self.events.add(
+            self.step,
+            "memory",
+            f"memory ran out at step {self.step}, which was repeated: micro-batches of {size} "
+            f"instead of {run.batch_size} sequences from here on",
+            batch_size=size,
+        )
+
+    def train_step(self, stop: int = 0) -> Wishes:
+        """One optimizer step over all ranks, and what they wished for."""
         run, machine = self.run, self.machine
         batch = self.ahead.take(self.samples)
-        targets, tokens, stops = machine.all_reduce_sum(batch.targets, batch.tokens, stop)
+        wishes, (targets, tokens) = self.agree(stop, batch.targets, batch.tokens)
         seed_step(self.args["seed"], self.step, machine.rank)
-        lr = set_step(self.optimizers, self.optim, self.step, run.max_steps)
+        lr = set_step(self.optimizers, self.optim, *self.schedule_place())
         losses = sum(self.accumulate(self.wrapped, batch.micros, machine.world / targets))
         norm = self.update(self.job.model, self.optimizers)
         self.count_step()
-        self.samples += batch.samples
-        self.metrics.add(self.step, losses, norm, int(tokens))
+        first, self.samples = self.samples, self.samples + batch.samples
+        self.metrics.add(self.step, losses, norm, int(tokens), first, batch.samples)
         row = {}
         if self.due(run.log_interval):
             row = self.metrics.row(lr)
+            self.judge_steps()
         if self.due(run.eval_interval):
             row |= self.evaluate()
         self.metrics.write(row)
-        return bool(stops)
+        return wishes
+
+    def schedule_place(self) -> tuple[int, int]:
+        """The step, and the steps in all, that the learning rate follows."""
+        return self.step, self.run.max_steps
+
+    def judge_steps(self) -> None:
+        """Write down the latest steps that went wrong; where there are too many, go back."""
+        for fault in self.watch.look(self.metrics.step_figures()):
+            one = fault.figures
+            facts = {"loss": one.loss, "grad_norm": one.norm, "deviations": fault.z}
+            facts = {key: value if math.isfinite(value) else None for key, value in facts.items()}
+            facts["samples"] = [one.first, one.first + one.samples]
+            self.events.note(one.step, fault.kind, **facts)
+        first = self.watch.too_many(self.step)
+        if first:
+            raise RollBack(
+                first.figures.step - 1,
+                self.samples,
+                f"the loss or its gradient is NaN or infinite, or far from those before, in "
+                f"{len(self.watch.faults)} of the last {min(self.step, FAULT_WINDOW)} steps, "
+                f"first at step {first.figures.step}",
+            )
 
     def step_batch(self, first: int) -> StepBatch:
         """This rank's share of the step whose first sample is `first`, ready for the device."""
@@ -6833,20 +7596,48 @@ class Trainer:
         micros: Iterable[tuple[Tensor, ...]],
         scale: float,
     ) -> list[Tensor]:
-        """Accumulate the gradient of the micro-batches' losses times `scale`; these, one by one."""
-        found = []
+        """Accumulate the gradient of the micro-batches' losses times `scale`; these, one by one.
+
+        Where memory runs out it is done again in halves of them, of which each has its losses then,
+        unless gradients were on their way to other ranks.
+        """
         micros = list(micros)
+        while True:
+            try:
+                return self.accumulate_once(wrapped, micros, scale)
+            except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+                smaller = [half for micro in micros for half in halves(micro)]
+                if not out_of_memory(fault) or self.exchanging or len(smaller) == len(micros):
+                    raise
+            # Behind the handler, as the fault holds what the step had in memory.
+            micros = smaller
+            wrapped.zero_grad(set_to_none=True)
+            free_memory(self.machine.device)
+            self.short_of_memory = True
+
+    def accumulate_once(
+        self,
+        wrapped: nn.Module,
+        micros: list[tuple[Tensor, ...]],
+        scale: float,
+    ) -> list[Tensor]:
+        found = []
+        self.exchanging = False
         for i, micro in enumerate(micros):
+            last = i + 1 == len(micros)
             tensors = [self.machine.to_device(tensor) for tensor in micro]
-            with no_sync(wrapped, i + 1 == len(micros)):
+            with no_sync(wrapped, last):
                 with self.machine.autocast():
                     losses = wrapped(*tensors) * scale
+                self.exchanging = last and self.machine.world > 1
                 self.scaler.scale(losses[0]).backward()
             found.append(losses.detach())
+        self.exchanging = False
         return found
 
     def update(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensor:
-        """Clip, step and clear; the gradient norm before clipping."""
+        """Clip, step and clear; the gradient norm before clipping. Where it is not finite, the
+        same on all ranks, the step changes nothing."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.optim.grad_clip or math.inf)
@@ -6854,6 +7645,8 @@ class Trainer:
             norm = torch.zeros_like(norm)  # fp16 overflows now and then: no optimiser steps
         else:
             for optimizer in optimizers:
+                if not self.scaler.is_enabled():
+                    skip_where(optimizer, ~norm.isfinite())
                 self.scaler.step(optimizer)
         model.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -6861,7 +7654,6 @@ class Trainer:
 
     def evaluate(self, keep_best: bool = True) -> dict[str, float]:
         """Validation metrics; unless `keep_best` is off, a new best is saved at once."""
-        self.metrics.totals()  # refuses a model whose loss is not finite
         with self.metrics.aside(), self.averaged():
             row = self.measure_model()
             if keep_best and self.job.best in row and self.is_best(row[self.job.best]):
@@ -6892,37 +7684,52 @@ class Trainer:
                 self.metrics.write_samples(self.job.samples(self.job.model))
         self.objective.train()
         if not math.isfinite(sum(row.values())):
-            raise UserError(
-                f"the evaluation at step {self.step} gave NaN or infinity",
-                "resume with a lower --lr, or --dtype fp32",
-            )
+            told = f"the evaluation at step {self.step} gave NaN or infinity"
+            raise RollBack(self.step - 1, self.samples, told)
         return row
 
     def save_best(self) -> None:
         """Write ckpt_best.pt, of the weights that the model has now."""
-        saved = self.checkpoint()
-        self.write(save_checkpoint, self.out / "ckpt_best.pt", saved)
+        self.write(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint(), best=True)
 
-    def write(self, work: Callable, where: Path, saved: dict, *args) -> None:
+    def write(self, work: Callable, where: Path, saved: dict, *args, best: bool = False) -> None:
         """Have rank 0 write a checkpoint, of which it takes a copy at once."""
 
         def begin() -> None:
             copied = on_host(saved)
             if on_cuda(self.machine.device):
                 torch.cuda.synchronize()  # the copies
-            self.writer.submit(work, where, copied, *args)
+            if self.args_text and not (self.out / "args.txt").exists():  # somebody removed it
+                with contextlib.suppress(OSError):
+                    write_args(self.out, self.args_text)
+            self.writer.submit(work, where, copied, *args, best=best)
 
         self.machine.on_main(begin)
 
     def save(self, numbered: bool) -> None:
-        """Write the checkpoints that are due, once: the `numbered` one, and the best if it is new;
-        averaged weights are the best ones, and were written when they were measured."""
+        """Write the checkpoints that are due, once: the `numbered` one, the best if it is new, and
+        that before the decay; averaged weights are the best ones, and were written when they were
+        measured."""
+        best, self.best_is_new = self.best_is_new, False
+        also = ["ckpt_best.pt"] * best + [STABLE] * self.before_decay()
+        if not numbered and not also:
+            return
         with self.metrics.aside():
-            best, self.best_is_new = self.best_is_new, False
-            if numbered:
-                self.write(save_step, self.out, self.checkpoint(), self.run.keep_last, best)
-            elif best:
-                self.save_best()
+            saved = self.checkpoint()
+            if not numbered:
+                for name in also:
+                    self.write(save_checkpoint, self.out / name, saved, best=True)
+                return
+            self.write(save_step, self.out, saved, self.run.keep_last, also, best=bool(also))
+            self.saved_at = time.monotonic()
+            self.ever_saved = True
+
+    def before_decay(self) -> bool:
+        """Whether the next step is the first whose learning rate begins to fall, under wsd."""
+        step, steps = self.schedule_place()
+        if not self.optim.schedule.startswith("wsd"):
+            return False
+        return 0 < step == int(decay_begin(self.optim, steps)) < steps
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
@@ -6930,16 +7737,19 @@ class Trainer:
         with (
             Signals() as signals,
             profiler(self.run, self.out, self.machine.main) as trace,
+            stall_watch(),
         ):
             stop = False
             while self.step < self.run.max_steps and not stop:
-                stop = self.train_step(signals.received or self.writer.failed)
+                wishes = self.train_step(signals.received)
+                stop = wishes.stop
                 if trace:
                     trace.step()
-                self.save(stop or self.due(self.run.ckpt_interval))
+                self.save(stop or wishes.save or self.due(self.run.ckpt_interval))
             self.machine.on_main(self.writer.wait)
         self.metrics.progress.close()
         if self.step < self.run.max_steps:
+            self.finish_mirror()
             self.say_how_to_resume()
             return 128 + (signals.received or signal.SIGTERM)
         with self.averaged():
@@ -6948,7 +7758,13 @@ class Trainer:
             if not self.job.lora:
                 self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
         self.machine.on_main(self.writer.wait)
+        self.finish_mirror()
         return 0
+
+    def finish_mirror(self) -> None:
+        if self.mirror:
+            self.mirror.renew()
+            self.mirror.wait()
 
     def say_how_to_resume(self) -> None:
         launcher = "python"
@@ -7092,7 +7908,8 @@ def check_resumable(saved: dict, job: Job, out: Path) -> None:
     check_fields(saved["args"], {"batch_size": int, "step_samples": int}, "args")
     sums = saved["gauges"]["sums"]
     numbers = [isinstance(number, (int, float)) for number in sums]
-    if not all(numbers) or len(sums) != len(job.names) + 1:
+    known = len(job.names) + 1  # and since then the skipped steps
+    if not all(numbers) or len(sums) not in (known, known + 1):
         raise damaged_field("gauges")
     for name in ("args", "config"):
         if any(isinstance(value, Tensor) for value in saved[name].values()):
@@ -7130,13 +7947,16 @@ def resume(
     args: dict,
     groups: tuple,
     extra: dict,
+    before: int | None = None,
 ) -> dict | None:
     """The checkpoint that --out_dir continues from, its weights in the model; None for a new run.
 
-    args: of this start; groups: the settings behind them; extra: what is not a flag.
+    args: of this start; groups: the settings behind them; extra: what is not a flag; before: the
+    last step that is good.
     """
     out = Path(run.out_dir)
-    newest = machine.on_main(newest_whole, out, run.resume)  # that rank 0 finds whole
+    resumes = run.resume or before is not None
+    newest = machine.on_main(newest_whole, out, resumes, before)  # that rank 0 finds whole
     if not newest:
         return None
     saved = read_checkpoint(newest)
@@ -7144,8 +7964,10 @@ def resume(
     refuse_broken_weights(saved["model"], newest)
     check_same_run(saved, job, args, [*same_on_resume(*groups), *extra], out)
     names = [f.name for f in flags(*groups) if f.metadata["repeated"]]
-    if changed := changed_flags(saved["args"], args, names):
-        say(f"changed since step {saved['step']}: {', '.join(changed)}")
+    changed = changed_flags(saved["args"], args, names)
+    if changed and before is None:
+        told = f"changed since step {saved['step']}: {', '.join(changed)}"
+        Events(out, machine).add(saved["step"], "changed", told, flags=changed)
     try:
         job.model.load_state_dict(saved["model"], strict=not job.lora)
     except (RuntimeError, AttributeError, TypeError) as fault:
@@ -7224,10 +8046,110 @@ def say_what_next(trainer: Trainer) -> None:
 def begin_run(out: Path, args_text: str) -> None:
     """Write args.txt, and remove what a kill in the middle of writing left behind; an OSError here
     costs no hour of training."""
-    with atomic_write(out / "args.txt", "w") as file:
-        file.write(args_text)
+    write_args(out, args_text)
     for half in out.glob(".ckpt_*.tmp"):
         half.unlink()
+
+
+def say_schedule(saved: dict, run: RunSettings, optim: OptimSettings) -> None:
+    """Where a run that has begun to decay its learning rate is given more steps, say what becomes
+    of it, and how to branch off from before."""
+    old, out = saved["args"].get("planned_steps"), Path(run.out_dir)
+    if not optim.schedule.startswith("wsd") or not isinstance(old, int) or run.max_steps <= old:
+        return
+    begin = int(decay_begin(optim, old))
+    if saved["step"] <= begin:
+        return
+    say(
+        f"warning: the learning rate had begun to fall at step {begin} of {old}; of "
+        f"{run.max_steps} steps it falls from {int(decay_begin(optim, run.max_steps))} on, and is "
+        "at its peak again until then"
+    )
+    if (out / STABLE).exists():
+        folder, longer = shlex.quote(str(out)), shlex.quote(f"{out}-longer")
+        say(
+            "to train on from before the fall instead, stop, and:",
+            f"  mkdir {longer} && cp {folder}/{STABLE} {longer}/ckpt_last.pt",
+            f"  python {PROGRAM} {saved['kind']} @{folder}/args.txt --out_dir {longer} "
+            f"--max_steps {run.max_steps}",
+        )
+
+
+def say_faults(trainer: Trainer) -> None:
+    """What went wrong in a run that is done."""
+    kinds = {
+        "skipped": "steps skipped, whose loss or gradient was not finite",
+        "spike": "spikes of loss or gradient",
+        "back": "times back to a checkpoint",
+        "memory": "times out of memory",
+    }
+    events = trainer.events
+    found = {what: events.count(kind, trainer.step) for kind, what in kinds.items()}
+    told = [f"{count} {what}" for what, count in found.items() if count]
+    if told and trainer.machine.main:
+        say(f"in this run: {', '.join(told)}; see {events.log.path}")
+
+
+def broken_run(back: RollBack, more: str = "") -> UserError:
+    return UserError(
+        f"{back.told}{more}",
+        "resume with a lower --lr, more --warmup_steps, or --dtype fp32",
+    )
+
+
+def train_once(
+    job: Job,
+    machine: Machine,
+    run: RunSettings,
+    optim: OptimSettings,
+    groups: tuple,
+    extra: dict,
+    epochs: float,
+    make: Callable[..., Trainer],
+    back: RollBack | None,
+) -> tuple[int, RollBack | None]:
+    """Train from the newest checkpoint, or from one that it goes `back` to; the exit code, and
+    where it has to go back to next."""
+    args, args_text = settings_dict(*groups) | extra, settings_text(*groups)
+    saved = resume(job, machine, run, args, groups, extra, back and back.before)
+    if back:
+        if not saved:
+            raise broken_run(back, ", and there is no checkpoint from before")
+        told = f"{back.told}: going back to step {saved['step']}, and on with sample {back.samples}"
+        Events(Path(run.out_dir), machine).add(back.before, "back", told, to=saved["step"])
+        saved["samples"] = back.samples
+    given, samples = run, 0
+    if saved and not job.stream.per_step:
+        if run.batch_size:
+            run = keep_step_size(run, saved, machine.world)
+        elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
+            samples = saved["args"]["step_samples"]
+    run = choose_step(run, job, machine, optim, samples)
+    if not run.max_steps:
+        samples = job.step_samples(run, machine.world)
+        run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
+    run = choose_eval_tokens(run, job, machine)
+    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    if run.fp8 and not back:
+        use_fp8(job.model, machine)
+    machine.on_main(begin_run, Path(run.out_dir), args_text)
+    if not back:
+        describe_run(job, machine, run, given, saved)
+    if saved and not back:
+        say_schedule(saved, run, optim)
+    trainer = make(job, machine, run, optim, args, saved)
+    trainer.args_text = args_text
+    del saved  # frees its memory
+    try:
+        code = trainer.fit()
+    except RollBack as wrong:
+        machine.on_main(trainer.writer.wait)
+        trainer.metrics.progress.close()
+        return 1, wrong.with_traceback(None)  # which held the trainer's memory
+    if code == 0:
+        say_what_next(trainer)
+        say_faults(trainer)
+    return code, None
 
 
 def train_job(
@@ -7242,32 +8164,25 @@ def train_job(
 ) -> int:
     """Train from the start, or from where the run in --out_dir stands; the exit code.
 
-    The run's arguments are those of `groups`, the settings, and `extra`.
+    The run's arguments are those of `groups`, the settings, and `extra`. A run whose steps go wrong
+    goes back to its last good checkpoint, and on behind the data that it had seen.
     """
-    args, args_text = settings_dict(*groups) | extra, settings_text(*groups)
-    saved = resume(job, machine, run, args, groups, extra)
-    given, samples = run, 0
-    if saved and not job.stream.per_step:
-        if run.batch_size:
-            run = keep_step_size(run, saved, machine.world)
-        elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
-            samples = saved["args"]["step_samples"]
-    run = choose_step(run, job, machine, optim, samples)
-    if not run.max_steps:
-        samples = job.step_samples(run, machine.world)
-        run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
-    run = choose_eval_tokens(run, job, machine)
-    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
-    if run.fp8:
-        use_fp8(job.model, machine)
-    machine.on_main(begin_run, Path(run.out_dir), args_text)
-    describe_run(job, machine, run, given, saved)
-    trainer = make(job, machine, run, optim, args, saved)
-    del saved  # frees its memory
-    code = trainer.fit()
-    if code == 0:
-        say_what_next(trainer)
-    return code
+    lock = Lock(Path(run.out_dir))
+    machine.on_main(lock.acquire)
+    try:
+        if run.mirror:
+            machine.on_main(restore_run, run.mirror, Path(run.out_dir))
+        start = functools.partial(train_once, job, machine, run, optim, groups, extra, epochs, make)
+        back: RollBack | None = None
+        for _ in range(ROLLBACKS_MOST + 1):
+            code, again = start(back)
+            if not again:
+                return code
+            back = again
+        machine.on_main(newest_whole, Path(run.out_dir), True, back.before)
+        raise broken_run(back, f", also after {ROLLBACKS_MOST} times back to a checkpoint")
+    finally:
+        lock.release()
 
 
 # ==================================================================================================
@@ -7302,7 +8217,7 @@ def validate(
         found, targets = [torch.zeros(len(names))], 0
         for micro, size in batches:
             tensors = [machine.to_device(tensor) for tensor in micro]
-            found.append(module(*tensors).view(-1))
+            found.append(in_halves(module, tuple(tensors), machine.device).view(-1))
             targets += size
 
         sums = torch.stack([part.cpu() for part in found]).double().sum(0)
@@ -7491,9 +8406,21 @@ class Candidate:
                 context, continuation = pairs[place]
                 rows.append((context + continuation)[-(limit + 1) :])
                 counts.append(min(len(continuation), len(rows[-1]) - 1))
-            for place, scored in zip(places, self.score_rows(rows, counts), strict=True):
+            for place, scored in zip(places, self.score_in_halves(rows, counts), strict=True):
                 found[place] = scored
         return found
+
+    def score_in_halves(self, rows: list[list[int]], counts: list[int]) -> list:
+        """score_rows, of half the rows at once where memory runs out."""
+        try:
+            return list(self.score_rows(rows, counts))
+        except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+            if len(rows) < 2 or not out_of_memory(fault):
+                raise
+        free_memory(self.machine.device)
+        half = len(rows) // 2
+        first = self.score_in_halves(rows[:half], counts[:half])
+        return first + self.score_in_halves(rows[half:], counts[half:])
 
     def score_rows(self, rows: list[list[int]], counts: list[int]) -> Iterable:
         """The same of the last counts[i] ids of each row."""
@@ -9834,6 +10761,20 @@ class Rollout:
             tokens = torch.cat([self.places[row] for row in chosen])
             yield MicroRollout(chosen, tokens, *batch, (before, torch.tensor(owners)))
 
+    def halves(self, micro: MicroRollout) -> list[MicroRollout]:
+        """A micro-batch as `halves` divides its tensors."""
+        if len(micro.rows) < 2:
+            return [micro]
+        half = len(micro.rows) // 2
+        lengths = self.lengths[micro.rows]
+        tokens = micro.tokens.split([int(lengths[:half].sum()), int(lengths[half:].sum())])
+        rows = micro.rows[:half], micro.rows[half:]
+        tensors = halves((micro.ids, micro.targets, *micro.shared))
+        return [
+            MicroRollout(*part, ids, targets, tuple(shared))
+            for *part, (ids, targets, *shared) in zip(rows, tokens, tensors, strict=True)
+        ]
+
     def micros(self) -> Iterator[MicroRollout]:
         for part in self.minibatches:
             yield from part
@@ -10178,12 +11119,15 @@ class PolicyTrainer(Trainer):
         numbers = [before, advantages, reference, importance]
         table = []
         for _ in range(policy.updates):
-            for part in rollout.minibatches:
+            for place, part in enumerate(rollout.minibatches):
                 weights, count, tokens = self.token_weights(rollout, part)
                 scalars = self.scalars(rollout, unmoved=not table)
                 batches = rollout.batches(part, numbers, (weights, scalars))
                 scale = machine.world / count
                 found = self.accumulate(self.wrapped, batches, scale)
+                while len(part) < len(found):  # memory ran out
+                    part = [half for micro in part for half in rollout.halves(micro)]
+                rollout.minibatches[place] = part
                 norm = self.update(self.job.model, self.optimizers)
                 found = [output / scale for output in found]
                 sums = torch.stack([output[:width] for output in found]).cpu()
@@ -10200,14 +11144,19 @@ class PolicyTrainer(Trainer):
         return row, loss, norm
 
     def policy_row(self, table: np.ndarray) -> tuple[dict[str, float], Tensor]:
-        """The metrics of the step's minibatches (minibatches, metrics), and their mean loss."""
-        loss, *means = table[:, :-2].mean(0)
-        most = self.machine.all_reduce_max(table[:, -2].max())
-        least = -self.machine.all_reduce_max(-table[:, -1].min())
+        """The metrics of the step's minibatches (minibatches, metrics), and their mean loss; where
+        all were skipped the latter is NaN."""
+        done = table[np.isfinite(table).all(1)]
+        if not len(done):
+            done = np.full_like(table[:1], np.nan)
+        loss, *means = done[:, :-2].mean(0)
+        most = self.machine.all_reduce_max(done[:, -2].max())
+        least = -self.machine.all_reduce_max(-done[:, -1].min())
         row = report("train", POLICY_METRICS[1:], [*map(float, means), most, least])
         if not self.reference:
             del row["train/kl"]
-        self.entropy = row["train/entropy"]
+        if math.isfinite(row["train/entropy"]):
+            self.entropy = row["train/entropy"]
         if self.policy.entropy_target:
             move = math.copysign(ENTROPY_STEP, self.policy.entropy_target - self.entropy)
             self.bonus = min(ENTROPY_BONUS_MOST, max(0.0, self.bonus + move))
@@ -10260,19 +11209,19 @@ class PolicyTrainer(Trainer):
             row |= more
         return row, loss, norm
 
-    def set_policy_step(self) -> float:
+    def schedule_place(self) -> tuple[int, int]:
         """The policy's schedule begins where the value model's own steps end."""
         alone = self.value.value_warmup if self.critic else 0
-        step, steps = max(0, self.step - alone), max(1, self.run.max_steps - alone)
-        return set_step(self.optimizers, self.optim, step, steps)
+        return max(0, self.step - alone), max(1, self.run.max_steps - alone)
 
-    def train_step(self, stop: int) -> bool:
-        """Generate, score and learn; whether any rank was told to stop."""
+    def train_step(self, stop: int = 0) -> Wishes:
+        """Generate, score and learn; what all ranks wished for."""
         if self.step == 0:
             self.metrics.write(self.evaluate(keep_best=False))
-        [stops] = self.machine.all_reduce_sum(stop)
+        wishes, _ = self.agree(stop)
         seed_step(self.args["seed"], self.step, self.machine.rank)
-        lr = self.set_policy_step()
+        lr = set_step(self.optimizers, self.optim, *self.schedule_place())
+        first = self.samples
         times = [time.monotonic()]
         groups, row = self.gather()
         times.append(time.monotonic())
@@ -10286,8 +11235,9 @@ class PolicyTrainer(Trainer):
         if self.reference and every and self.step % every == 0:
             self.reset_reference()
         [tokens] = self.machine.all_reduce_sum(len(rollout.sampled))
-        self.metrics.add(self.step, loss, norm, int(tokens))
+        self.metrics.add(self.step, loss, norm, int(tokens), first, self.samples - first)
         row |= self.metrics.row(lr)
+        self.judge_steps()
         row["perf/rollout_tok_per_s"], row["perf/update_tok_per_s"] = tokens / np.diff(times)
         self.metrics.note = f"reward {row['train/reward']:.3f} {self.metrics.note}"
         self.warn(row)
@@ -10296,7 +11246,7 @@ class PolicyTrainer(Trainer):
         if self.due(self.run.eval_interval):
             row |= self.evaluate()
         self.metrics.write(row)
-        return bool(stops)
+        return wishes
 
     def reset_reference(self) -> None:
         """The policy becomes the reference, and its optimizer starts again (Liu et al. 2025,
@@ -10826,16 +11776,6 @@ MARKED = 40  # most points of a curve that are marked
 SMOOTHED = 60  # points of a curve from which it is drawn as a mean over its neighbours as well
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a .jsonl of a run; none where there is no such file."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 class RunLog:

@@ -183,7 +183,7 @@ def test_no_step_waits_for_the_device(kind, optimizer, cuda, tmp_path, monkeypat
             losses = sum(one.accumulate(one.wrapped, [batch, batch], 0.01))
             norm = one.update(model, one.optimizers)
             one.count_step()
-            one.metrics.sums = torch.zeros(len(losses) + 1)
+            one.metrics.sums = torch.zeros(len(losses) + 2)
             one.metrics.names = ("loss",) * len(losses)
             one.metrics.add(1, losses, norm, 9)
 
@@ -780,7 +780,7 @@ def test_a_step_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
     assert began.wait(30) and not (tmp_path / "ckpt_last.pt").exists()
     for _ in range(2):
         one.train_step(0)
-    assert not one.writer.failed
+    assert not one.writer.fault
     release.set()
     one.writer.wait()
     saved = lm.read_checkpoint(tmp_path / "ckpt_last.pt")
@@ -791,19 +791,6 @@ def test_a_step_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
     assert all(map(torch.equal, kept, moments))
     tied = saved["model"]["lm_head.weight"], saved["model"]["tok_emb.weight"]
     assert tied[0].data_ptr() == tied[1].data_ptr(), "what is one tensor is written once"
-
-
-def test_a_full_disk_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
-    def full(path, checkpoint):
-        raise OSError(lm.errno.ENOSPC, "No space left on device", str(path))
-
-    one = trainer_of(build(), lm.pretrain_loss, tmp_path)
-    one.job.tokenizer = type("Tokenizer", (), {"data": b"x"})()
-    one.run = lm.replace(one.run, ckpt_interval=2, eval_interval=100)
-    monkeypatch.setattr(lm, "save_checkpoint", full)
-    with pytest.raises(OSError, match="No space"):
-        one.fit()
-    assert one.step < 8
 
 
 def test_the_best_and_the_newest_are_written_once_where_they_are_one(run, data_dir, tmp_path):
