@@ -59,6 +59,7 @@ File formats
                 each optimiser; read with weights_only=True. Adapters are stored alone: lora says
                 of which model; grpo adds reference entropy uninformative critic critic_optim
   metrics.jsonl one object a line: step tokens time train/* val/* moe/* perf/* gpu/* cost/*
+  events.jsonl  what happened to a run besides: step event told, and facts of the event
   results.json  of eval: {"results": {CKPT: {TASK: {"acc": …, "acc_stderr": …, "rows": …}}}}
   rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
                 output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer

@@ -71,7 +71,7 @@ def main() -> int:
     if args.keep_all:  # the rotary tables and the cache go on
         saved["config"]["seq_len"] *= args.contexts
     model = lm.build_model(saved, torch.device("cpu"))
-    ids = torch.from_numpy(lm.TokenFolder(args.data_dir).val.astype("int64"))
+    ids = torch.from_numpy(lm.TokenFolder(args.data_dir).val[:].astype("int64"))
     length = args.contexts * T + 1
     count = min(args.rows, len(ids) // length)
     assert count, "the validation split is too short for so many contexts"

@@ -41,7 +41,7 @@ def folder(data_dir):
 
 def by_hand(model, ids, seq_len, most):
     """Mean nats a target over stride-seq_len windows, one at a time."""
-    ids = torch.from_numpy(ids.astype("int64"))[: most + 1]
+    ids = torch.from_numpy(ids[:].astype("int64"))[: most + 1]
     total = 0.0
     for start in range(0, len(ids) - 1, seq_len):
         piece = ids[start : start + seq_len + 1]
