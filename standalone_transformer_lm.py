@@ -7410,6 +7410,7 @@ class Trainer:
         self.best_val = saved.get("best_val", math.inf)
         self.best_is_new = False
         self.args_text = ""  # of args.txt
+        self.fitting = False  # rather than measured
         self.events = Events(self.out, machine)
         self.watch = FaultWatch()
         self.mirror: Mirror | None = None
@@ -7499,7 +7500,7 @@ class Trainer:
         """What all ranks do, and these numbers summed over them; the step begins here."""
         now = time.monotonic()
         self.step_s, self.step_at = now - self.step_at, now
-        if self.run.stall_minutes and hasattr(sys.stderr, "fileno"):
+        if self.fitting and self.run.stall_minutes and hasattr(sys.stderr, "fileno"):
             with contextlib.suppress(io.UnsupportedOperation):  # stderr is no file
                 faulthandler.dump_traceback_later(self.run.stall_minutes * 60, exit=True)
         mine = self.wishes(stop)
@@ -7734,6 +7735,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
+        self.fitting = True
         self.objective.train()
         with (
             Signals() as signals,
