@@ -1166,7 +1166,9 @@ class RunSettings(StepSettings):
         0.0, "stop and save after so many hours, as at a SIGTERM; 0: off", repeated=False
     )
     stall_minutes: float = setting(
-        60.0, "a step that takes longer ends the process, with the stacks of its threads; 0: off"
+        60.0,
+        "a step that takes longer ends the process, with the stacks of its threads; 0: off",
+        below=1e5,
     )
     wandb: str = setting("", "Weights & Biases project to log to", basic=True)
     tensorboard: bool = setting(False, "write TensorBoard events to OUT/tensorboard")

@@ -87,7 +87,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(folder)
     objective = lm.Objective(model, lm.pretrain_loss)
     row = lm.perplexity(objective, [("", folder, 1.0)], 8, CPU, 32, ALL)
     assert row["val/ppl"] == pytest.approx(400, rel=1e-4)
-    documents, ids = [], folder.val.tolist()
+    documents, ids = [], folder.val[:].tolist()
     for i in ids:
         documents.append([]) if i == 1 else documents[-1].append(i)
     size = sum(len(folder.tokenizer.decode(d[:-1]).encode()) for d in documents)

@@ -519,7 +519,7 @@ def test_args_txt_reads_back_equal(group, args_file):
         assume(not lm.check(settings))
         args_file.write_text(lm.settings_text(settings), encoding="utf-8")
         (again,) = read([f"@{args_file}"], (group,))
-        once = {"preset": "", "resume": True, "profile": 0}  # not repeated
+        once = {"preset": "", "resume": True, "profile": 0, "max_hours": 0.0}  # not repeated
         expected = dataclasses.replace(
             settings, **{name: value for name, value in once.items() if hasattr(settings, name)}
         )
