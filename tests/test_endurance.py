@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_distributed
 import torch
 from conftest import SHORT, TINY, complaint, log_rows, read_pt, signal_at, weight_bytes
 from test_distributed import STEADY, two
 
 import standalone_transformer_lm as lm
 
-ROOT = Path(__file__).resolve().parents[1]
+grpo = test_distributed.grpo  # a fixture
 
 
 def argv(data_dir, out, *more):
@@ -701,3 +702,34 @@ def test_more_steps_before_the_decay_need_no_word(run, data_dir, tmp_path):
     assert run(argv(data_dir, out, *WSD, "--max_hours", 1e-9))[0] == 143
     code, told, _ = run(argv(data_dir, out, *WSD, "--max_steps", 20))
     assert code == 0 and "had begun to fall" not in told
+
+
+# ---- Reinforcement learning ----
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_an_update_short_of_memory_is_the_same_update(run, grpo, tmp_path, tight, algo, shared):
+    flags = ["--algo", algo, "--share_prompts", shared, "--value_warmup", 0]
+    assert run(grpo(tmp_path / "whole", *flags))[0] == 0
+    tight(set(range(1, 1000)), 2)
+    code, told, err = run(grpo(tmp_path / "out", *flags))
+    assert code == 0, err
+    assert "memory ran out" in told
+    for a, b in zip(log_rows(tmp_path / "out"), log_rows(tmp_path / "whole"), strict=True):
+        for key in {"train/loss", "train/grad_norm", "train/entropy", "train/sampler_gap"} & {*b}:
+            assert a[key] == pytest.approx(b.get(key), rel=1e-3, abs=1e-5), key
+
+
+def test_a_policy_step_without_a_finite_gradient_is_skipped(run, grpo, tmp_path, monkeypatch):
+    honest, calls = lm.policy_loss, []
+
+    def loss(model, *batch, **settings):
+        found = honest(model, *batch, **settings)
+        calls.append(1)
+        return found * math.nan if len(calls) <= 3 else found
+
+    monkeypatch.setattr(lm, "policy_loss", loss)
+    code, told, err = run(grpo(tmp_path / "out"))
+    assert code == 0 and "1 steps skipped" in told, err
+    assert [row.get("train/skipped") for row in log_rows(tmp_path / "out")] == [None, 1, None]
