@@ -5899,7 +5899,7 @@ class Muon(torch.optim.Optimizer):
                     parts, updates = zip(*pairs[i : i + at_once], strict=True)
                     updates = torch.stack(updates).flatten(0, -3)
                     if self.found_inf is not None:
-                        updates *= 1 - self.found_inf
+                        updates *= self.share
                     yield size, list(parts), updates
 
     def matrices(self, group: dict) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
@@ -6455,6 +6455,11 @@ class Writer:
                     raise fault
                 self.changed.wait(1.0)
 
+    def close(self) -> None:
+        """Wait for what is being written where another fault ends the run, which tells that one."""
+        with Caught():
+            self.wait()
+
 
 def link(path: Path, name: Path) -> None:
     """Make `name` the same file as `path`, in one moment."""
@@ -6659,7 +6664,8 @@ class FolderPlace:
     def names(self) -> list[str]:
         if not self.root.exists():
             return []
-        return [path.name for path in self.root.iterdir() if not path.name.startswith(".")]
+        files = [path for path in self.root.iterdir() if path.is_file()]
+        return [path.name for path in files if not path.name.startswith(".")]
 
     def put(self, file: Path, name: str) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -6809,7 +6815,10 @@ def fetch_run(place: FolderPlace | UrlPlace, out: Path) -> str:
     stored = sorted(filter(NUMBERED.fullmatch, names), reverse=True)
     own = [path.name for path in numbered(out)]
     newer = [name for name in stored if not own or name > own[0]]
-    for name in newer:
+    if newer:
+        for other in set(names) - set(stored):
+            fetch(place, other, out)
+    for name in newer:  # last, as by it a run is known to be fetched
         path = fetch(place, name, out)
         try:
             read_checkpoint(path, verify=True)
@@ -6817,8 +6826,6 @@ def fetch_run(place: FolderPlace | UrlPlace, out: Path) -> str:
             say(f"warning: {fault.faults[0][0]}; trying the one before it")
             path.unlink()
             continue
-        for other in set(names) - set(stored):
-            fetch(place, other, out)
         link(path, out / "ckpt_last.pt")
         return name
     return ""
@@ -8151,6 +8158,8 @@ def train_once(
         machine.on_main(trainer.writer.wait)
         trainer.metrics.progress.close()
         return 1, wrong.with_traceback(None)  # which held the trainer's memory
+    finally:
+        trainer.writer.close()
     if code == 0:
         say_what_next(trainer)
         say_faults(trainer)

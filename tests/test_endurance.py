@@ -366,6 +366,26 @@ def test_a_refused_best_checkpoint_is_not_lost_to_a_newer_one(tmp_path):
     assert written == ["best", "c"]
 
 
+def test_what_is_being_written_is_finished_where_another_fault_ends_the_run(
+    run, data_dir, tmp_path, monkeypatch
+):
+    real, step_batch = lm.save_checkpoint, lm.Trainer.step_batch
+
+    def slow(path, checkpoint):
+        time.sleep(1.0)
+        real(path, checkpoint)
+
+    def lost(trainer, first):
+        if first >= 20:
+            raise lm.UserError("the data is gone", "bring it back")
+        return step_batch(trainer, first)
+
+    monkeypatch.setattr(lm, "save_checkpoint", slow)
+    monkeypatch.setattr(lm.Trainer, "step_batch", lost)
+    complaint(run(argv(data_dir, tmp_path / "out")), "the data is gone")
+    assert read_pt(tmp_path / "out" / "ckpt_last.pt")["step"] == 4
+
+
 def test_a_bug_in_writing_is_no_full_disk():
     writer = lm.Writer()
     writer.submit(lambda: {}["missing"])
