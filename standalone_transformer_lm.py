@@ -6399,6 +6399,7 @@ class Writer:
         self.jobs: list[WriteJob] = []  # the first one is being written
         self.fault: Exception | None = None  # of its last try
         self.thread: threading.Thread | None = None
+        self.closed = False
 
     def submit(self, work: Callable, *args, best: bool = False) -> None:
         """Begin work(*args), after what was begun before."""
@@ -6415,7 +6416,9 @@ class Writer:
     def run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.jobs)
+                self.changed.wait_for(lambda: self.jobs or self.closed)
+                if not self.jobs:
+                    return
                 job = self.jobs[0]
             with Caught() as caught:
                 job.work(*job.args)
@@ -6456,9 +6459,13 @@ class Writer:
                 self.changed.wait(1.0)
 
     def close(self) -> None:
-        """Wait for what is being written where another fault ends the run, which tells that one."""
+        """Wait for what is being written where another fault ends the run, which tells that one;
+        its thread ends."""
         with Caught():
             self.wait()
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
 
 def link(path: Path, name: Path) -> None:
@@ -13158,6 +13165,9 @@ def run_command(command: Command, argv: list[str]) -> int:
             )
         )
         if dist.is_initialized():  # not after a bug: a traceback must not wait for other ranks
+            # DDP's reducers first: the last to hold a group would end it with the interpreter
+            # locked, for which the group's threads may still wait.
+            gc.collect()
             dist.destroy_process_group()
         return code
     except UserError as fault:

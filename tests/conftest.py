@@ -1,6 +1,7 @@
 """What every test shares: the program on the path, fixed seeds, a tiny corpus and its tokenizer."""
 
 import contextlib
+import faulthandler
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads; child processes inherit it
@@ -187,6 +189,7 @@ def in_child(argv, log, env, hooks):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     import standalone_transformer_lm as lm
 
     for hook, *args in hooks:
@@ -211,6 +214,8 @@ class Child:
         """(exit code, what it printed); the code of a killed child is minus the signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGUSR2)  # where it hangs, to its log
+            time.sleep(1)
             self.process.kill()
         assert self.process.exitcode is not None, f"still running:\n{self.log.read_text()}"
         return self.process.exitcode, self.log.read_text()

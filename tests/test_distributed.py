@@ -1,7 +1,9 @@
 """Two processes over gloo: the same step as one, the same weights, one voice."""
 
+import contextlib
 import functools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -36,9 +38,11 @@ def flags(data_dir, out, batch):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that connections take, so that none has it by the time it is used."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20000, 32000)))
+            return probe.getsockname()[1]
 
 
 def torchrun(argv):
