@@ -1109,6 +1109,18 @@ class StepSettings:
     grad_checkpoint: bool = setting(
         False, "recompute activations in the backward pass: slower, with far less memory"
     )
+    zero: int = setting(
+        0,
+        "what the devices divide among them: 1 optimizer state, 2 gradients too, 3 weights too",
+        below=4,
+        basic=True,
+    )
+    zero_group: int = setting(
+        0, "devices that divide a model, as those of a node; 0: all; groups repeat each other"
+    )
+    offload: bool = setting(
+        False, "keep weights, gradients and optimizer state in the host's memory: slow"
+    )
     usd_per_hour: float = setting(0.0, "price of the machine per hour; logs the cost of the run")
     usual_batch = 8  # sequences of a step on a device, where no flag says more
 
@@ -2015,11 +2027,15 @@ def can_compile(device: torch.device) -> bool:
 SHAPES_COMPILED = 64  # of one function; those beyond would run eager
 
 
-def compiled(function: Callable, **options) -> Callable:
-    """The function or module compiled, anew for each of its shapes."""
+def raise_shape_limits() -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, SHAPES_COMPILED)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """The function or module compiled, anew for each of its shapes."""
+    raise_shape_limits()
     return torch.compile(function, dynamic=False, **options)
 
 
@@ -2090,6 +2106,11 @@ def prepare_cpu(threads: int) -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
+def backends(device: torch.device) -> str:
+    """Of the collectives; numbers in the CPU's memory are exchanged too."""
+    return "cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo"
+
+
 def open_machine(settings: DeviceSettings) -> Machine:
     """Choose device and precision, and join the process group where torchrun made one."""
     rank = int(os.environ.get("RANK", 0))
@@ -2104,8 +2125,7 @@ def open_machine(settings: DeviceSettings) -> Machine:
     else:
         prepare_cpu(settings.threads)
     if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backends(device), timeout=timedelta(minutes=30))
         dist.barrier()  # so that no rank fails and leaves while another still joins
     return Machine(device, pick_dtype(settings.dtype, device), rank, world)
 
@@ -2207,11 +2227,184 @@ def distribute(module: nn.Module, machine: Machine) -> nn.Module:
     )
 
 
+@dataclass(frozen=True)
+class Shards:
+    """How a model's weights, gradients and optimizer states are divided among ranks (ZeRO:
+    Rajbhandari et al. 2020)."""
+
+    root: nn.Module  # whose forward pass gathers the weights outside the layers
+    skeleton: nn.Module  # the model as it was, on the meta device
+    stage: int
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether an Objective's model is sharded."""
+    return bool(getattr(getattr(module, "model", None), "shards", None))
+
+
 def no_sync(module: nn.Module, last: bool):
-    """Delay the averaging of gradients until the `last` micro-batch of a step."""
-    if last or not isinstance(module, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return module.no_sync()
+    """Delay the exchange of gradients until the `last` micro-batch of a step, as far as the stage
+    of a sharded model has memory for them."""
+    if is_sharded(module):
+        stage = module.model.shards.stage
+        module.set_requires_gradient_sync(last or stage > 1)
+        module.set_requires_all_reduce(last)
+        module.set_reshard_after_backward(last or stage > 2)
+    elif not last and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+def divides(settings: StepSettings, machine: Machine) -> bool:
+    """Whether a run's model is sharded: among ranks, or between device and host."""
+    return settings.offload or (settings.zero > 0 and machine.world > 1)
+
+
+def check_sharding(settings: StepSettings, machine: Machine) -> None:
+    """UserError where the ranks cannot divide a model as the flags say."""
+    if not divides(settings, machine):
+        return
+    if machine.dtype == torch.float16:
+        raise UserError("--zero and --offload need --dtype bf16 or fp32", "give one of them")
+    if settings.zero_group and machine.world % settings.zero_group:
+        raise UserError(
+            f"{machine.world} ranks cannot form groups of --zero_group {settings.zero_group}",
+            f"use one of {', '.join(map(str, divisors(machine.world)))}",
+        )
+
+
+def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model whose weights are make(weight), and take no gradient."""
+    twins = {
+        id(weight): nn.Parameter(make(weight.detach()), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, twins)
+
+
+def shard(
+    module: nn.Module,
+    machine: Machine,
+    settings: StepSettings,
+    compiles: bool,
+) -> nn.Module:
+    """An Objective whose model is sharded layer by layer, with FSDP2; the same again where the
+    model already is."""
+    model = module.model
+    if model.shards:
+        return model.shards.root
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    meshes = importlib.import_module("torch.distributed.device_mesh")
+    if not dist.is_initialized():  # one rank, with --offload
+        dist.init_process_group(
+            backends(machine.device), store=dist.HashStore(), rank=0, world_size=1
+        )
+    group = settings.zero_group or machine.world
+    shape, names = (group,), ("shard",)
+    if group < machine.world:
+        shape, names = (machine.world // group, group), ("repeat", "shard")
+    options: dict = {
+        "mesh": meshes.init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
+    }
+    if settings.offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=on_cuda(machine.device))
+    precision = fsdp.MixedPrecisionPolicy()
+    if machine.dtype == torch.bfloat16 and not model.config.n_expert:  # routers need all bits
+        precision = fsdp.MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    stage = settings.zero or 3
+    skeleton = twin_of(model, lambda weight: torch.empty_like(weight, device="meta"))
+    for block in model.blocks:
+        if compiles:
+            raise_shape_limits()
+            block.compile(dynamic=False)
+        fsdp.fully_shard(block, reshard_after_forward=stage > 2, mp_policy=precision, **options)
+    fsdp.fully_shard(module, reshard_after_forward=False, **options)
+    model.shards = Shards(module, skeleton, stage)
+    return module
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is one rank's part of a larger one."""
+    return hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that this rank has, in its memory."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the numbers of all ranks, which all must ask for."""
+    if not is_shard(tensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def rows_of(tensor: Tensor) -> slice:
+    """The rows of the whole tensor that this rank has."""
+    count = len(tensor)
+    if not is_shard(tensor):
+        return slice(0, count)
+    mesh = tensor.device_mesh
+    first = min(count, -(-count // mesh.size(-1)) * mesh.get_local_rank(-1))
+    return slice(first, first + len(local(tensor)))
+
+
+@torch.no_grad()
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of value, whole or sharded, that is sharded as `like` is."""
+    if value.shape != like.shape:
+        raise ValueError(f"a shape is {tuple(value.shape)}, not {tuple(like.shape)}")
+    found = torch.empty_like(like)
+    own = local(value) if is_shard(value) else value[rows_of(like)]
+    local(found).copy_(own)
+    return found
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool = True) -> None:
+    """model.load_state_dict, of whole weights into a model that may be sharded."""
+    if model.shards:
+        known = model.state_dict()
+        weights = {n: shard_like(w, known[n]) if n in known else w for n, w in weights.items()}
+    model.load_state_dict(weights, strict=strict)
+
+
+def gathered(value: object, machine: Machine, seen: dict | None = None) -> object:
+    """What holds sharded tensors with whole ones in the CPU's memory instead, on rank 0; None in
+    their place on other ranks, which all must ask for it. One tensor stays one."""
+    seen = {} if seen is None else seen
+    if isinstance(value, dict):
+        return {key: gathered(one, machine, seen) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gathered(one, machine, seen) for one in value)
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in seen:
+        found = whole(value)
+        if machine.main:
+            found = found.cpu() if is_shard(value) else found.to("cpu", copy=True)
+        seen[id(value)] = value, found if machine.main else None
+    return seen[id(value)][1]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """model.state_dict(), in which a weight of two names is one tensor."""
+    seen: dict[int, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: seen.setdefault(id(w), w.detach()) for name, w in state.items()}
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget gathered weights of a sharded model, as its own have changed."""
+    if not model.shards:
+        return
+    for module in model.shards.root.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 # ==================================================================================================
@@ -3265,12 +3458,18 @@ class Stream:
         return StepBatch(micros, targets, numbers.size, tokens)
 
     def in_order(self, batch_size: int, most: int, rank: int, world: int) -> Batches:
-        """This rank's share of the items, each once, up to about `most` tokens."""
+        """This rank's share of the items, each once, up to about `most` tokens; without targets
+        where others have more micro-batches, so that all have as many."""
         count = min(self.count, -(-most * self.count // max(1, self.tokens)))
         mine = np.arange(rank, count, world)
-        for i in range(0, len(mine), batch_size):
-            micro = self.collate(self.items(mine[i : i + batch_size]))
-            yield micro, self.targets(micro)
+        for i in range(0, -(-count // world), batch_size):
+            places = mine[i : i + batch_size]
+            if len(places):
+                micro = self.collate(self.items(places))
+                yield micro, self.targets(micro)
+            else:
+                micro = self.collate(self.items(np.zeros(batch_size, int)))
+                yield micro._replace(targets=torch.full_like(micro.targets, IGNORE)), 0
 
 
 def padded(rows: list[tuple[np.ndarray, np.ndarray]], length: int, count: int = 0) -> Batch:
@@ -4441,6 +4640,7 @@ class Transformer(nn.Module):
         self.grad_checkpoint = False
         self.memory: KVCache | None = None  # kept for the next generation, where it is compiled
         self.fp32_head = False  # logits in fp32 where all else is bf16 (MiniMax 2025, section 3.2)
+        self.shards: Shards | None = None  # where ranks divide it among them
         empty = torch.empty(config.vocab_size, config.d_model)  # init_weights fills it
         self.tok_emb = nn.Embedding.from_pretrained(empty, freeze=False)
         self.sinks: nn.Parameter | None = None
@@ -4799,22 +4999,33 @@ def lower_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
     return model
 
 
+@torch.no_grad()
+def renew_copy(twin: Transformer, model: Transformer) -> None:
+    """Give a reading_copy the weights that the model has now."""
+    if model.shards:
+        theirs = dict(twin.named_parameters(remove_duplicate=False))
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            theirs[name].copy_(whole(weight))
+    elif twin is not model:
+        pairs = zip(multiplied(twin), multiplied(model), strict=True)
+        theirs, ours = zip(*((getattr(*a), getattr(*b)) for a, b in pairs), strict=True)
+        torch._foreach_copy_(theirs, ours)
+
+
 def reading_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model as generation reads it, in evaluation mode: itself in fp32, or else a copy that
-    shares all but the weights of its matmuls (renew_copy)."""
+    shares all but the weights of its matmuls (renew_copy). Of a sharded model always a whole copy,
+    for which all ranks must ask."""
+    if model.shards:
+        device = model.cos.device
+        twin = lower_weights(twin_of(model.shards.skeleton, torch.clone), dtype)
+        twin = twin_of(twin, lambda weight: torch.empty_like(weight, device=device)).to(device)
+        renew_copy(twin, model)
+        return twin.eval()
     if dtype == torch.float32:
         return model.eval()
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return lower_weights(copy.deepcopy(model, shared), dtype).eval()
-
-
-@torch.no_grad()
-def renew_copy(twin: Transformer, model: Transformer) -> None:
-    """Give a reading_copy the weights that the model has now."""
-    if twin is not model:
-        pairs = zip(multiplied(twin), multiplied(model), strict=True)
-        theirs, ours = zip(*((getattr(*a), getattr(*b)) for a, b in pairs), strict=True)
-        torch._foreach_copy_(theirs, ours)
 
 
 def compiled_rows(rows: int) -> int:
@@ -5758,8 +5969,9 @@ class Objective(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, *batch: Tensor) -> Tensor:
-        return self.loss(self.model, *batch).reshape(-1)
+    def forward(self, *batch: Tensor, work: Callable[..., Tensor] | None = None) -> Tensor:
+        """The loss of a batch, or what another `work` on the model makes of it."""
+        return (work or self.loss)(self.model, *batch).reshape(-1)
 
 
 # ==================================================================================================
@@ -5822,17 +6034,51 @@ def newton_schulz(x: Tensor) -> Tensor:
     return x
 
 
+def orthogonal_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision that matrices are orthogonalised in: bf16, but fp32 on a CPU without it."""
+    return torch.bfloat16 if on_cuda(tensor) or bf16_cpu() else torch.float32
+
+
 def orthogonalise(matrices: Tensor, compiled: bool = False) -> Tensor:
     """Semi-orthogonal matrices near (n, rows, columns), by Newton-Schulz iteration (Jordan et al.
-    2024); in bf16, but in fp32 on a CPU without it."""
-    dtype = torch.float32
-    if on_cuda(matrices) or bf16_cpu():
-        dtype = torch.bfloat16
+    2024)."""
     iterate = compiled_once(newton_schulz) if compiled else newton_schulz
-    x = matrices.to(dtype)
+    x = matrices.to(orthogonal_dtype(matrices))
     if x.shape[-2] > x.shape[-1]:
         return iterate(x.mT).mT.to(matrices.dtype)
     return iterate(x).to(matrices.dtype)
+
+
+def rows_at(tensor: Tensor, rows: slice) -> Tensor:
+    """The rows of a tensor, which is itself where they are all."""
+    return tensor if rows == slice(0, len(tensor)) else tensor[rows]
+
+
+class Matrix(typing.NamedTuple):
+    """A matrix, or a tensor of experts, that Muon moves: some rows of a weight."""
+
+    shape: torch.Size
+    weight: Tensor  # what this rank has of it
+    rows: slice  # which of its rows these are
+    update: Tensor  # of the whole weight
+    place: slice  # its rows in the weight
+
+    def whole_update(self) -> Tensor:
+        """Its update from all ranks, in the precision that it is orthogonalised in."""
+        update = self.update
+        if is_shard(update):
+            update = whole(update.to(orthogonal_dtype(update)))
+        return rows_at(update, self.place)
+
+
+def matrix_of(weight: Tensor, update: Tensor, first: int, count: int) -> Matrix:
+    """`count` rows of a weight from `first` on."""
+    here = rows_of(weight)
+    begin = min(max(here.start, first), first + count)
+    end = max(begin, min(here.stop, first + count))
+    own = rows_at(local(weight), slice(max(0, begin - here.start), max(0, end - here.start)))
+    rows, place = slice(begin - first, end - first), slice(first, first + count)
+    return Matrix(torch.Size((count, *weight.shape[1:])), own, rows, update, place)
 
 
 class Muon(torch.optim.Optimizer):
@@ -5878,42 +6124,50 @@ class Muon(torch.optim.Optimizer):
 
     def begin(self, matrices: Tensor) -> Gathered:
         """Orthogonalise this rank's share of matrices (n, rows, columns), and send for the rest."""
-        mine = self.machine.share_of(matrices)
+        mine = self.machine.share_of(matrices).to(self.machine.device)
         return self.machine.gather(orthogonalise(mine, self.compiled), len(matrices))
 
-    def move(self, size: float, parts: list[Tensor], found: Gathered) -> None:
+    def move(self, size: float, parts: list[Matrix], found: Gathered) -> None:
         directions = found.wait().view(len(parts), *parts[0].shape)
-        torch._foreach_add_(parts, list(directions), alpha=-size)
+        weights, own = [], []
+        for part, direction in zip(parts, directions, strict=True):
+            if len(part.weight):
+                weights.append(part.weight)
+                own.append(rows_at(direction, part.rows).to(part.weight))
+        if weights:
+            torch._foreach_add_(weights, own, alpha=-size)
 
-    def batches(self) -> Iterator[tuple[float, list[Tensor], Tensor]]:
-        """Weights of one shape, by how much they are to move, and their updates (n, rows,
+    def batches(self) -> Iterator[tuple[float, list[Matrix], Tensor]]:
+        """Matrices of one shape, by how much they are to move, and their updates (n, rows,
         columns), which are 0 in a step that is skipped."""
         for group in self.param_groups:
-            for shape, pairs in self.matrices(group).items():
+            for shape, parts in self.matrices(group).items():
                 rows, columns = shape[-2:]
                 if len(shape) > 2:  # experts are stored (in, out)
                     rows, columns = columns, rows
                 size = group["lr"] * MUON_SCALES[group["scale"]](rows, columns)
                 at_once = max(1, MUON_AT_ONCE // math.prod(shape))
-                for i in range(0, len(pairs), at_once):
-                    parts, updates = zip(*pairs[i : i + at_once], strict=True)
-                    updates = torch.stack(updates).flatten(0, -3)
+                for i in range(0, len(parts), at_once):
+                    some = parts[i : i + at_once]
+                    updates = torch.stack([part.whole_update() for part in some]).flatten(0, -3)
                     if self.found_inf is not None:
                         updates *= self.share
-                    yield size, list(parts), updates
+                    yield size, some, updates
 
-    def matrices(self, group: dict) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
-        """(weight, momentum) of each matrix of a group, by shape; the weights are decayed."""
-        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    def matrices(self, group: dict) -> dict[torch.Size, list[Matrix]]:
+        """The matrices of a group, by shape; the weights are decayed."""
+        shapes: dict[torch.Size, list[Matrix]] = {}
         kept = 1 - group["lr"] * group["weight_decay"] * self.share
         for weight in group["params"]:
             if weight.grad is None:
                 continue
             update = self.momentum(weight, group["momentum"])
-            weight.mul_(kept)
-            rows = group["rows"] or (weight.shape[-2],)
-            for pair in zip(weight.split(rows, -2), update.split(rows, -2), strict=True):
-                shapes.setdefault(pair[0].shape, []).append(pair)
+            local(weight).mul_(kept)
+            first = 0
+            for count in group["rows"] or (len(weight),):
+                part = matrix_of(weight, update, first, count)
+                shapes.setdefault(part.shape, []).append(part)
+                first += count
         return shapes
 
     def momentum(self, weight: Tensor, beta: float) -> Tensor:
@@ -5921,10 +6175,12 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
+        moving, gradient = local(state["momentum"]), local(weight.grad)
         if self.found_inf is not None:
-            weight.grad.nan_to_num_(0.0, 0.0, 0.0)
-        state["momentum"].lerp_(weight.grad, (1 - beta) * self.share)
-        return weight.grad.lerp_(state["momentum"], beta)
+            gradient.nan_to_num_(0.0, 0.0, 0.0)
+        moving.lerp_(gradient, (1 - beta) * self.share)
+        gradient.lerp_(moving, beta)
+        return weight.grad
 
 
 def parameter_kind(name: str, weight: nn.Parameter) -> str:
@@ -5992,10 +6248,11 @@ class WeightCopy:
     """A copy of a model's trained weights, which can stand in for them."""
 
     def __init__(self, model: nn.Module, weights: list[Tensor] | None = None):
+        self.model = model
         self.live = [w for w in model.parameters() if w.requires_grad]
         self.weights = []
         for live, start in zip(self.live, weights or self.live, strict=True):
-            self.weights.append(torch.empty_like(live).copy_(start.detach()))
+            self.weights.append(shard_like(start.detach(), live.detach()))
 
     @contextlib.contextmanager
     def in_place(self):
@@ -6008,10 +6265,11 @@ class WeightCopy:
 
     @torch.no_grad()
     def swap(self) -> None:
-        for mine, live in zip(self.weights, self.live, strict=True):
+        for mine, live in zip(map(local, self.weights), map(local, self.live), strict=True):
             kept = live.clone()
             live.copy_(mine)
             mine.copy_(kept)
+        reshard(self.model)
 
 
 class EMA:
@@ -6029,7 +6287,8 @@ class EMA:
     def update(self, step: int) -> None:
         """After optimizer step `step`; the young average decays faster, so it has no bias."""
         decay = min(self.decay, step / (step + 9))
-        torch._foreach_lerp_(self.copy.weights, self.copy.live, 1 - decay)
+        averages, live = [*map(local, self.copy.weights)], [*map(local, self.copy.live)]
+        torch._foreach_lerp_(averages, live, 1 - decay)
 
     def in_place(self):
         return self.copy.in_place()
@@ -6516,14 +6775,16 @@ def newest_whole(out: Path, resume: bool, before: int | None = None) -> Path | N
     raise UserError(f"every checkpoint in {out} is damaged", "start in another --out_dir")
 
 
-def save_weights(out: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+def save_weights(
+    out: Path,
+    weights: dict[str, Tensor],
+    config: ModelSettings,
+    tokenizer: Tokenizer,
+) -> None:
     """pytorch_model.bin, config.json and tokenizer.model, for programs that want plain weights."""
-    save_checkpoint(
-        out / "pytorch_model.bin",
-        {name: w.detach().cpu() for name, w in model.state_dict().items()},
-    )
+    save_checkpoint(out / "pytorch_model.bin", weights)
     with atomic_write(out / "config.json", "w") as file:
-        json.dump(asdict(model.config), file, indent=1)
+        json.dump(asdict(config), file, indent=1)
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.data)
 
@@ -7250,9 +7511,9 @@ GAUGES = {"sums": (list, tuple), "step": int, "steps": int, "tokens": int, "seco
 class Job:
     """What a trainer gives the loop.
 
-    evaluate(module, run) runs on every rank, samples(model) on rank 0. The best checkpoint is that
-    of the lowest `best` metric, or of the highest with `maximise`. `names` are those of the loss's
-    sums; `lora` describes adapters and their base.
+    evaluate(module, run) and samples(model) run on every rank. The best checkpoint is that of the
+    lowest `best` metric, or of the highest with `maximise`. `names` are those of the loss's sums;
+    `lora` describes adapters and their base.
     """
 
     kind: str
@@ -7353,11 +7614,13 @@ def load_optimizers(
     try:
         for optimizer, saved in zip(optimizers, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
+            found = {}
             for i, state in saved["state"].items():
-                for value in state.values():
-                    if value.dim() and value.shape != params[i].shape:
-                        raise ValueError("a shape")
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+                found[i] = {
+                    key: shard_like(value, params[i].detach()) if value.dim() else value
+                    for key, value in state.items()
+                }
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
     except BROKEN as fault:
         raise damaged_field(field_name) from fault
 
@@ -7440,9 +7703,6 @@ class Trainer:
         self.short_of_memory = False  # since the last step, on this rank
         self.exchanging = False  # gradients with other ranks
 
-        self.ema: EMA | None = None
-        if optim.ema:
-            self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.scaler = torch.amp.GradScaler(
             machine.device.type, enabled=machine.dtype == torch.float16
         )
@@ -7453,17 +7713,24 @@ class Trainer:
         self.step_samples = job.step_samples(run, machine.world)
         total = float(flops) * run.max_steps * self.step_samples * job.sample_tokens
         self.compiled = wants_compile(run.compile, total, machine)
+        self.sharded = divides(run, machine)
+        self.objective, self.wrapped = self.wrap(Objective(job.model, job.loss))
+        self.ema: EMA | None = None
+        if optim.ema:
+            self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.optimizers = make_optimizers(job.model, optim, machine, self.compiled)
         if saved:
             load_optimizers(self.optimizers, saved["optim"])
-        self.objective = self.compile(Objective(job.model, job.loss))
-        self.wrapped = distribute(self.objective, machine)
         self.metrics = Metrics(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
 
-    def compile(self, objective: nn.Module) -> nn.Module:
-        if not self.compiled:
-            return objective
-        return compiled(objective)
+    def wrap(self, objective: Objective) -> tuple[nn.Module, nn.Module]:
+        """An objective as it is evaluated and as it is trained: compiled, and sharded or repeated
+        over the ranks."""
+        if self.sharded:
+            root = shard(objective, self.machine, self.run, self.compiled)
+            return root, root
+        module = compiled(objective) if self.compiled else objective
+        return module, distribute(module, self.machine)
 
     def averaged(self):
         """The model has its averaged weights inside the block, where --ema asks for them."""
@@ -7472,16 +7739,22 @@ class Trainer:
         return contextlib.nullcontext()
 
     def checkpoint(self) -> dict:
-        """All that a run resumes from; UserError where its loss is not finite."""
+        """All that a run resumes from; of a sharded model, for which all ranks must ask, whole on
+        rank 0."""
+        saved = self.state()
+        return gathered(saved, self.machine) if self.sharded else saved
+
+    def state(self) -> dict:
+        """All that a run resumes from, as this rank has it."""
         model, lora = self.job.model, self.job.lora
-        weights = trained_weights(model) if lora else model.state_dict()
+        weights = trained_weights(model) if lora else state_of(model)
         return {
             "format": CHECKPOINT_FORMAT,
             "kind": self.job.kind,
             "step": self.step,
             "samples": self.samples,
             "best_val": self.best_val,
-            "model": {name: weight.detach() for name, weight in weights.items()},
+            "model": weights,
             "config": asdict(model.config),
             "lora": lora,
             "optim": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -7625,7 +7898,8 @@ class Trainer:
                 return self.accumulate_once(wrapped, micros, scale)
             except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
                 smaller = [half for micro in micros for half in halves(micro)]
-                if not out_of_memory(fault) or self.exchanging or len(smaller) == len(micros):
+                exchanging = self.exchanging or (self.sharded and self.machine.world > 1)
+                if not out_of_memory(fault) or exchanging or len(smaller) == len(micros):
                     raise
             # Behind the handler, as the fault holds what the step had in memory.
             micros = smaller
@@ -7659,6 +7933,7 @@ class Trainer:
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.optim.grad_clip or math.inf)
+        norm = whole(norm)
         if self.scaler.is_enabled() and not norm.isfinite():
             norm = torch.zeros_like(norm)  # fp16 overflows now and then: no optimiser steps
         else:
@@ -7698,8 +7973,10 @@ class Trainer:
         self.objective.eval()
         with torch.no_grad(), self.machine.autocast():
             row = self.job.evaluate(self.objective, self.run)
-            if self.job.samples and self.machine.main:
-                self.metrics.write_samples(self.job.samples(self.job.model))
+            if self.job.samples:
+                rows = self.job.samples(self.job.model)
+                if self.machine.main:
+                    self.metrics.write_samples(rows)
         self.objective.train()
         if not math.isfinite(sum(row.values())):
             told = f"the evaluation at step {self.step} gave NaN or infinity"
@@ -7714,7 +7991,7 @@ class Trainer:
         """Have rank 0 write a checkpoint, of which it takes a copy at once."""
 
         def begin() -> None:
-            copied = on_host(saved)
+            copied = saved if self.sharded else on_host(saved)
             if on_cuda(self.machine.device):
                 torch.cuda.synchronize()  # the copies
             if self.args_text and not (self.out / "args.txt").exists():  # somebody removed it
@@ -7775,7 +8052,10 @@ class Trainer:
             if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
                 self.save_best()
             if not self.job.lora:
-                self.machine.on_main(save_weights, self.out, self.job.model, self.job.tokenizer)
+                weights = gathered(state_of(self.job.model), self.machine)
+                self.machine.on_main(
+                    save_weights, self.out, weights, self.job.model.config, self.job.tokenizer
+                )
         self.machine.on_main(self.writer.wait)
         self.finish_mirror()
         return 0
@@ -7988,8 +8268,8 @@ def resume(
         told = f"changed since step {saved['step']}: {', '.join(changed)}"
         Events(out, machine).add(saved["step"], "changed", told, flags=changed)
     try:
-        job.model.load_state_dict(saved["model"], strict=not job.lora)
-    except (RuntimeError, AttributeError, TypeError) as fault:
+        load_weights(job.model, saved["model"], strict=not job.lora)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as fault:
         raise damaged_field("model") from fault
     return saved
 
@@ -8008,6 +8288,17 @@ def chosen_sizes(job: Job, machine: Machine, run: RunSettings, given: RunSetting
             f"evaluation: at most {short(run.eval_tokens)} tokens every {run.eval_interval} steps, "
             f"about {EVAL_SHARE:.0%} of the time (--eval_tokens)"
         )
+
+
+def described_sharding(run: RunSettings, machine: Machine) -> str:
+    words = ""
+    if divides(run, machine):
+        words += f", ZeRO stage {run.zero or 3}"
+        if run.zero_group and run.zero_group < machine.world:
+            words += f" in groups of {run.zero_group}"
+        if run.offload:
+            words += ", in the host's memory"
+    return words
 
 
 def describe_run(
@@ -8032,7 +8323,8 @@ def describe_run(
         model += f", {trained / total:.1%} of them trained"
     say(
         f"model: {model}, {config.n_layer} layers, context {config.seq_len}",
-        f"machine: {machine.world} x {machine.device.type}, {str(machine.dtype)[len('torch.') :]}",
+        f"machine: {machine.world} x {machine.device.type}, "
+        f"{str(machine.dtype)[len('torch.') :]}{described_sharding(run, machine)}",
         f"data: {short(stream.tokens)} training tokens; {step_tokens:,.0f} per step, "
         f"{short(step_tokens * run.max_steps)} in the run ({epochs:.2g} epochs)",
         *chosen_sizes(job, machine, run, given),
@@ -8148,7 +8440,10 @@ def train_once(
         samples = job.step_samples(run, machine.world)
         run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
     run = choose_eval_tokens(run, job, machine)
-    job.model.to(machine.device).grad_checkpoint = run.grad_checkpoint
+    check_sharding(run, machine)
+    if not divides(run, machine):
+        job.model.to(machine.device)
+    job.model.grad_checkpoint = run.grad_checkpoint
     if run.fp8 and not back:
         use_fp8(job.model, machine)
     machine.on_main(begin_run, Path(run.out_dir), args_text)
@@ -8233,12 +8528,18 @@ def validate(
 ) -> dict[str, float]:
     """val/* of an Objective over the parts (name, weight, batches) of all ranks, weighted as
     trained; val/loss/NAME of each named one. A part without targets is passed over."""
+    divided = machine.world > 1 and is_sharded(module)
     by_domain, means, weights = {}, [], []
     for name, weight, batches in parts:
         found, targets = [torch.zeros(len(names))], 0
         for micro, size in batches:
-            tensors = [machine.to_device(tensor) for tensor in micro]
-            found.append(in_halves(module, tuple(tensors), machine.device).view(-1))
+            tensors = tuple(machine.to_device(tensor) for tensor in micro)
+            if divided:  # by halves, one rank would wait for others
+                sums = module(*tensors)
+            else:
+                sums = in_halves(module, tensors, machine.device)
+            if size:
+                found.append(sums.view(-1))
             targets += size
 
         sums = torch.stack([part.cpu() for part in found]).double().sum(0)
@@ -8330,13 +8631,18 @@ def sample_answers(
     tokenizer: Tokenizer,
     questions: list[Turns],
     most: int,
-    dtype: torch.dtype,
+    machine: Machine,
 ) -> list[dict]:
-    """Greedy answers to fixed questions, as rows of samples.jsonl."""
+    """Greedy answers to fixed questions, as rows of samples.jsonl; on rank 0 alone."""
     prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
     greedy = SamplingSettings(most, temperature=0.0)
     stop = frozenset({tokenizer.eos})
-    answers = complete(reading_copy(model, dtype), prompts, greedy, 0, stop, dtype)
+    if not machine.main and not model.shards:
+        return []
+    reader = reading_copy(model, machine.dtype)
+    if not machine.main:
+        return []
+    answers = complete(reader, prompts, greedy, 0, stop, machine.dtype)
     rows = []
     for turns, ids in zip(questions, answers, strict=True):
         ended = ids[-1:] == [tokenizer.eos]
@@ -10616,6 +10922,12 @@ class Sampler:
         self.latest = [made[i : i + count] for i in range(0, len(made), count)]
         return self.latest
 
+    def renew(self) -> None:
+        """Draw from the model as it is now; all ranks do so together."""
+        if self.reader is None:
+            self.reader = reading_copy(self.model, self.machine.dtype)
+        renew_copy(self.reader, self.model)
+
     def generate(
         self,
         asked: list[Problem],
@@ -10626,9 +10938,6 @@ class Sampler:
         """The ids of a completion of each problem, and their log-probabilities."""
         logps: list[list[float]] = [[] for _ in asked]
         self.model.eval()
-        if self.reader is None:
-            self.reader = reading_copy(self.model, self.machine.dtype)
-        renew_copy(self.reader, self.model)
         with self.machine.autocast():
             found = complete(
                 self.reader,
@@ -10651,6 +10960,7 @@ class Sampler:
         places = np.arange(min(prompts.count, s.eval_prompts))
         own = np.array_split(places, machine.world)[machine.rank]
         sums = np.zeros(4)
+        self.renew()
         if len(own):
             problems, first = prompts.items(own), own[0] * s.eval_samples
             key = derive_seed(seed, "eval")
@@ -10839,25 +11149,23 @@ class Critic:
         self.model = model
         self.optim = replace(trainer.optim, lr=settings.value_lr or 2 * trainer.optim.lr)
         loss = functools.partial(value_loss, clip=settings.value_clip)
-        module = trainer.compile(Objective(model, loss))
-        self.wrapped = distribute(module, trainer.machine)
+        objective = Objective(model, loss)
+        _, self.wrapped = trainer.wrap(objective)
+        self.objective = self.wrapped if trainer.sharded else objective
         self.optimizers = make_optimizers(model, self.optim, trainer.machine, trainer.compiled)
         model.grad_checkpoint = trainer.run.grad_checkpoint
         if saved:
             try:
-                model.load_state_dict(saved["critic"], strict=not trainer.job.lora)
+                load_weights(model, saved["critic"], strict=not trainer.job.lora)
             except BROKEN as fault:
                 raise damaged_field("critic") from fault
             load_optimizers(self.optimizers, saved.get("critic_optim"), "critic_optim")
 
     def state(self) -> dict:
         """What a checkpoint keeps of it."""
-        if self.trainer.job.lora:
-            weights = trained_weights(self.model)
-        else:
-            weights = self.model.state_dict()
+        lora = self.trainer.job.lora
         return {
-            "critic": {name: weight.detach() for name, weight in weights.items()},
+            "critic": trained_weights(self.model) if lora else state_of(self.model),
             "critic_optim": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
@@ -10871,7 +11179,8 @@ class Critic:
             with machine.autocast():
                 tensors = (micro.ids, micro.targets, *micro.shared)
                 tensors = [machine.to_device(tensor) for tensor in tensors]
-                found.append((micro, token_values(self.model, *tensors)))
+                values = self.objective(*tensors, work=token_values)
+                found.append((micro, values.view(micro.ids.shape)))
         self.model.train()
         return rollout.collect(found)
 
@@ -10933,8 +11242,8 @@ class PolicyTrainer(Trainer):
         self.warned: set[str] = set()
         self.uninformative = saved.get("uninformative", 0)  # steps that taught nothing
 
-    def checkpoint(self) -> dict:
-        saved = super().checkpoint()
+    def state(self) -> dict:
+        saved = super().state()
         saved["entropy"] = (self.bonus, self.entropy)
         saved["uninformative"] = self.uninformative
         saved["reference"] = self.reference.weights if self.reference else None
@@ -10954,6 +11263,7 @@ class PolicyTrainer(Trainer):
         numbers = self.samples + np.arange(count)
         own = np.array_split(numbers, machine.world)[machine.rank]
         groups = []
+        self.sampler.renew()
         if len(own):
             problems = self.job.stream.samples(own)
             seed = derive_seed(self.args["seed"], "rollout")
@@ -10999,7 +11309,10 @@ class PolicyTrainer(Trainer):
             self.policy.minibatches,
             self.run.batch_size,
             length,
-            self.sampler.settings.share_prompts and not self.compiled and can_share(config, groups),
+            self.sampler.settings.share_prompts
+            and not self.compiled
+            and not self.sharded  # a layer gathers its weights for one call
+            and can_share(config, groups),
         )
 
     def logps(self, rollout: Rollout) -> Tensor:
@@ -11452,7 +11765,7 @@ class Tuning:
             network.lm_head.requires_grad_(False)  # a score does not depend on it
         weights = {name: w for name, w in self.weights.items() if name != "score.weight"}
         network.load_state_dict(weights, strict=False)
-        return network.to(self.machine.device)
+        return network if divides(self.run, self.machine) else network.to(self.machine.device)
 
     def adapters(self) -> dict:
         """What a checkpoint of adapters says of itself and its base."""
@@ -11508,6 +11821,7 @@ def add_reference(tuning: Tuning, network: Transformer, streams: list[Groups]) -
         logps = np.load(path)
     else:
         pairs = Groups(everything, np.zeros((len(everything), 2)), tuning.config.seq_len, 0)
+        network.to(machine.device)
         logps = row_logps(network.eval(), pairs, tuning.run.micro_batch, machine)
         machine.on_main(save_array, path, logps)
     for stream in streams:
@@ -12592,7 +12906,7 @@ def cmd_sft(
             tokenizer=tuning.tokenizer,
             questions=questions,
             most=sft.sample_tokens,
-            dtype=tuning.machine.dtype,
+            machine=tuning.machine,
         )
     return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
 

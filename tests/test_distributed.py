@@ -54,9 +54,9 @@ def torchrun(argv):
     )
 
 
-def two(child, argv, *hooks, each=()):
+def two(child, argv, *hooks, each=(), keep=True):
     """The program as two ranks without a launcher, to its end; hooks are for rank 1 alone, and
-    those of `each` for both, which get the rank."""
+    those of `each` for both, which get the rank; each may `keep` the weights that it ends with."""
     env = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -66,7 +66,7 @@ def two(child, argv, *hooks, each=()):
     ranks = [
         child(
             argv,
-            (keep_weights, rank),
+            *([(keep_weights, rank)] if keep else ()),
             *((hook, rank) for hook in each),
             *(hooks if rank else ()),
             RANK=str(rank),
