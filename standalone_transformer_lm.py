@@ -1995,7 +1995,9 @@ class Machine:
         if self.world == 1:
             return Gathered(mine, None)
         whole = mine.new_empty(len(mine) * self.world, *mine.shape[1:])
-        work = dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True)
+        gather = getattr(dist, "all_gather_single", None)  # since torch 2.13
+        gather = gather or dist.all_gather_into_tensor
+        work = gather(whole, mine.contiguous(), async_op=True)
         return Gathered(whole[:count], work)
 
     def broadcast(self, value):
@@ -5971,7 +5973,8 @@ class Objective(nn.Module):
 
     def forward(self, *batch: Tensor, work: Callable[..., Tensor] | None = None) -> Tensor:
         """The loss of a batch, or what another `work` on the model makes of it."""
-        return (work or self.loss)(self.model, *batch).reshape(-1)
+        found = (work or self.loss)(self.model, *batch).reshape(-1)
+        return found.clone()  # FSDP wants no view
 
 
 # ==================================================================================================
@@ -7540,8 +7543,10 @@ def plan_memory(
     config: ModelSettings,
     settings: StepSettings,
     optim: OptimSettings,
+    devices: int = 1,
 ) -> dict[str, float]:
-    """Bytes on a device: weights, gradients, optimizer, activations (bf16, fused attention)."""
+    """Bytes on each of so many devices: weights, gradients, optimizer, activations (bf16, fused
+    attention); as Rajbhandari et al. 2020 (ZeRO), figure 1, but with fp32 gradients."""
     counts = parameter_counts(config)
     total = counts["total"]
     tokens = settings.micro_batch * config.seq_len
@@ -7558,12 +7563,25 @@ def plan_memory(
     if optim.ema:
         optimizer += 4 * total
     logits = min(tokens, LOSS_ROWS) * config.vocab_size * 10
-    return {
+    planned = {
         "weights": 6 * total,  # fp32, and the bf16 copies that matmuls read
         "gradients": 4 * total,
         "optimizer": optimizer,
         "activations": tokens * activations + logits,
     }
+    stage = settings.zero if devices > 1 else 0
+    if not stage and not settings.offload:
+        return planned
+    stage = stage or 3
+    share = 1 / (settings.zero_group or devices)
+    ends = counts["embedding"] + counts["head"]
+    own = 0 if settings.offload else share
+    present = ends + 2 * counts["blocks"] / config.n_layer  # one layer computes, one is on its way
+    gathered = 2 * (total if stage < 3 else present) + 2 * ends  # the ends stay fp32
+    planned["weights"] = 4 * total * own + gathered
+    planned["gradients"] = 4 * (total if stage < 2 else total * own + present)
+    planned["optimizer"] = optimizer * own
+    return planned
 
 
 def use_fp8(model: Transformer, machine: Machine) -> None:
@@ -8135,7 +8153,8 @@ def largest_batch(job: Job, machine: Machine, run: RunSettings, optim: OptimSett
     size = 1 << (size.bit_length() - 1)
     room = MEMORY_USED * device_memory(machine.device)
     while size > 1:
-        planned = plan_memory(config, replace(run, batch_size=size * rows), optim)
+        sized = replace(run, batch_size=size * rows)
+        planned = plan_memory(config, sized, optim, machine.world)
         if sum(planned.values()) <= room:
             break
         size //= 2
@@ -11172,17 +11191,17 @@ class Critic:
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
         """What it expects before each token (n,)."""
-        machine = self.trainer.machine
+        trainer = self.trainer
+
+        def work(micro: MicroRollout) -> Tensor:
+            tensors = (micro.ids, micro.targets, *micro.shared)
+            tensors = [trainer.machine.to_device(tensor) for tensor in tensors]
+            return self.objective(*tensors, work=token_values).view(micro.ids.shape)
+
         self.model.eval()
-        found = []
-        for micro in rollout.micros():
-            with machine.autocast():
-                tensors = (micro.ids, micro.targets, *micro.shared)
-                tensors = [machine.to_device(tensor) for tensor in tensors]
-                values = self.objective(*tensors, work=token_values)
-                found.append((micro, values.view(micro.ids.shape)))
+        found = trainer.measure(rollout, work)
         self.model.train()
-        return rollout.collect(found)
+        return found
 
     def update(self, rollout: Rollout, values: Tensor, returns: Tensor, updates: int) -> dict:
         """One optimizer step a minibatch and update; what it explained of the returns before them
@@ -11315,21 +11334,38 @@ class PolicyTrainer(Trainer):
             and can_share(config, groups),
         )
 
+    def measure(self, rollout: Rollout, work: Callable[[MicroRollout], Tensor]) -> Tensor:
+        """Numbers of the completions' tokens (n,), of which work(micro) finds those of a
+        micro-batch (B, T)."""
+        waiting, found = [*rollout.micros()], []
+        while waiting:
+            micro = waiting.pop(0)
+            parts = rollout.halves(micro)
+            try:
+                with self.machine.autocast():
+                    found.append((micro, work(micro)))
+                continue
+            except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+                alone = self.machine.world == 1 or not self.sharded
+                if not out_of_memory(fault) or len(parts) < 2 or not alone:
+                    raise
+            free_memory(self.machine.device)
+            waiting = [*parts, *waiting]
+        return rollout.collect(found)
+
     def logps(self, rollout: Rollout) -> Tensor:
         """The policy's log-probs of the completions' tokens (n,), through the same module, in the
         same mode and micro-batches as an update, so that an unmoved policy gives the same ones."""
         zeros = torch.zeros(len(rollout.sampled))
         weights = torch.zeros(len(rollout.completions), 3)
         scalars = self.scalars(rollout, unmoved=True)
-        found = []
-        for part in rollout.minibatches:
-            batches = rollout.batches(part, [zeros] * 4, (weights, scalars))
-            for micro, batch in zip(part, batches, strict=True):
-                tensors = [self.machine.to_device(tensor) for tensor in batch]
-                with self.machine.autocast():
-                    output = self.objective(*tensors).detach()
-                found.append((micro, output[len(POLICY_METRICS) :].view(micro.ids.shape)))
-        return rollout.collect(found)
+
+        def work(micro: MicroRollout) -> Tensor:
+            [batch] = rollout.batches([micro], [zeros] * 4, (weights, scalars))
+            output = self.objective(*(self.machine.to_device(tensor) for tensor in batch))
+            return output.detach()[len(POLICY_METRICS) :].view(micro.ids.shape)
+
+        return self.measure(rollout, work)
 
     def reference_logps(self, rollout: Rollout) -> Tensor:
         if not self.reference:
@@ -11927,7 +11963,7 @@ def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) ->
         f"{counts['blocks']:,}; {counts['active']:,} active), vocabulary "
         f"{config.vocab_size:,}, context {config.seq_len:,}"
     )
-    memory = plan_memory(config, settings, optim)
+    memory = plan_memory(config, settings, optim, settings.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     yield f"memory per device, about: {sum(memory.values()) / 1e9:.2f} GB ({parts})"
     step = settings.micro_batch * max(1, settings.grad_accum_steps) * settings.gpus
@@ -13469,6 +13505,25 @@ def with_hint(fault: UserError, args: str) -> UserError:
     return UserError(what, f"{fix}; {hint}", *more)
 
 
+LOST_RANK = (  # how gloo and NCCL say that another process is gone
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+
+
+def lost_rank(fault: Exception) -> UserError | None:
+    """The sentence for the end of another rank, or None where the fault is another."""
+    if not dist.is_initialized() or not any(words in str(fault) for words in LOST_RANK):
+        return None
+    return UserError(
+        "another rank has ended, without which this one cannot go on",
+        "see what that one said; the same command goes on from the newest checkpoint",
+    )
+
+
 def run_command(command: Command, argv: list[str]) -> int:
     """Parse and run one command; the exit code. Users' mistakes become sentences on stderr."""
     earlier = earlier_flags(argv)
@@ -13489,6 +13544,9 @@ def run_command(command: Command, argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is a RuntimeError
         if sentence := out_of_memory(fault):
             return complain(sentence)
+        if sentence := lost_rank(fault):
+            complain(sentence)
+            return 1  # for a supervisor, which may start all ranks again
         raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

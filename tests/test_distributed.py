@@ -45,10 +45,10 @@ def free_port():
             return probe.getsockname()[1]
 
 
-def torchrun(argv):
+def torchrun(argv, script=ROOT / lm.PROGRAM, *options):
     """The program under torch.distributed.run on two processes, started."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
-    command = [sys.executable, *launcher, free_port(), ROOT / lm.PROGRAM, *argv]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", *options, "--master_port"]
+    command = [sys.executable, *launcher, free_port(), script, *argv]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
     )
@@ -242,14 +242,12 @@ def test_a_mistake_is_told_once_however_many_ranks_make_it(data_dir, tmp_path):
 # ---- Reinforcement learning ----
 
 
-@pytest.fixture(scope="module")
-def grpo(tiny_tokenizer, tmp_path_factory):
-    """`grpo(out, *flags)` is the command line of two steps, in groups of three."""
-    folder = tmp_path_factory.mktemp("grpo")
-    base = save_base(folder / "base.pt", tiny_tokenizer)
+def grpo_command(tokenizer, folder):
+    """`grpo(out, *flags)`, the command line of two steps, in groups of three."""
+    base = save_base(folder / "base.pt", tokenizer)
     saved = read_pt(base)
     for name in {"tok_emb.weight", "lm_head.weight"} & set(saved["model"]):
-        saved["model"][name][lm.Tokenizer(tiny_tokenizer).eos] *= 6  # answers of many lengths
+        saved["model"][name][lm.Tokenizer(tokenizer).eos] *= 6  # answers of many lengths
     lm.save_checkpoint(base, saved)
     rows = write_rows(
         folder / "rows.jsonl", [{"prompt": question(i), "answer": str(i)} for i in range(40)]
@@ -268,6 +266,11 @@ def grpo(tiny_tokenizer, tmp_path_factory):
         out,
         *flags,
     ]
+
+
+@pytest.fixture(scope="module")
+def grpo(tiny_tokenizer, tmp_path_factory):
+    return grpo_command(tiny_tokenizer, tmp_path_factory.mktemp("grpo"))
 
 
 def keep_gradients(program, rank):

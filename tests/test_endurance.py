@@ -16,7 +16,7 @@ import pytest
 import test_distributed
 import torch
 from conftest import SHORT, TINY, complaint, log_rows, read_pt, signal_at, weight_bytes
-from test_distributed import STEADY, two
+from test_distributed import STEADY, torchrun, two
 
 import standalone_transformer_lm as lm
 
@@ -164,11 +164,11 @@ def short_of_memory(program, calls, most):
     """The objective runs out of memory in these calls, where it gets more than `most` rows."""
     forward, made = program.Objective.forward, []
 
-    def tight(self, *batch):
+    def tight(self, *batch, **more):
         made.append(1)
         if len(made) in calls and len(batch[0]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, *batch)
+        return forward(self, *batch, **more)
 
     program.Objective.forward = tight
 
@@ -753,3 +753,51 @@ def test_a_policy_step_without_a_finite_gradient_is_skipped(run, grpo, tmp_path,
     code, told, err = run(grpo(tmp_path / "out"))
     assert code == 0 and "1 steps skipped" in told, err
     assert [row.get("train/skipped") for row in log_rows(tmp_path / "out")] == [None, 1, None]
+
+
+# ---- A rank that is lost ----
+
+
+def test_a_lost_rank_is_a_sentence(child, data_dir, tmp_path):
+    """kill -9 of rank 1 in the middle of a run: rank 0 says so, and the run goes on when both
+    start again, to the bytes of a run that nothing happened to."""
+    outs = tmp_path / "out", tmp_path / "calm"
+    lost, calm = (argv(data_dir, out, *STEADY, "--batch_size", 4) for out in outs)
+    (code, told), (killed, _) = two(child, lost, (signal_at, "seed_step", 7), keep=False)
+    assert killed == -signal.SIGKILL and code == 1
+    assert "error: another rank has ended" in told and "Traceback" not in told
+    for flags in (lost, calm):
+        for code, told in two(child, flags, keep=False):
+            assert code == 0, told
+    assert weight_bytes(outs[0] / "ckpt_last.pt") == weight_bytes(outs[1] / "ckpt_last.pt")
+
+
+KILLED_ONCE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import standalone_transformer_lm as lm
+
+def stepped(*key, step=lm.seed_step):
+    if key[1] == 6 and key[2] == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(*key)
+
+lm.seed_step = stepped
+sys.exit(lm.main())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_once(child, data_dir, tmp_path):
+    """A killed rank costs one restart, after which the run has the bytes of a calm one."""
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE.format(root=str(Path(lm.__file__).parent)))
+    outs = tmp_path / "out", tmp_path / "calm"
+    flags, calm = (argv(data_dir, out, *STEADY, "--batch_size", 4) for out in outs)
+    process = torchrun(flags, script, "--max-restarts=1")
+    told, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resuming" in told, told
+    for code, told in two(child, calm, keep=False):
+        assert code == 0, told
+    assert weight_bytes(outs[0] / "ckpt_last.pt") == weight_bytes(outs[1] / "ckpt_last.pt")

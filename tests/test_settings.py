@@ -480,7 +480,7 @@ def values(f):
         plain = words.filter(lambda word: word[0] not in "-@") | st.just("-")
         return st.lists(plain, min_size=1, max_size=3).map(tuple)
     if f.type is int:
-        return st.integers(least or 0, 10**12)
+        return st.integers(least or 0, 10**12 if below is None else below - 1)
     if f.type is float:
         top = {} if below is None else {"max_value": below, "exclude_max": True}
         return st.floats(least or 0.0, allow_infinity=False, allow_nan=False, **top)

@@ -1,11 +1,14 @@
 """ZeRO 0-3: two ranks that divide a model are one that has it whole."""
 
+import functools
+import signal
+
 import pytest
 import torch
-from conftest import log_rows, read_pt
-from test_distributed import alone, assert_same_curve, flags, two  # noqa: F401
-
-import standalone_transformer_lm as lm
+from conftest import log_rows, read_pt, signal_at
+from test_distributed import assert_same_curve, flags, free_port, grpo_command, in_turn, two
+from test_endurance import spoil_steps
+from test_lora import chat_rows, pair_rows, save_base, write_rows
 
 
 def whole_weights(out):
@@ -59,3 +62,151 @@ def test_two_ranks_of_every_stage_are_one(child, data_dir, tmp_path, lone, name,
     assert f"ZeRO stage {zero}" in ended[0][1]
     assert_same_curve(tmp_path / "run", lone(name), 2e-5)
     assert_near_checkpoint(whole_weights(tmp_path / "run"), whole_weights(lone(name)))
+
+
+def in_turn_on_two(child, runs):
+    ports = [(free_port(), argv) for argv in runs]
+    ended = two(child, runs[0], each=[functools.partial(in_turn, ports)], keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    return ended[0][1]
+
+
+def assert_logs_near(out, wanted, tolerance=1e-3):
+    for a, b in zip(log_rows(out), log_rows(wanted), strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for key in a:
+            if key.startswith(("train/", "val/")):
+                assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
+
+
+TINY_RUN = """--max_steps 4 --eval_interval 2 --log_interval 1 --dtype fp32 --device cpu --lr 1e-3
+--threads 1 --compile 0 --val_split 0.2 --warmup_steps 0""".split()
+
+
+def test_tuning_on_two_ranks_is_one(child, tiny_tokenizer, run, tmp_path):
+    base = save_base(tmp_path / "base.pt", tiny_tokenizer)
+    chats = write_rows(tmp_path / "chats.jsonl", chat_rows(40))
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(40))
+    kinds = {
+        "sft": [chats, "--lora_rank", 2, "--samples", 2, "--zero", 3],
+        "sft --optimizer muon --pack 1": [chats, "--zero", 2],
+        "dpo": [pairs, "--zero", 3, "--optimizer", "muon"],
+        "dpo --loss simpo --lora_rank 2": [pairs, "--zero", 1],
+        "reward": [pairs, "--zero", 3, "--ema", 0.5],
+    }
+
+    def argv(name, place, batch):
+        data, *more = kinds[name]
+        out = tmp_path / place / name.replace(" ", "")
+        flags = ["--ckpt", base, "--data", data, "--out_dir", out, "--batch_size", batch]
+        return [*name.split(), *flags, *more, *TINY_RUN]
+
+    in_turn_on_two(child, [argv(name, "both", 2) for name in kinds])
+    for name in kinds:
+        code, _, err = run(argv(name, "one", 4))
+        assert code == 0, err
+        outs = [tmp_path / place / name.replace(" ", "") for place in ("both", "one")]
+        assert_logs_near(*outs)
+        assert_near_checkpoint(*map(whole_weights, outs), 1e-4)
+    samples = [tmp_path / place / "sft" / "samples.jsonl" for place in ("both", "one")]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
+
+
+def test_rollouts_on_two_ranks_are_one(child, tiny_tokenizer, run, tmp_path):
+    grpo = grpo_command(tiny_tokenizer, tmp_path)
+    more = "--kl 0.1 --updates 2 --value_warmup 1 --share_prompts 0 --lr 1e-4".split()
+    kinds = {
+        "vapo": ["--zero", 3],
+        "grpo": ["--zero", 2, "--lora_rank", 2, "--eval_prompts", 1],
+        "dapo": ["--zero", 1, "--optimizer", "muon"],
+    }
+    both, one = (
+        [grpo(tmp_path / place / algo, "--algo", algo, *more, *kinds[algo]) for algo in kinds]
+        for place in ("both", "one")
+    )
+    in_turn_on_two(child, both)
+    for algo, argv in zip(kinds, one, strict=True):
+        code, _, err = run(argv)
+        assert code == 0, err
+        outs = [tmp_path / place / algo for place in ("both", "one")]
+        assert_logs_near(*outs, 2e-3)
+        saved = [whole_weights(out) for out in outs]
+        assert_near_checkpoint(*saved, 1e-3)
+        if algo == "vapo":
+            for name in saved[0]["critic"]:
+                assert torch.allclose(saved[0]["critic"][name], saved[1]["critic"][name], atol=1e-3)
+            for a, b in zip(saved[0]["reference"], saved[1]["reference"], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_run_changes_its_stage_and_ranks(child, data_dir, tmp_path, lone, run):
+    """Stopped three times on two ranks, each under another stage, it ends on one as one run."""
+    argv = [*flags(data_dir, tmp_path / "run", 4), "--dropout", "0", *VARIANTS["muon"]]
+    for stage, nth, step in ((3, 3, 4), (1, 3, 8), (2, 1, 10)):
+        stop = functools.partial(signal_at, what="seed_step", nth=nth, number=signal.SIGUSR1)
+        ended = two(child, [*argv, "--zero", stage], (hook_of, stop), keep=False)
+        assert ended[1][0] == 128 + signal.SIGUSR1, ended
+        assert whole_weights(tmp_path / "run")["step"] == step
+    assert "changed since step 8: zero 1 → 2" in ended[0][1]
+    code, told, err = run(argv)
+    assert code == 0 and "keeps a step at 8 sequences" in told, err
+    assert_same_curve(tmp_path / "run", lone("muon"), 1e-4)
+    assert_near_checkpoint(whole_weights(tmp_path / "run"), whole_weights(lone("muon")), 1e-4)
+
+
+def hook_of(program, stop):
+    stop(program)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--zero", 2, "--zero_group", 1],
+        ["--zero", 3, "--offload", 1],
+        ["--zero", 3, "--lr", "1e-2", "--grad_accum_steps", 2],
+    ],
+    ids=lambda more: more[2].strip("-"),
+)
+def test_groups_and_offloading_change_nothing(child, data_dir, tmp_path, lone, more):
+    batch = 2 if "--grad_accum_steps" in more else 4
+    argv = [*flags(data_dir, tmp_path / "run", batch), "--dropout", "0", *VARIANTS["muon"]]
+    ended = two(child, [*argv, *more], keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert_same_curve(tmp_path / "run", lone("muon"), 2e-5)
+
+
+def test_one_device_offloads_too(run, data_dir, tmp_path, lone):
+    argv = [*flags(data_dir, tmp_path / "run", 8), "--dropout", "0", *VARIANTS["muon"]]
+    code, told, err = run([*argv, "--offload", 1])
+    assert code == 0 and "in the host's memory" in told, err
+    assert_same_curve(tmp_path / "run", lone("muon"), 2e-5)
+
+
+def test_ranks_that_cannot_form_groups_are_refused(child, data_dir, tmp_path):
+    argv = flags(data_dir, tmp_path / "run", 4)
+    for more, word in ((["--zero_group", 3], "1, 2"), (["--dtype", "fp16"], "bf16 or fp32")):
+        ended = two(child, [*argv, "--zero", 2, *more], keep=False)
+        assert [code for code, _ in ended] == [2, 2] and word in ended[0][1], ended
+
+
+def spoil_late_steps(program, _):
+    spoil_steps(program, set(range(6, 12)))
+
+
+def test_a_sharded_run_goes_back_too(child, data_dir, tmp_path):
+    argv = [*flags(data_dir, tmp_path / "run", 4), "--zero", 2, *VARIANTS["muon"], "--ema", 0.5]
+    ended = two(child, argv, each=[spoil_late_steps], keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "going back to step 4" in ended[0][1]
+    saved = whole_weights(tmp_path / "run")
+    assert saved["step"] == 12 and saved["samples"] == 12 * 8 + 8 * 8
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_compiled_and_in_bf16(child, data_dir, tmp_path):
+    outs = [tmp_path / name for name in ("sharded", "plain")]
+    for out, more in zip(outs, (["--zero", 3, "--compile", 1], ["--zero", 0]), strict=True):
+        argv = [*flags(data_dir, out, 4), "--dropout", 0, *more, "--dtype", "bf16"]
+        ended = two(child, argv, keep=False)
+        assert [code for code, _ in ended] == [0, 0], ended
+    assert_same_curve(*outs, 2e-2)

@@ -343,16 +343,24 @@ def test_parts_with_other_tokenizers_are_refused(run, corpus, data_dir, tmp_path
     st.integers(1, 400),
 )
 def test_evaluation_sees_every_target_once(length, seq_len, batch, world, most):
+    """And every rank as many micro-batches, some without targets."""
     ids = PLACES[100 : 100 + length]  # clear of PAD
-    targets = []
+    targets, numbers = [], []
     for rank in range(world):
         windows = lm.EvaluationWindows(ids[: most + 1], seq_len, batch)
-        for (x, y), count in windows.in_order(batch, most, rank, world):
+        batches = [*windows.in_order(batch, most, rank, world)]
+        numbers.append(len(batches))
+        for i, ((x, y), count) in enumerate(batches):
             assert count == (y != lm.IGNORE).sum()
             real = y != lm.IGNORE
-            assert x.shape == y.shape == (batch, seq_len) and real.any()
-            assert torch.equal(x[real] + 1, y[real]) and (x[~real] == lm.PAD).all()
+            assert x.shape == y.shape == (batch, seq_len)
+            assert torch.equal(x[real] + 1, y[real])
+            if real.any():
+                assert (x[~real] == lm.PAD).all()
+            else:
+                assert rank and i + 1 == len(batches)
             targets += y[real].tolist()
+    assert len(set(numbers)) == 1
     assert sorted(targets) == list(range(101, 101 + min(max(0, length - 1), most)))
 
 
