@@ -234,10 +234,13 @@ def out_of_memory(fault: BaseException) -> UserError | None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what torch keeps for later, once what held it is gone."""
+    """Give back what torch and the C library keep for later, once what held it is gone."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def refuse(wrong: bool, what: str) -> None:
@@ -6671,9 +6674,17 @@ class Writer:
             waiting = [job for job in self.jobs if job.best and not best]
             self.jobs = [*waiting, WriteJob(work, args, best)]
             self.changed.notify_all()
-            if not self.thread:
-                self.thread = threading.Thread(target=self.run, daemon=True)
-                self.thread.start()
+            if self.thread:
+                return
+            thread = threading.Thread(target=self.run, daemon=True)
+            try:
+                thread.start()
+                self.thread = thread
+                return
+            except RuntimeError:  # there is no memory for one
+                self.jobs = []
+        work(*args)
+        self.after()
 
     def run(self) -> None:
         while True:
@@ -7808,7 +7819,8 @@ class Trainer:
         now = time.monotonic()
         self.step_s, self.step_at = now - self.step_at, now
         if self.fitting and self.run.stall_minutes and hasattr(sys.stderr, "fileno"):
-            with contextlib.suppress(io.UnsupportedOperation):  # stderr is no file
+            # stderr is no file, or no memory is left for a thread
+            with contextlib.suppress(io.UnsupportedOperation, RuntimeError):
                 faulthandler.dump_traceback_later(self.run.stall_minutes * 60, exit=True)
         mine = self.wishes(stop)
         found = self.machine.all_reduce_sum(*mine, *numbers)

@@ -801,3 +801,64 @@ def test_torchrun_restarts_a_run_once(child, data_dir, tmp_path):
     for code, told in two(child, calm, keep=False):
         assert code == 0, told
     assert weight_bytes(outs[0] / "ckpt_last.pt") == weight_bytes(outs[1] / "ckpt_last.pt")
+
+
+# ---- Half the memory ----
+
+
+def virtual(name):
+    """Bytes of address space of this process: VmSize, or VmPeak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def squeeze(program, note, share):
+    """Note how much address space training takes, or allow it a share of what was noted."""
+    fit = program.Trainer.fit
+
+    def fitted(trainer):
+        begin = virtual("VmSize")
+        if note.exists():
+            room = begin + int(share * int(note.read_text()))
+            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+            return fit(trainer)
+        code = fit(trainer)
+        note.write_text(str(virtual("VmPeak") - begin))
+        return code
+
+    program.Trainer.fit = fitted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this is measured on Linux")
+def test_half_the_memory_gives_the_same_losses(child, data_dir, tmp_path):
+    """--batch_size auto under a limit of address space that its micro-batches do not fit in."""
+    shape = """--n_layer 2 --d_model 64 --n_head 2 --n_kv_head 2 --seq_len 1024 --batch_size auto
+    --grad_accum_steps 1 --max_steps 20 --eval_interval 20 --eval_tokens 8000 --dropout 0""".split()
+    outs = tmp_path / "calm", tmp_path / "tight"
+    for out in outs:
+        flags = argv(data_dir, out, *shape)
+        code, told = child(flags, (squeeze, tmp_path / "note", 0.5)).end()
+        assert code == 0, told
+    assert int((tmp_path / "note").read_text()) > 100e6
+    assert events(outs[1], "memory") and "memory ran out" in told
+    calm, tight = map(log_rows, outs)
+    assert len(calm) == 20
+    for a, b in zip(calm, tight, strict=True):
+        assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
+        for key in {"train/loss", "train/grad_norm", "val/loss"} & {*b}:
+            rel = 1e-2 if "norm" in key else 1e-4
+            assert a[key] == pytest.approx(b[key], rel=rel), (a["step"], key)
+
+
+def test_a_checkpoint_needs_no_thread(monkeypatch):
+    """Where memory is too short for one, training waits for the disk instead."""
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    writer, done = lm.Writer(), []
+    writer.submit(done.append, 1)
+    writer.close()
+    assert done == [1] and not writer.thread
