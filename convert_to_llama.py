@@ -372,7 +372,7 @@ def unknown_scaling(rope: dict) -> list[str]:
     odd = sorted(ODD_SCALING & set(rope))
     if odd:
         return [f"rope_scaling is of type {rope['rope_type']!r} with {odd}"]
-    if rope["rope_type"] not in SCALINGS:
+    if rope["rope_type"] not in [*SCALINGS]:  # it may be a list
         return [f"rope_scaling is of type {rope['rope_type']!r}"]
     return []
 
@@ -947,7 +947,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return lm.need("safetensors.torch").load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as fault:
-        raise lm.disk_error(fault, path) or fault from fault
+        missing = lm.UserError(f"{path} cannot be read ({fault})", "download it again")
+        raise lm.disk_error(fault, path) or missing from fault
     except damage as fault:
         raise lm.UserError(f"{path} is damaged", "download it again") from fault
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):

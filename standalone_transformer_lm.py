@@ -6440,6 +6440,9 @@ def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
             )
 
 
+CONTEXT_MOST = 1 << 24  # tokens; a longer one in a file is damage
+
+
 def check_config(settings: ModelSettings, weights: dict[str, Tensor], path: Path) -> None:
     """UserError where a stored config cannot be of these weights: before a model is built, which
     takes memory and time by what the config says."""
@@ -6451,12 +6454,23 @@ def check_config(settings: ModelSettings, weights: dict[str, Tensor], path: Path
             raise UserError(f"{path}: its config says {f.name} {value!r}", "use another checkpoint")
     if faults := check(settings):
         raise UserError(f"{path}: its config is wrong ({faults[0][0]})", "use another checkpoint")
-    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if settings.n_layer != len(layers):
+    if settings.seq_len > CONTEXT_MOST:
         raise UserError(
-            f"{path}: its config says n_layer {settings.n_layer}, its weights have {len(layers)}",
-            "use another checkpoint",
+            f"{path}: its config says seq_len {settings.seq_len}", "use another checkpoint"
         )
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    qkv = weights.get("blocks.0.attn.qkv.weight", ())
+    heads = settings.n_head + 2 * settings.kv_heads
+    for name, said, has in (
+        ("n_layer", settings.n_layer, len(layers)),
+        ("n_sink", settings.n_sink, len(weights.get("sinks", ()))),
+        ("attention rows", heads * settings.head_size, len(qkv)),
+    ):
+        if said != has:
+            raise UserError(
+                f"{path}: its config says {name} {said}, its weights have {has}",
+                "use another checkpoint",
+            )
 
 
 def whole_config(stored: dict, weights: dict[str, Tensor], path: Path) -> ModelSettings:
@@ -6905,8 +6919,8 @@ def read_log(path: Path) -> list[dict]:
     """The rows of a .jsonl of a run; none where there is no such file."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):  # that a kill cut short
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -6932,7 +6946,7 @@ class Events:
     def count(self, kind: str, step: int) -> int:
         """How often it happened up to a step, in all starts of the run."""
         return sum(
-            row.get("event") == kind and row.get("step", 0) <= step
+            row.get("event") == kind and type(row.get("step")) is int and row["step"] <= step
             for row in read_log(self.log.path)
         )
 
@@ -7634,6 +7648,11 @@ def damaged_field(name: str) -> UserError:
     )
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What it remembers of a weight."""
+    return {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+
+
 def load_optimizers(
     optimizers: list[torch.optim.Optimizer],
     states: list[dict],
@@ -7645,8 +7664,12 @@ def load_optimizers(
             params = [p for group in optimizer.param_groups for p in group["params"]]
             found = {}
             for i, state in saved["state"].items():
+                refuse(state.keys() != moments_of(optimizer), "other moments")
+                refuse(not all(map(torch.is_floating_point, state.values())), "no numbers")
                 found[i] = {
-                    key: shard_like(value, params[i].detach()) if value.dim() else value
+                    key: value.reshape(())
+                    if key == "step"
+                    else shard_like(value, params[i].detach())
                     for key, value in state.items()
                 }
             optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
@@ -12161,13 +12184,25 @@ SMOOTHED = 60  # points of a curve from which it is drawn as a mean over its nei
 Curve = tuple[np.ndarray, np.ndarray]  # x and y
 
 
+LARGEST = 1e100  # of what can be drawn
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl, or nothing where it is of no step."""
+    if type(row.get("step")) is not int:
+        return {}
+    numbers = {name: value for name, value in row.items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if not abs(value) >= LARGEST}
+
+
 class RunLog:
     """What a run has logged."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.name = str(folder)
-        self.rows = read_log(self.folder / "metrics.jsonl")
+        rows = map(numbers_of, read_log(self.folder / "metrics.jsonl"))
+        self.rows = [row for row in rows if "step" in row]
         if not self.rows:
             raise UserError(f"{folder} has no metrics.jsonl with rows", "give the folder of a run")
 
