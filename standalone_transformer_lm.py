@@ -7951,14 +7951,26 @@ class Trainer:
                 return self.accumulate_once(wrapped, micros, scale)
             except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
                 smaller = [half for micro in micros for half in halves(micro)]
-                exchanging = self.exchanging or (self.sharded and self.machine.world > 1)
-                if not out_of_memory(fault) or exchanging or len(smaller) == len(micros):
+                if not out_of_memory(fault):
+                    raise
+                if len(smaller) == len(micros):
+                    raise self.too_long() from fault
+                if self.exchanging or (self.sharded and self.machine.world > 1):
                     raise
             # Behind the handler, as the fault holds what the step had in memory.
             micros = smaller
             wrapped.zero_grad(set_to_none=True)
             free_memory(self.machine.device)
             self.short_of_memory = True
+
+    def too_long(self) -> UserError:
+        """The sentence for a micro-batch of one sample that memory does not hold."""
+        return UserError(
+            f"memory ran out with one sample of --seq_len {self.job.model.config.seq_len} at a "
+            "time, which is not divided among devices",
+            "use --grad_checkpoint 1, --zero 3 on several devices, a shorter --seq_len or a "
+            "smaller model",
+        )
 
     def accumulate_once(
         self,
