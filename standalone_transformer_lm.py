@@ -64,8 +64,8 @@ File formats
   rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
                 output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer
 
-Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback;
-128 + signal after a signal, when the step was finished and saved.
+Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback, or the
+end of another rank; 128 + signal after a signal, when the step was finished and saved.
 """
 
 import argparse
