@@ -1237,11 +1237,16 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+CONTEXT_LIMIT = 1 << 24  # tokens: the rotary tables of all places are in memory
+
+
 @dataclass
 class ModelSettings:
     """Architecture."""
 
-    seq_len: int = setting(512, "context length in tokens", least=2, basic=True)
+    seq_len: int = setting(
+        512, "context length in tokens", least=2, below=CONTEXT_LIMIT, basic=True
+    )
     n_layer: int = setting(12, "number of layers", least=1, basic=True)
     d_model: int = setting(768, "width of the residual stream", least=2, basic=True)
     n_head: int = setting(12, "number of query heads", least=1, basic=True)
@@ -1353,7 +1358,9 @@ class TuneSettings:
         "error", "what to do with rows that cannot be read", choices=("error", "skip")
     )
     epochs: float = setting(1.0, "passes over the data, where --max_steps is 0", basic=True)
-    seq_len: int = setting(0, "context length in tokens; 0 means the checkpoint's")
+    seq_len: int = setting(
+        0, "context length in tokens; 0 means the checkpoint's", below=CONTEXT_LIMIT
+    )
     dropout: float = setting(0.0, "dropout probability, also in attention", below=1.0)
 
     def domains(self) -> list[tuple[str, tuple[str, ...], float]]:
@@ -6440,9 +6447,6 @@ def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
             )
 
 
-CONTEXT_MOST = 1 << 24  # tokens; a longer one in a file is damage
-
-
 def check_config(settings: ModelSettings, weights: dict[str, Tensor], path: Path) -> None:
     """UserError where a stored config cannot be of these weights: before a model is built, which
     takes memory and time by what the config says."""
@@ -6454,10 +6458,6 @@ def check_config(settings: ModelSettings, weights: dict[str, Tensor], path: Path
             raise UserError(f"{path}: its config says {f.name} {value!r}", "use another checkpoint")
     if faults := check(settings):
         raise UserError(f"{path}: its config is wrong ({faults[0][0]})", "use another checkpoint")
-    if settings.seq_len > CONTEXT_MOST:
-        raise UserError(
-            f"{path}: its config says seq_len {settings.seq_len}", "use another checkpoint"
-        )
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     qkv = weights.get("blocks.0.attn.qkv.weight", ())
     heads = settings.n_head + 2 * settings.kv_heads
