@@ -1247,7 +1247,7 @@ class ModelSettings:
     seq_len: int = setting(
         512, "context length in tokens", least=2, below=CONTEXT_LIMIT, basic=True
     )
-    n_layer: int = setting(12, "number of layers", least=1, basic=True)
+    n_layer: int = setting(12, "number of layers", least=1, below=1 << 14, basic=True)
     d_model: int = setting(768, "width of the residual stream", least=2, basic=True)
     n_head: int = setting(12, "number of query heads", least=1, basic=True)
     n_kv_head: int = setting(0, "number of key/value heads; 0 means as many as query heads")

@@ -255,8 +255,8 @@ def soak(folder, faults, seed):
 
 @pytest.mark.slow
 def test_runs_survive_faults(tmp_path):
-    counts, *_ = soak(tmp_path, 12, 0)
-    assert sum(counts.values()) >= 12
+    counts, *_ = soak(tmp_path, 6, 0)
+    assert sum(counts.values()) >= 6
 
 
 def main(faults, seed=0):
