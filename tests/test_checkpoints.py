@@ -583,9 +583,9 @@ def test_a_disk_that_gives_invalid_bytes_is_a_sentence(trained, monkeypatch, run
 
 def test_more_layers_than_weights_are_refused_before_a_model_is_built(trained, tmp_path, run):
     saved = read_pt(trained / "ckpt_last.pt")
-    saved["config"]["n_layer"] = 1_000_000
+    saved["config"]["n_layer"] = 10_000
     torch.save(saved, tmp_path / "odd.pt")
-    complaint(run(["info", tmp_path / "odd.pt"]), "n_layer 1000000", "weights have 2")
+    complaint(run(["info", tmp_path / "odd.pt"]), "n_layer 10000", "weights have 2")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "text"])
