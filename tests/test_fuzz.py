@@ -100,7 +100,7 @@ def mutated_tree(rng, tree):
     """A copy of nested dicts and lists with one place changed, removed or added."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice((1, 1, 1, 3))):
-        every = [*places(tree)]
+        every = [*places(tree)] if isinstance(tree, (dict, list)) else []
         if not every:
             return rng.choice(WEIRD)
         *path, key = rng.choice(every)
@@ -378,6 +378,8 @@ def main(tries, first=0):
             if fault:
                 faults.append(told)
                 print(f"== {seed} {told}: {fault}", flush=True)
+            if seed % 500 == 0:
+                print(f"{seed}: {len(seen)} distinct", flush=True)
     print(
         f"{tries} tries, {len(seen)} distinct, {time.monotonic() - began:.0f} s; "
         f"exit codes {codes}; {len(faults)} faults"
