@@ -489,6 +489,7 @@ def in_order(pool: ProcessPoolExecutor, work: Callable, jobs: Iterable, ahead: i
 def serve_parent() -> None:
     """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -3297,6 +3298,27 @@ def build_data(settings: PrepSettings, out: Path) -> dict:
     return write_meta(out, tokenizer, splits, settings.val_split)
 
 
+class Terminated(BaseException):
+    """A SIGTERM that clears up on its way out."""
+
+
+@contextlib.contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """A SIGTERM inside the block leaves it by Terminated."""
+
+    def leave(*_) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def prepare(settings: PrepSettings) -> dict:
     """Text -> a data folder; returns its meta. A failure leaves nothing that looks finished."""
     out = final = Path(settings.out_dir)
@@ -3314,11 +3336,12 @@ def prepare(settings: PrepSettings) -> dict:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        if settings.merge:
-            meta = merge_shards(out, building)
-        else:
-            meta = build_data(settings, building)
-        install(building, final)
+        with sigterm_unwinds():
+            if settings.merge:
+                meta = merge_shards(out, building)
+            else:
+                meta = build_data(settings, building)
+            install(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -13609,6 +13632,8 @@ def run_command(command: Command, argv: list[str]) -> int:
         raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Terminated:
+        return 128 + signal.SIGTERM
     except BrokenPipeError:  # `generate | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1104,3 +1104,12 @@ def test_a_slice_of_a_file_is_that_of_its_array(data_dir, part):
     whole = np.fromfile(data_dir / "train.bin", "<u2")
     for step in (1, 3):
         assert np.array_equal(ids[slice(*part, step)], whole[slice(*part, step)])
+
+
+def test_sigterm_leaves_no_half_built_folder(child, corpus, tmp_path):
+    flags = ["--text_path", corpus, "--out_dir", tmp_path / "data", "--vocab_size", 400]
+    for what in ("build_data", "write_meta"):  # before the work, and behind its worker processes
+        one = child(["prep", *flags], (signal_at, what, 1, signal.SIGTERM))
+        code, told = one.end()
+        assert code == 128 + signal.SIGTERM and "Traceback" not in told, told
+        assert not [*(tmp_path / "data").glob(".building*")]
