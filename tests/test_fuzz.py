@@ -102,7 +102,7 @@ def mutated_tree(rng, tree):
     for _ in range(rng.choice((1, 1, 1, 3))):
         every = [*places(tree)] if isinstance(tree, (dict, list)) else []
         if not every:
-            return rng.choice(WEIRD)
+            return copy.deepcopy(rng.choice(WEIRD))
         *path, key = rng.choice(every)
         owner = tree
         for part in path:
@@ -118,7 +118,7 @@ def mutated_tree(rng, tree):
             case 3 if isinstance(old, int) and not isinstance(old, bool):
                 owner[key] = old + rng.choice((-1, 1, old, 1000))
             case _:
-                owner[key] = rng.choice(WEIRD)
+                owner[key] = copy.deepcopy(rng.choice(WEIRD))
     return tree
 
 

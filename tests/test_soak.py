@@ -250,6 +250,8 @@ def soak(folder, faults, seed):
             mine, wanted = (weight_bytes(o / "ckpt_last.pt") for o in (out, calm[kind, ranks]))
             assert mine == wanted, kind
         runs += 1
+        told = {str(getattr(name, "__name__", name)): n for name, n in counts.items()}
+        print(f"{runs} runs, {told}, {far:.2g}", flush=True)
     return counts, runs, far
 
 
