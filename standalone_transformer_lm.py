@@ -6461,7 +6461,7 @@ def checkpoint_path(path: str | Path) -> Path:
 def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Raise UserError where a weight is not a tensor, or NaN or infinite."""
     for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
             raise UserError(f"{path} is damaged (its weight {name})", "use an earlier checkpoint")
         if weight.is_floating_point() and not weight.isfinite().all():
             raise UserError(
