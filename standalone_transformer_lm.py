@@ -2275,6 +2275,8 @@ def divides(settings: StepSettings, machine: Machine) -> bool:
 
 def check_sharding(settings: StepSettings, machine: Machine) -> None:
     """UserError where the ranks cannot divide a model as the flags say."""
+    if settings.zero_group and not settings.zero:
+        raise UserError("--zero_group is given without --zero", "add --zero 2, or drop it")
     if not divides(settings, machine):
         return
     if machine.dtype == torch.float16:
@@ -7689,12 +7691,12 @@ def load_optimizers(
             for i, state in saved["state"].items():
                 refuse(state.keys() != moments_of(optimizer), "other moments")
                 refuse(not all(map(torch.is_floating_point, state.values())), "no numbers")
+                like = params[i].detach()
                 found[i] = {
-                    key: value.reshape(())
-                    if key == "step"
-                    else shard_like(value, params[i].detach())
-                    for key, value in state.items()
+                    key: shard_like(value, like) for key, value in state.items() if key != "step"
                 }
+                if "step" in state:
+                    found[i]["step"] = state["step"].reshape(())
             optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
     except BROKEN as fault:
         raise damaged_field(field_name) from fault
@@ -8025,9 +8027,12 @@ class Trainer:
         if self.scaler.is_enabled() and not norm.isfinite():
             norm = torch.zeros_like(norm)  # fp16 overflows now and then: no optimiser steps
         else:
+            bad = ~norm.isfinite()
+            if self.run.offload:  # the optimizer's numbers are in the host's memory
+                bad = bad.cpu()
             for optimizer in optimizers:
                 if not self.scaler.is_enabled():
-                    skip_where(optimizer, ~norm.isfinite())
+                    skip_where(optimizer, bad)
                 self.scaler.step(optimizer)
         model.zero_grad(set_to_none=True)
         self.scaler.update()

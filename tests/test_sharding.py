@@ -189,6 +189,11 @@ def test_ranks_that_cannot_form_groups_are_refused(child, data_dir, tmp_path):
         assert [code for code, _ in ended] == [2, 2] and word in ended[0][1], ended
 
 
+def test_a_group_without_a_stage_is_refused(run, data_dir, tmp_path):
+    code, _, err = run([*flags(data_dir, tmp_path / "run", 4), "--zero_group", 2])
+    assert code == 2 and "--zero_group is given without --zero" in err
+
+
 def spoil_late_steps(program, _):
     spoil_steps(program, set(range(6, 12)))
 
