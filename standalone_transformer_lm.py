@@ -122,6 +122,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
+from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import Field, asdict, astuple, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1124,6 +1125,11 @@ class StepSettings:
     )
     offload: bool = setting(
         False, "keep weights, gradients and optimizer state in the host's memory: slow"
+    )
+    sharded_ckpt: bool = setting(
+        False,
+        "each device writes its part of a checkpoint, to a folder that all share: for models that "
+        "one host's memory does not hold",
     )
     usd_per_hour: float = setting(0.0, "price of the machine per hour; logs the cost of the run")
     usual_batch = 8  # sequences of a step on a device, where no flag says more
@@ -2278,6 +2284,11 @@ def check_sharding(settings: StepSettings, machine: Machine) -> None:
     if settings.zero_group and not settings.zero:
         raise UserError("--zero_group is given without --zero", "add --zero 2, or drop it")
     if not divides(settings, machine):
+        if settings.sharded_ckpt:
+            raise UserError(
+                "--sharded_ckpt needs a model that several devices divide",
+                "add --zero 2 under torchrun, or drop it",
+            )
         return
     if machine.dtype == torch.float16:
         raise UserError("--zero and --offload need --dtype bf16 or fp32", "give one of them")
@@ -2340,6 +2351,14 @@ def shard(
     return module
 
 
+class Stored(typing.NamedTuple):
+    """A tensor in the folder of a checkpoint, of which each rank reads its own part."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[Tensor], None]  # into a tensor of that shape, whole or sharded
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Whether a tensor is one rank's part of a larger one."""
     return hasattr(tensor, "device_mesh")
@@ -2370,22 +2389,30 @@ def rows_of(tensor: Tensor) -> slice:
 
 
 @torch.no_grad()
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of value, whole or sharded, that is sharded as `like` is."""
+def shard_like(value: Tensor | Stored, like: Tensor) -> Tensor:
+    """A copy of value, stored, whole or sharded, that is sharded as `like` is."""
     if value.shape != like.shape:
         raise ValueError(f"a shape is {tuple(value.shape)}, not {tuple(like.shape)}")
     found = torch.empty_like(like)
+    if isinstance(value, Stored):
+        value.read(found)
+        return found
     own = local(value) if is_shard(value) else value[rows_of(like)]
     local(found).copy_(own)
     return found
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool = True) -> None:
-    """model.load_state_dict, of whole weights into a model that may be sharded."""
-    if model.shards:
-        known = model.state_dict()
-        weights = {n: shard_like(w, known[n]) if n in known else w for n, w in weights.items()}
-    model.load_state_dict(weights, strict=strict)
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor | Stored], strict: bool = True
+) -> None:
+    """model.load_state_dict, of stored or whole weights into a model that may be sharded."""
+    known = model.state_dict()
+    fitting = {
+        name: shard_like(weight, known[name])
+        for name, weight in weights.items()
+        if name in known and (model.shards or isinstance(weight, Stored))
+    }
+    model.load_state_dict({**weights, **fitting}, strict=strict)
 
 
 def gathered(value: object, machine: Machine, seen: dict | None = None) -> object:
@@ -6290,7 +6317,9 @@ class WeightCopy:
         self.live = [w for w in model.parameters() if w.requires_grad]
         self.weights = []
         for live, start in zip(self.live, weights or self.live, strict=True):
-            self.weights.append(shard_like(start.detach(), live.detach()))
+            if isinstance(start, Tensor):
+                start = start.detach()
+            self.weights.append(shard_like(start, live.detach()))
 
     @contextlib.contextmanager
     def in_place(self):
@@ -6401,10 +6430,224 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             raise fault.__context__ or fault from None
 
 
-def read_checkpoint(path: Path, verify: bool = False) -> dict:
+# A sharded checkpoint is a small file like any other, in whose dict {"part": NAME} stands for each
+# sharded tensor, and a folder of torch.distributed.checkpoint beside it, which holds these.
+
+PARTS = re.compile(r"ckpt_([a-z]+_)?[0-9]{8}\.parts")  # such folders
+
+DESCRIPTION_NAMES = {  # all that a description of tensors calls by name, besides dtypes
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}
+
+
+class DescriptionReader(pickle.Unpickler):
+    """Reads the description of a folder's tensors, and calls nothing else that its bytes name."""
+
+    def find_class(self, module: str, name: str) -> object:
+        known = name in DESCRIPTION_NAMES.get(module, ())
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def describe_parts(folder: Path, verify: bool) -> typing.Any:
+    """The description of a folder's tensors, which its files bear out; their checksums too where
+    they are to be verified. One of BROKEN, or OSError, where they do not."""
+    with (folder / ".metadata").open("rb") as file:
+        found = DescriptionReader(file).load()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    tensors = found.state_dict_metadata.values()
+    total = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in tensors)
+    refuse(total > sum(sizes.values()), "it is shorter than its tensors")
+    for place in found.storage_data.values():
+        begin, length, name = place.offset, place.length, place.relative_path
+        refuse(min(begin, length) < 0 or begin + length > sizes[name], f"{name} is too short")
+        if verify:
+            with (folder / name).open("rb") as file:
+                file.seek(begin)
+                bad = zipfile.ZipFile(io.BytesIO(file.read(length))).testzip()
+            refuse(bool(bad), f"in {name}")
+    return found
+
+
+def read_parts(folder: Path, description: typing.Any, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded, by their names in a folder; no rank waits for another."""
+    dcp = importlib.import_module("torch.distributed.checkpoint")
+    reader = dcp.FileSystemReader(folder)
+    reader.read_metadata = lambda **_options: description
+    try:
+        with warnings.catch_warnings():  # which say that ranks read on their own
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except dcp.api.CheckpointException as fault:
+        (cause, _), *_ = fault.failures.values()
+        raise UserError(
+            f"{folder} is damaged ({sentence(cause)})", "use an earlier checkpoint"
+        ) from fault
+
+
+def replace_parts(value: object, found: dict[str, Tensor | Stored]) -> object:
+    match value:
+        case {"part": str(name)}:
+            return found[name]
+        case dict():
+            return {key: replace_parts(one, found) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(replace_parts(one, found) for one in value)
+    return value
+
+
+def with_parts(checkpoint: dict, path: Path, verify: bool, sharded: bool) -> dict:
+    """A checkpoint with the tensors of its folder: whole, or Stored where it is to be sharded."""
+    name = str(checkpoint["parts"])
+    folder = path.parent / name
+    damage = f"{folder}, which holds the weights of {path.name}, is damaged"
+    if not PARTS.fullmatch(name):
+        raise UserError(f"{path} is damaged (its field parts)", "use an earlier checkpoint")
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}, which holds the weights of {path.name}, does not exist",
+            "copy a sharded checkpoint together with its folder",
+        )
+    try:
+        description = describe_parts(folder, verify)
+        known = description.state_dict_metadata
+        found = {
+            key: Stored(
+                one.size,
+                one.properties.dtype,
+                lambda tensor, key=key: read_parts(folder, description, {key: tensor}),
+            )
+            for key, one in known.items()
+        }
+        if not sharded:
+            found = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in found.items()}
+            read_parts(folder, description, found)
+        return {**replace_parts(checkpoint, found), "parts": name}
+    except OSError as fault:
+        raise UserError(f"{damage} ({sentence(fault)})", "use an earlier checkpoint") from fault
+    except BROKEN as fault:
+        raise UserError(f"{damage} ({fault})", "use an earlier checkpoint") from fault
+
+
+def take_shards(
+    value: object,
+    shards: dict[str, Tensor],
+    name: str = "",
+    seen: dict[int, str] | None = None,
+) -> object:
+    """What holds tensors, with {"part": NAME} for each sharded one, which goes to `shards`."""
+    seen = {} if seen is None else seen
+    if isinstance(value, dict):
+        return {
+            key: take_shards(one, shards, f"{name}/{key}" if name else str(key), seen)
+            for key, one in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(
+            take_shards(one, shards, f"{name}/{i}", seen) for i, one in enumerate(value)
+        )
+    if not isinstance(value, Tensor) or not is_shard(value):
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = name
+        shards[name] = value
+    return {"part": seen[id(value)]}
+
+
+class Unwritten(OSError):
+    """A checkpoint could not be written, and is lost: what it held is no longer there."""
+
+
+class ShardWriter:
+    """Writes sharded checkpoints' folders: each rank its own shards, in a thread, one folder at a
+    time. All ranks must call it, for which they have a process group of their own."""
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo")
+        self.future: Future | None = None
+
+    def begin(self, folder: Path, checkpoint: dict) -> dict:
+        """Begin to write the shards in a checkpoint, which may change at once; what is left of it,
+        for the file beside the folder."""
+        self.wait()
+        shards: dict[str, Tensor] = {}
+        rest = take_shards(checkpoint, shards)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dcp = importlib.import_module("torch.distributed.checkpoint")
+        self.future = dcp.async_save(shards, checkpoint_id=folder, process_group=self.group)
+        return {**rest, "parts": folder.name}
+
+    def wait(self) -> None:
+        """Until the folder is written, or cannot be, which rank 0 says."""
+        if self.future:
+            wait_for_futures([self.future])
+
+
+def parts_of(path: Path) -> str:
+    """The name of the folder that a checkpoint's weights are in; "" where it has none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        name = str(checkpoint.get("parts", ""))
+    except (OSError, *BROKEN):
+        return ""
+    return name if PARTS.fullmatch(name) else ""
+
+
+def named_parts(out: Path) -> set[str]:
+    """The folders of a run that its checkpoints name."""
+    return {name for path in out.glob("ckpt_*.pt") if (name := parts_of(path))}
+
+
+def after_shards(shards: Future, folder: Path, work: Callable, *args: object) -> None:
+    """work(*args), once a folder is whole; folders that no checkpoint names any longer go.
+    Unwritten where it cannot become whole."""
+    wait_for_futures([shards])
+    if fault := shards.exception():
+        failures = getattr(fault, "failures", {0: (fault, None)})
+        rank, (cause, _) = next(iter(failures.items()))
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Unwritten(f"on rank {rank}: {sentence(cause)}") from fault
+    before = named_parts(folder.parent)
+    work(*args)
+    for name in before - named_parts(folder.parent):
+        shutil.rmtree(folder.with_name(name), ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove it, and its folder where no other checkpoint has the same."""
+    name = parts_of(path)
+    path.unlink()
+    if name and name not in named_parts(path.parent):
+        shutil.rmtree(path.parent / name, ignore_errors=True)
+
+
+def sweep_parts(out: Path) -> None:
+    """Remove folders that no checkpoint names, as a run leaves that was killed while it wrote."""
+    folders = {path.name for path in out.glob("ckpt_*.parts") if PARTS.fullmatch(path.name)}
+    for name in folders - named_parts(out):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def read_checkpoint(path: Path, verify: bool = False, sharded: bool = False) -> dict:
     """The dict in a file, without running code from it; UserError if it is unusable.
 
-    `verify` checks the file's checksums too.
+    `verify` checks the checksums too; `sharded` leaves what lies in a folder beside it as Stored,
+    for each rank to read what it needs.
     """
     if not path.exists():
         raise UserError(f"the checkpoint {path} does not exist", "check the path")
@@ -6428,6 +6671,8 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict:
         case {"model": dict(), "config": dict(), **more}:
             version = more.get("format", CHECKPOINT_FORMAT)
             if isinstance(version, int) and version == CHECKPOINT_FORMAT:
+                if "parts" in more:
+                    return with_parts(checkpoint, path, verify, sharded)
                 return checkpoint
     raise UserError(
         f"{path} is a file of another program or of a newer version of this one",
@@ -6702,28 +6947,31 @@ class Writer:
         self.changed = threading.Condition()
         self.jobs: list[WriteJob] = []  # the first one is being written
         self.fault: Exception | None = None  # of its last try
-        self.thread: threading.Thread | None = None
+        self.lost: Unwritten | None = None  # since the last one that was written
         self.closed = False
+        self.thread: threading.Thread | None = threading.Thread(target=self.run, daemon=True)
+        try:  # at once: one that begins where memory is short may hang
+            self.thread.start()
+        except RuntimeError:  # there is no memory for one
+            self.thread = None
 
     def submit(self, work: Callable, *args, best: bool = False) -> None:
         """Begin work(*args), after what was begun before."""
+        if not self.thread:
+            work(*args)
+            self.after()
+            return
         with self.changed:
-            self.changed.wait_for(lambda: self.fault or not self.jobs)
-            self.raise_bug()
+            self.settle()
             waiting = [job for job in self.jobs if job.best and not best]
             self.jobs = [*waiting, WriteJob(work, args, best)]
             self.changed.notify_all()
-            if self.thread:
-                return
-            thread = threading.Thread(target=self.run, daemon=True)
-            try:
-                thread.start()
-                self.thread = thread
-                return
-            except RuntimeError:  # there is no memory for one
-                self.jobs = []
-        work(*args)
-        self.after()
+
+    def settle(self) -> None:
+        """Wait until what was begun is written, or cannot be for now."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.fault or not self.jobs)
+            self.raise_bug()
 
     def run(self) -> None:
         while True:
@@ -6734,12 +6982,14 @@ class Writer:
                 job = self.jobs[0]
             with Caught() as caught:
                 job.work(*job.args)
-            if not caught.fault:
+            fault = caught.fault
+            if not fault:
                 self.after()
             with self.changed:
-                if caught.fault and not self.fault:
-                    self.tell(caught.fault)
-                self.fault = caught.fault
+                if fault and not self.fault:
+                    self.tell(fault)
+                self.lost = fault if isinstance(fault, Unwritten) else None
+                self.fault = None if self.lost else fault
                 if not self.fault:
                     self.jobs = [other for other in self.jobs if other is not job]
                 self.changed.notify_all()
@@ -6747,10 +6997,13 @@ class Writer:
                     self.changed.wait(RETRY_S)
 
     def tell(self, fault: Exception) -> None:
+        again = "it is tried again every minute"
+        if isinstance(fault, Unwritten):
+            again = "the next one is tried"
         if isinstance(fault, OSError):
             say(
                 f"warning: a checkpoint cannot be written ({sentence(fault)}); training goes on, "
-                "and it is tried again every minute"
+                f"and {again}"
             )
 
     def raise_bug(self) -> None:
@@ -6769,6 +7022,8 @@ class Writer:
                     fault, self.jobs = self.fault, []
                     raise fault
                 self.changed.wait(1.0)
+            if self.lost:
+                raise self.lost
 
     def close(self) -> None:
         """Wait for what is being written where another fault ends the run, which tells that one;
@@ -6814,14 +7069,14 @@ def newest_whole(out: Path, resume: bool, before: int | None = None) -> Path | N
         if candidates:
             link(candidates[0], out / "ckpt_last.pt")
             for path in later:
-                path.unlink()
+                remove_checkpoint(path)
     if not candidates:
         return None
     if not resume:
         raise UserError(f"{out} already holds a run", "use another --out_dir, or drop --resume 0")
     for path in candidates:
         try:
-            read_checkpoint(path, verify=True)
+            read_checkpoint(path, verify=True, sharded=True)
             return path
         except UserError as fault:
             say(f"warning: {fault.faults[0][0]}; trying the one before it")
@@ -6982,17 +7237,20 @@ class FolderPlace:
     def __init__(self, root: str):
         self.root = Path(root)
 
-    def names(self) -> list[str]:
-        if not self.root.exists():
+    def names(self, folder: str = "") -> list[str]:
+        place = self.root / folder
+        if not place.exists():
             return []
-        files = [path for path in self.root.iterdir() if path.is_file()]
-        return [path.name for path in files if not path.name.startswith(".")]
+        names = [path.name for path in place.iterdir() if path.is_file()]
+        folders = [path.name for path in place.glob("*.parts") if PARTS.fullmatch(path.name)]
+        return folders + [name for name in names if folder or not name.startswith(".")]
 
     def put(self, file: Path, name: str) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        half = self.root / f".{name}.tmp"
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_name(f".{path.name}.tmp")
         shutil.copyfile(file, half)
-        os.replace(half, self.root / name)
+        os.replace(half, path)
 
     def put_again(self, old: str, name: str) -> None:
         """Give what it holds as `old` another name too."""
@@ -7002,7 +7260,11 @@ class FolderPlace:
         shutil.copyfile(self.root / name, file)
 
     def remove(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
+        path = self.root / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class UrlPlace:
@@ -7018,15 +7280,18 @@ class UrlPlace:
                 "install the package of that protocol, as s3fs, gcsfs or huggingface_hub",
             ) from fault
 
-    def names(self) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         self.files.invalidate_cache()
-        if not self.files.exists(self.root):
+        place = f"{self.root}/{folder}".rstrip("/")
+        if not self.files.exists(place):
             return []
-        return [path.rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
+        paths = self.files.ls(place, detail=False)
+        return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
     def put(self, file: Path, name: str) -> None:
-        self.files.makedirs(self.root, exist_ok=True)
-        self.files.put_file(str(file), f"{self.root}/{name}")
+        path = f"{self.root}/{name}"
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self.files.put_file(str(file), path)
 
     def put_again(self, old: str, name: str) -> None:
         self.files.cp_file(f"{self.root}/{old}", f"{self.root}/{name}")
@@ -7035,7 +7300,7 @@ class UrlPlace:
         self.files.get_file(f"{self.root}/{name}", str(file))
 
     def remove(self, name: str) -> None:
-        self.files.rm_file(f"{self.root}/{name}")
+        self.files.rm(f"{self.root}/{name}", recursive=True)
 
 
 def open_place(where: str) -> FolderPlace | UrlPlace:
@@ -7092,25 +7357,38 @@ class Mirror:
     def copy(self) -> None:
         """Copy what is new, checkpoints first, and drop numbered ones beyond keep_last."""
         files = [path for path in self.out.iterdir() if not path.name.startswith(".")]
-        held = {stamp: name for name, stamp in self.sent.items()}
         for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
             if path.name == "ckpt_last.pt":  # the newest numbered one is
                 continue
             with contextlib.suppress(FileNotFoundError):  # dropped since
-                state = path.stat()
-                stamp = state.st_ino, state.st_mtime_ns, state.st_size
-                if not path.is_file() or self.sent.get(path.name) == stamp:
-                    continue
-                if stamp in held:
-                    self.place.put_again(held[stamp], path.name)
-                else:
-                    self.place.put(path, path.name)
-                self.sent[path.name] = stamp
-                held[stamp] = path.name
-        stored = sorted(filter(NUMBERED.fullmatch, self.place.names()), reverse=True)
+                if path.suffix == ".pt" and (folder := parts_of(path)):
+                    for part in sorted((self.out / folder).iterdir()):
+                        self.send(part)
+                self.send(path)
+        names = self.place.names()
+        stored = sorted(filter(NUMBERED.fullmatch, names), reverse=True)
         for name in stored[self.keep_last :]:
             self.place.remove(name)
             self.sent.pop(name, None)
+        kept = {name[-11:-3] for name in stored[: self.keep_last]}  # their steps
+        for folder in filter(PARTS.fullmatch, names):
+            if folder[-14:-6] not in kept and not (self.out / folder).exists():
+                self.place.remove(folder)
+
+    def send(self, path: Path) -> None:
+        """Copy a file where the place has another, or none, of that name."""
+        name = path.relative_to(self.out).as_posix()
+        state = path.stat()
+        stamp = state.st_ino, state.st_mtime_ns, state.st_size
+        if not path.is_file() or self.sent.get(name) == stamp:
+            return
+        for other, held in self.sent.items():
+            if held == stamp:
+                self.place.put_again(other, name)
+                break
+        else:
+            self.place.put(path, name)
+        self.sent[name] = stamp
 
     def wait(self) -> None:
         """Wait up to MIRROR_WAIT_S for what was asked for, and say so where it is in vain."""
@@ -7123,10 +7401,16 @@ class Mirror:
 
 
 def fetch(place: FolderPlace | UrlPlace, name: str, out: Path) -> Path:
-    half = out / f".{name}.tmp"
+    """Fetch a file, and of a sharded checkpoint its folder before it."""
+    path = out / name
+    half = path.with_name(f".{path.name}.tmp")
+    half.parent.mkdir(exist_ok=True)
     place.get(name, half)
-    os.replace(half, out / name)
-    return out / name
+    if path.suffix == ".pt" and (folder := parts_of(half)):
+        for part in place.names(folder):
+            fetch(place, f"{folder}/{part}", out)
+    os.replace(half, path)
+    return path
 
 
 def fetch_run(place: FolderPlace | UrlPlace, out: Path) -> str:
@@ -7138,14 +7422,15 @@ def fetch_run(place: FolderPlace | UrlPlace, out: Path) -> str:
     newer = [name for name in stored if not own or name > own[0]]
     if newer:
         for other in set(names) - set(stored):
-            fetch(place, other, out)
+            if not PARTS.fullmatch(other):
+                fetch(place, other, out)
     for name in newer:  # last, as by it a run is known to be fetched
         path = fetch(place, name, out)
         try:
             read_checkpoint(path, verify=True)
         except UserError as fault:
             say(f"warning: {fault.faults[0][0]}; trying the one before it")
-            path.unlink()
+            remove_checkpoint(path)
             continue
         link(path, out / "ckpt_last.pt")
         return name
@@ -7690,7 +7975,8 @@ def load_optimizers(
             found = {}
             for i, state in saved["state"].items():
                 refuse(state.keys() != moments_of(optimizer), "other moments")
-                refuse(not all(map(torch.is_floating_point, state.values())), "no numbers")
+                kinds = [value.dtype for value in state.values()]
+                refuse(not all(kind.is_floating_point for kind in kinds), "no numbers")
                 like = params[i].detach()
                 found[i] = {
                     key: shard_like(value, like) for key, value in state.items() if key != "step"
@@ -7773,6 +8059,9 @@ class Trainer:
         if run.mirror and machine.main:
             self.mirror = Mirror(run.mirror, self.out, run.keep_last)
         self.writer = Writer(self.mirror.renew if self.mirror else int)
+        self.shard_writer: ShardWriter | None = None
+        if run.sharded_ckpt:
+            self.shard_writer = ShardWriter()
         self.ahead = Ahead(self.step_batch)
         self.began = self.saved_at = self.step_at = time.monotonic()
         self.step_s = 0.0  # of the latest step
@@ -7817,9 +8106,11 @@ class Trainer:
 
     def checkpoint(self) -> dict:
         """All that a run resumes from; of a sharded model, for which all ranks must ask, whole on
-        rank 0."""
+        rank 0, or in shards where they are written as such."""
         saved = self.state()
-        return gathered(saved, self.machine) if self.sharded else saved
+        if self.sharded and not self.run.sharded_ckpt:
+            return gathered(saved, self.machine)
+        return saved
 
     def state(self) -> dict:
         """All that a run resumes from, as this rank has it."""
@@ -8078,19 +8369,35 @@ class Trainer:
 
     def save_best(self) -> None:
         """Write ckpt_best.pt, of the weights that the model has now."""
-        self.write(save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint(), best=True)
+        self.write("ckpt_best", save_checkpoint, self.out / "ckpt_best.pt", self.checkpoint())
 
-    def write(self, work: Callable, where: Path, saved: dict, *args, best: bool = False) -> None:
-        """Have rank 0 write a checkpoint, of which it takes a copy at once."""
+    def write(
+        self,
+        name: str,
+        work: Callable,
+        where: Path,
+        saved: dict,
+        *args,
+        best: bool = True,
+    ) -> None:
+        """Have rank 0 write a checkpoint, of which it takes a copy at once; all ranks write the
+        shards in it, to a folder that begins with `name`."""
+        written: tuple = ()
+        if self.shard_writer:
+            folder = self.out / f"{name}_{self.step:08d}.parts"
+            self.machine.on_main(self.writer.settle)
+            saved = self.shard_writer.begin(folder, saved)
+            written = after_shards, self.shard_writer.future, folder
 
         def begin() -> None:
-            copied = saved if self.sharded else on_host(saved)
+            gathers = self.sharded and not self.shard_writer
+            copied = saved if gathers else on_host(saved)
             if on_cuda(self.machine.device):
                 torch.cuda.synchronize()  # the copies
             if self.args_text and not (self.out / "args.txt").exists():  # somebody removed it
                 with contextlib.suppress(OSError):
                     write_args(self.out, self.args_text)
-            self.writer.submit(work, where, copied, *args, best=best)
+            self.writer.submit(*written, work, where, copied, *args, best=best)
 
         self.machine.on_main(begin)
 
@@ -8106,9 +8413,11 @@ class Trainer:
             saved = self.checkpoint()
             if not numbered:
                 for name in also:
-                    self.write(save_checkpoint, self.out / name, saved, best=True)
+                    self.write(name.removesuffix(".pt"), save_checkpoint, self.out / name, saved)
                 return
-            self.write(save_step, self.out, saved, self.run.keep_last, also, best=bool(also))
+            self.write(
+                "ckpt", save_step, self.out, saved, self.run.keep_last, also, best=bool(also)
+            )
             self.saved_at = time.monotonic()
             self.ever_saved = True
 
@@ -8135,7 +8444,7 @@ class Trainer:
                 if trace:
                     trace.step()
                 self.save(stop or wishes.save or self.due(self.run.ckpt_interval))
-            self.machine.on_main(self.writer.wait)
+            self.wait_for_writer()
         self.metrics.progress.close()
         if self.step < self.run.max_steps:
             self.finish_mirror()
@@ -8144,14 +8453,19 @@ class Trainer:
         with self.averaged():
             if self.ema and self.best_val == math.inf:  # nothing was evaluated: the last is best
                 self.save_best()
-            if not self.job.lora:
+            if not self.job.lora and not self.shard_writer:
                 weights = gathered(state_of(self.job.model), self.machine)
                 self.machine.on_main(
                     save_weights, self.out, weights, self.job.model.config, self.job.tokenizer
                 )
-        self.machine.on_main(self.writer.wait)
+        self.wait_for_writer()
         self.finish_mirror()
         return 0
+
+    def wait_for_writer(self) -> None:
+        if self.shard_writer:
+            self.shard_writer.wait()
+        self.machine.on_main(self.writer.wait)
 
     def finish_mirror(self) -> None:
         if self.mirror:
@@ -8352,9 +8666,10 @@ def resume(
     newest = machine.on_main(newest_whole, out, resumes, before)  # that rank 0 finds whole
     if not newest:
         return None
-    saved = read_checkpoint(newest)
+    saved = read_checkpoint(newest, sharded=divides(run, machine))
     check_resumable(saved, job, out)
-    refuse_broken_weights(saved["model"], newest)
+    whole_weights = {n: w for n, w in saved["model"].items() if not isinstance(w, Stored)}
+    refuse_broken_weights(whole_weights, newest)
     check_same_run(saved, job, args, [*same_on_resume(*groups), *extra], out)
     names = [f.name for f in flags(*groups) if f.metadata["repeated"]]
     changed = changed_flags(saved["args"], args, names)
@@ -8454,6 +8769,7 @@ def begin_run(out: Path, args_text: str) -> None:
     write_args(out, args_text)
     for half in out.glob(".ckpt_*.tmp"):
         half.unlink()
+    sweep_parts(out)
 
 
 def say_schedule(saved: dict, run: RunSettings, optim: OptimSettings) -> None:
@@ -8551,7 +8867,7 @@ def train_once(
     try:
         code = trainer.fit()
     except RollBack as wrong:
-        machine.on_main(trainer.writer.wait)
+        trainer.wait_for_writer()
         trainer.metrics.progress.close()
         return 1, wrong.with_traceback(None)  # which held the trainer's memory
     finally:

@@ -835,9 +835,9 @@ def test_a_family_names_the_keys_that_it_misses(family, foreign, tmp_path):
 
 
 def test_reverse_believes_the_weights_about_the_number_of_layers(foreign, tmp_path):
-    hf = foreign(num_hidden_layers=1_000_000)
+    hf = foreign(num_hidden_layers=10_000)
     code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
-    assert code == 2 and "num_hidden_layers 1000000, the weights have 2" in err
+    assert code == 2 and "num_hidden_layers 10000, the weights have 2" in err
 
 
 def test_adapters_are_exported_with_a_base_that_was_moved(ckpt, model, tokenizer, tmp_path):

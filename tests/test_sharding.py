@@ -1,7 +1,12 @@
 """ZeRO 0-3: two ranks that divide a model are one that has it whole."""
 
 import functools
+import importlib
+import os
+import pickle
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,9 @@ from conftest import log_rows, read_pt, signal_at
 from test_distributed import assert_same_curve, flags, free_port, grpo_command, in_turn, two
 from test_endurance import spoil_steps
 from test_lora import chat_rows, pair_rows, save_base, write_rows
+
+import convert_to_llama as converter
+import standalone_transformer_lm as lm
 
 
 def whole_weights(out):
@@ -215,3 +223,171 @@ def test_a_sharded_run_is_compiled_and_in_bf16(child, data_dir, tmp_path):
         ended = two(child, argv, keep=False)
         assert [code for code, _ in ended] == [0, 0], ended
     assert_same_curve(*outs, 2e-2)
+
+
+# ---- Checkpoints in shards ----
+
+SHARDED = ["--dropout", "0", "--ema", "0.9", "--zero", 3, "--sharded_ckpt", 1]
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    return {}
+
+
+@pytest.fixture
+def in_shards(shelf, child, data_dir, tmp_path_factory):
+    """The folder of a run of two ranks that wrote sharded checkpoints; its mirror is beside it."""
+    if not shelf:
+        out = tmp_path_factory.mktemp("shards") / "run"
+        argv = [*flags(data_dir, out, 4), *SHARDED, "--mirror", out.with_name("mirror")]
+        ended = two(child, argv, keep=False)
+        assert [code for code, _ in ended] == [0, 0], ended
+        shelf["run"] = out
+    return shelf["run"]
+
+
+@pytest.fixture
+def shards_copy(in_shards, tmp_path):
+    return shutil.copytree(in_shards, tmp_path / "copy")
+
+
+def folders_of(out):
+    return sorted(path.name for path in out.glob("*.parts"))
+
+
+def test_a_sharded_checkpoint_holds_what_a_whole_one_does(
+    in_shards, child, data_dir, tmp_path, run
+):
+    whole = tmp_path / "run"
+    code, _, err = run([*flags(data_dir, whole, 8), *SHARDED[:4]])
+    assert code == 0, err
+    for name in ("ckpt_last.pt", "ckpt_best.pt"):
+        assert (in_shards / name).stat().st_size < (whole / name).stat().st_size / 5
+        found = lm.read_checkpoint(in_shards / name)
+        assert found.pop("parts") in folders_of(in_shards)
+        assert found["model"]["lm_head.weight"] is found["model"]["tok_emb.weight"]
+        assert_near_checkpoint(found, read_pt(whole / name))
+    assert len(folders_of(in_shards)) == 3  # keep_last, and the best one's averaged weights
+    assert not (in_shards / "pytorch_model.bin").exists()
+    mirror = in_shards.with_name("mirror")
+    for folder in folders_of(in_shards):
+        names = [path.name for path in (in_shards / folder).iterdir()]
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == {*names}
+        assert all(
+            (mirror / folder / name).read_bytes() == (in_shards / folder / name).read_bytes()
+            for name in names
+        )
+
+
+def test_a_sharded_checkpoint_is_resumed_by_any_ranks(in_shards, child, data_dir, tmp_path, run):
+    """Fresh folders go on from the mirror alone, on two ranks in shards, and on one, which has it
+    whole; their end is that of a run that was never stopped."""
+    steps = ["--schedule", "wsd", "--decay_share", "0", "--max_steps"]
+    first, calm, alone = (tmp_path / name for name in ("first", "calm", "alone"))
+    argv = [*flags(data_dir, first, 4), *SHARDED, *steps, 6, "--mirror", tmp_path / "mirror"]
+    ended = two(child, argv, keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    shutil.copytree(tmp_path / "mirror", tmp_path / "other")
+    argv = [*flags(data_dir, tmp_path / "run", 4), *SHARDED, *steps, 12, "--mirror"]
+    ended = two(child, [*argv, tmp_path / "mirror"], keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "fetched ckpt_00000006.pt" in ended[0][1]
+    whole = ["--dropout", "0", "--ema", "0.9", *steps, 12]
+    for out, more in ((alone, ["--mirror", tmp_path / "other"]), (calm, [])):
+        code, told, err = run([*flags(data_dir, out, 8), *whole, *more])
+        assert code == 0, err
+    saved = [lm.read_checkpoint(out / "ckpt_last.pt") for out in (tmp_path / "run", alone, calm)]
+    assert ["parts" in one for one in saved] == [True, False, False]
+    saved[0].pop("parts")
+    assert_near_checkpoint(saved[0], saved[2])
+    assert_near_checkpoint(saved[1], saved[2])
+
+
+def test_every_command_reads_a_sharded_checkpoint(in_shards, run, tmp_path, data_dir):
+    code, told, err = run(
+        ["generate", "--ckpt", in_shards, "--prompt", "the", "--max_new_tokens", 4]
+    )
+    assert code == 0, err
+    code, _, err = run(["info", in_shards])
+    assert code == 0, err
+    code = converter.main(
+        ["--ckpt", str(in_shards / "ckpt_best.pt"), "--out", str(tmp_path / "hf")]
+    )
+    assert code == 0 and (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def spoil_file(path, change):
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda folder: shutil.rmtree(folder), "does not exist"),
+        (lambda folder: (folder / ".metadata").unlink(), "is damaged"),
+        (lambda folder: (folder / "__1_0.distcp").unlink(), "is damaged"),
+        (lambda folder: os.truncate(folder / "__0_0.distcp", 5000), "is shorter"),
+        (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Hostile())), "is damaged"),
+        (lambda folder: (folder / ".metadata").write_bytes(b"no pickle"), "is damaged"),
+    ],
+)
+def test_a_broken_folder_is_a_sentence(shards_copy, run, spoil, word, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = shards_copy / "ckpt_last.pt"
+    spoil(shards_copy / lm.parts_of(checkpoint))
+    code, _, err = run(["generate", "--ckpt", checkpoint, "--prompt", "the"])
+    assert code == 2 and word in err and "Traceback" not in err
+    assert not Path("hostile").exists()
+
+
+def test_a_flipped_bit_in_a_shard_falls_back(shards_copy, child, data_dir):
+    newest = shards_copy / lm.parts_of(shards_copy / "ckpt_last.pt")
+
+    def flip(data):
+        data[len(data) // 3] ^= 1
+
+    spoil_file(newest / "__1_0.distcp", flip)
+    half = shards_copy / "ckpt_00000099.parts"
+    half.mkdir()
+    ended = two(child, [*flags(data_dir, shards_copy, 4), *SHARDED], keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "is damaged" in ended[0][1] and "trying the one before it" in ended[0][1]
+    assert not half.exists()
+
+
+def fill_disk(_program):
+    """Rank 1's disk is full once."""
+    dcp = importlib.import_module("torch.distributed.checkpoint")
+    save, calls = dcp.FileSystemWriter.write_data, []
+
+    def write_data(writer, plan, planner):
+        calls.append(plan)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return save(writer, plan, planner)
+
+    dcp.FileSystemWriter.write_data = write_data
+
+
+def test_a_full_disk_loses_one_sharded_checkpoint(child, data_dir, tmp_path):
+    out = tmp_path / "run"
+    ended = two(child, [*flags(data_dir, out, 4), *SHARDED], (fill_disk,), keep=False)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert (
+        "cannot be written (on rank 1: " in ended[0][1] and "the next one is tried" in ended[0][1]
+    )
+    lm.read_checkpoint(out / "ckpt_last.pt", verify=True)
+    assert {lm.parts_of(path) for path in out.glob("ckpt_*.pt")} == {*folders_of(out)}
+
+
+def test_shards_without_a_divided_model_are_refused(run, data_dir, tmp_path):
+    code, _, err = run([*flags(data_dir, tmp_path / "run", 4), "--sharded_ckpt", 1])
+    assert code == 2 and "--sharded_ckpt needs a model that several devices divide" in err
