@@ -115,6 +115,7 @@ import tempfile
 import threading
 import time
 import typing
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -2130,6 +2131,33 @@ def backends(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo"
 
 
+JOIN_TIMEOUT = timedelta(minutes=30)  # for ranks to begin, and for each exchange between them
+
+
+def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A store in which there is nothing yet, the same for all ranks that live.
+
+    torchrun keeps one store through its restarts, in which a rank may read the address of one that
+    is dead. So rank 0 names a new part of it, and tells each rank that has answered to the name.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("part", own)
+        for other in range(1, world):
+            answer = store.get(f"{own}/{other}").decode()
+            store.set(f"part of {answer}", own)
+        return dist.PrefixStore(own, store)
+    told = f"part of {own}"
+    until = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while not store.check([told]):
+        if time.monotonic() > until:
+            raise TimeoutError(f"rank 0 has not answered within {JOIN_TIMEOUT}")
+        part = store.get("part").decode()
+        store.set(f"{part}/{rank}", own)
+        time.sleep(0.02)
+    return dist.PrefixStore(store.get(told).decode(), store)
+
+
 def open_machine(settings: DeviceSettings) -> Machine:
     """Choose device and precision, and join the process group where torchrun made one."""
     rank = int(os.environ.get("RANK", 0))
@@ -2144,7 +2172,14 @@ def open_machine(settings: DeviceSettings) -> Machine:
     else:
         prepare_cpu(settings.threads)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(backends(device), timeout=timedelta(minutes=30))
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        dist.init_process_group(
+            backends(device),
+            store=fresh_store(store, rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=JOIN_TIMEOUT,
+        )
         dist.barrier()  # so that no rank fails and leaves while another still joins
     return Machine(device, pick_dtype(settings.dtype, device), rank, world)
 

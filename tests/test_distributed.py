@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SHORT, TINY, complaint, log_rows, read_pt, signal_at, weight_bytes
 from test_lora import question, save_base, write_rows
 
@@ -458,3 +461,26 @@ def test_prompts_that_ranks_cannot_share_are_refused(child, grpo, tmp_path):
         (2, "", ended[0][1]), "--prompts 5 cannot be divided among 2 ranks", "a multiple of 2"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_meet_in_a_store_that_dead_ones_have_used():
+    """torchrun keeps its store through a restart: what is in it must not be read as new, whichever
+    rank comes first."""
+    store = dist.HashStore()
+    for first in (0, 1, 2, 0):
+        found = {}
+
+        def meet(rank, found=found):
+            found[rank] = lm.fresh_store(store, rank, 3)
+
+        order = [first, *({0, 1, 2} - {first})]
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(20)
+        assert found.keys() == {0, 1, 2}
+        assert not found[0].check(["address"])
+        found[0].set("address", "new")
+        assert found[1].get("address") == found[2].get("address") == b"new"
