@@ -6498,11 +6498,12 @@ class DescriptionReader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def describe_parts(folder: Path, verify: bool) -> typing.Any:
-    """The description of a folder's tensors, which its files bear out; their checksums too where
-    they are to be verified. One of BROKEN, or OSError, where they do not."""
-    with (folder / ".metadata").open("rb") as file:
-        found = DescriptionReader(file).load()
+def describe_parts(folder: Path, digest: str, verify: bool) -> typing.Any:
+    """The description of a folder's tensors, of that digest, which its files bear out; their
+    checksums too where they are to be verified. One of BROKEN, or OSError, where they do not."""
+    data = (folder / ".metadata").read_bytes()
+    refuse(sha256(data) != digest, "its .metadata is another")
+    found = DescriptionReader(io.BytesIO(data)).load()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     tensors = found.state_dict_metadata.values()
     total = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in tensors)
@@ -6558,7 +6559,7 @@ def with_parts(checkpoint: dict, path: Path, verify: bool, sharded: bool) -> dic
             "copy a sharded checkpoint together with its folder",
         )
     try:
-        description = describe_parts(folder, verify)
+        description = describe_parts(folder, str(checkpoint.get("parts_digest")), verify)
         known = description.state_dict_metadata
         found = {
             key: Stored(
@@ -6648,17 +6649,18 @@ def named_parts(out: Path) -> set[str]:
     return {name for path in out.glob("ckpt_*.pt") if (name := parts_of(path))}
 
 
-def after_shards(shards: Future, folder: Path, work: Callable, *args: object) -> None:
-    """work(*args), once a folder is whole; folders that no checkpoint names any longer go.
-    Unwritten where it cannot become whole."""
+def after_shards(shards: Future, folder: Path, checkpoint: dict, work: Callable) -> None:
+    """work(), which writes the checkpoint beside a folder, once that is whole; folders that no
+    checkpoint names any longer go. Unwritten where it cannot become whole."""
     wait_for_futures([shards])
     if fault := shards.exception():
         failures = getattr(fault, "failures", {0: (fault, None)})
         rank, (cause, _) = next(iter(failures.items()))
         shutil.rmtree(folder, ignore_errors=True)
         raise Unwritten(f"on rank {rank}: {sentence(cause)}") from fault
+    checkpoint["parts_digest"] = sha256((folder / ".metadata").read_bytes())
     before = named_parts(folder.parent)
-    work(*args)
+    work()
     for name in before - named_parts(folder.parent):
         shutil.rmtree(folder.with_name(name), ignore_errors=True)
 
@@ -8417,12 +8419,10 @@ class Trainer:
     ) -> None:
         """Have rank 0 write a checkpoint, of which it takes a copy at once; all ranks write the
         shards in it, to a folder that begins with `name`."""
-        written: tuple = ()
+        folder = self.out / f"{name}_{self.step:08d}.parts"
         if self.shard_writer:
-            folder = self.out / f"{name}_{self.step:08d}.parts"
             self.machine.on_main(self.writer.settle)
             saved = self.shard_writer.begin(folder, saved)
-            written = after_shards, self.shard_writer.future, folder
 
         def begin() -> None:
             gathers = self.sharded and not self.shard_writer
@@ -8432,7 +8432,12 @@ class Trainer:
             if self.args_text and not (self.out / "args.txt").exists():  # somebody removed it
                 with contextlib.suppress(OSError):
                     write_args(self.out, self.args_text)
-            self.writer.submit(*written, work, where, copied, *args, best=best)
+            write = functools.partial(work, where, copied, *args)
+            if self.shard_writer:
+                write = functools.partial(
+                    after_shards, self.shard_writer.future, folder, copied, write
+                )
+            self.writer.submit(write, best=best)
 
         self.machine.on_main(begin)
 

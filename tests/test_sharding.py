@@ -266,6 +266,7 @@ def test_a_sharded_checkpoint_holds_what_a_whole_one_does(
         assert (in_shards / name).stat().st_size < (whole / name).stat().st_size / 5
         found = lm.read_checkpoint(in_shards / name)
         assert found.pop("parts") in folders_of(in_shards)
+        found.pop("parts_digest")
         assert found["model"]["lm_head.weight"] is found["model"]["tok_emb.weight"]
         assert_near_checkpoint(found, read_pt(whole / name))
     assert len(folders_of(in_shards)) == 3  # keep_last, and the best one's averaged weights
@@ -299,7 +300,7 @@ def test_a_sharded_checkpoint_is_resumed_by_any_ranks(in_shards, child, data_dir
         assert code == 0, err
     saved = [lm.read_checkpoint(out / "ckpt_last.pt") for out in (tmp_path / "run", alone, calm)]
     assert ["parts" in one for one in saved] == [True, False, False]
-    saved[0].pop("parts")
+    del saved[0]["parts"], saved[0]["parts_digest"]
     assert_near_checkpoint(saved[0], saved[2])
     assert_near_checkpoint(saved[1], saved[2])
 
@@ -342,10 +343,23 @@ class Hostile:
 def test_a_broken_folder_is_a_sentence(shards_copy, run, spoil, word, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     checkpoint = shards_copy / "ckpt_last.pt"
-    spoil(shards_copy / lm.parts_of(checkpoint))
+    folder = shards_copy / lm.parts_of(checkpoint)
+    spoil(folder)
+    saved = torch.load(checkpoint)
+    if (folder / ".metadata").exists():  # as one who means harm would
+        saved["parts_digest"] = lm.sha256((folder / ".metadata").read_bytes())
+    torch.save(saved, checkpoint)
     code, _, err = run(["generate", "--ckpt", checkpoint, "--prompt", "the"])
     assert code == 2 and word in err and "Traceback" not in err
     assert not Path("hostile").exists()
+
+
+def test_a_description_of_another_folder_is_refused(shards_copy):
+    last, *_ = (lm.parts_of(path) for path in lm.numbered(shards_copy))
+    other = next(name for name in folders_of(shards_copy) if name != last)
+    shutil.copyfile(shards_copy / other / ".metadata", shards_copy / last / ".metadata")
+    with pytest.raises(lm.UserError, match="its .metadata is another"):
+        lm.read_checkpoint(shards_copy / "ckpt_last.pt")
 
 
 def test_a_flipped_bit_in_a_shard_falls_back(shards_copy, child, data_dir):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS, SHORT, TINY, VERBS, Child, read_pt, signal_at, weight_bytes
+from conftest import NOUNS, SHORT, TINY, VERBS, Child, signal_at, weight_bytes
 from test_distributed import free_port, grpo_command
 from test_lora import chat_rows, pair_rows, save_base, write_rows
 
@@ -100,6 +100,13 @@ def damage(out, rng):
     files = lm.numbered(out)
     if len(files) < 2:
         return
+    if (parts := lm.parts_of(files[0])) and rng.random() < 0.7:
+        shard = rng.choice(sorted((out / parts).iterdir()))
+        data = bytearray(shard.read_bytes())
+        for _ in range(20):
+            data[rng.randrange(len(data))] ^= 0xFF
+        shard.write_bytes(data)
+        return
     data = bytearray(files[0].read_bytes())
     for _ in range(20):
         data[rng.randrange(len(data))] ^= 0xFF
@@ -153,7 +160,9 @@ def survive(rng, command, out, ranks, changing, folder, counts):
             hooks = [[(fault, nth)] for _ in range(now)]
         elif fault:
             hooks[rng.randrange(now)] = [(fault, nth)]
-        codes, told = start([*command(out, now), "--zero", stage], now, hooks, folder)
+        shards = int(stage and rng.random() < 0.5)
+        more = ["--zero", stage, "--sharded_ckpt", shards]
+        codes, told = start([*command(out, now), *more], now, hooks, folder)
         name = getattr(fault, "__name__", fault)
         counts[name] += 1
         if codes == [0] * now:
@@ -220,7 +229,7 @@ def make_commands(folder):
 
 
 def farthest(a, b):
-    a, b = (read_pt(out / "ckpt_last.pt")["model"] for out in (a, b))
+    a, b = (lm.read_checkpoint(out / "ckpt_last.pt")["model"] for out in (a, b))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
