@@ -260,7 +260,7 @@ def read_completion(
     settings: ServerSettings,
     context: int,
 ) -> Asked:
-    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompt_texts(body)]
+    prompts = [tokenizer.prompt(text) for text in prompt_texts(body)]
     shared = common(body, settings, False)
     likeliest = body.get("logprobs")
     if likeliest is not None and (type(likeliest) is not int or not 0 <= likeliest <= 20):
@@ -443,7 +443,7 @@ class Writer:
 
     def push(self, drawn: lm.Drawn) -> Piece:
         self.count += 1
-        if drawn.token == self.tokenizer.eos:
+        if drawn.token in self.tokenizer.stops:
             return self.end("stop")
         if drawn.token == self.marker:
             self.calls.append([])
@@ -593,7 +593,7 @@ class Service:
                     asked.sampling,
                     asked.seed,
                     index,
-                    frozenset({self.tokenizer.eos}),
+                    self.tokenizer.stops,
                     asked.likeliest,
                 )
                 answers.append(Answer(generation, deliver_to(index)))

@@ -1154,7 +1154,7 @@ def read_folder(folder: Path, spm: str) -> dict:
             f"{folder} has no tokenizer.model",
             "only a model with a SentencePiece tokenizer can be imported; name it with --spm",
         )
-    tokenizer = lm.Tokenizer.load(spm or folder / "tokenizer.model")
+    tokenizer = lm.load_tokenizer(spm or folder / "tokenizer.model")
     return {
         "format": lm.CHECKPOINT_FORMAT,
         "kind": "imported",

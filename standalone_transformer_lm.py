@@ -2505,11 +2505,35 @@ LONGEST_CACHED = 48  # characters
 CHARACTER_BYTES = 4  # of the longest UTF-8 character
 
 
+MARKERS = {role: f"<|{role}|>" for role in ROLES} | {"tool": TOOL_RESULT, "call": TOOL_CALL}
+
+
+def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether this model encodes a text word by word, as prep's own do: BPE (whole scores),
+    unnormalised, with the dummy prefix, no piece across space or line."""
+    pieces = []
+    for i in range(len(sp)):
+        if sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i):
+            continue
+        piece = sp.id_to_piece(i)
+        across_space = SPACE in piece[1:]
+        across_line = "\n" in piece and piece != "\n"
+        if across_space or across_line or not float(sp.get_score(i)).is_integer():
+            return False
+        pieces.append(piece)
+    odd = " \uff21\u2460\ufb01e\u0301  \u00a0\t\u3000x "
+    unnormalised = sp.normalize(odd) == SPACE + odd.replace(" ", SPACE)
+    return unnormalised and {SPACE, "\n"} <= set(pieces)
+
+
 class Tokenizer:
     """A SentencePiece model with the ids this program needs; `data` are its bytes."""
 
+    template: typing.Any = None  # a ChatTemplate, where its model spells a chat not in our way
+
     def __init__(self, data: bytes, name: str = "tokenizer"):
         self.data = data
+        self.name = name
         self.sha256 = sha256(data)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -2526,22 +2550,37 @@ class Tokenizer:
         for special, i in (("<s>", self.bos), ("</s>", self.eos)):
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"{name} has no {special}", "use a tokenizer with <s> and </s>")
-        markers = {role: f"<|{role}|>" for role in ROLES}
-        markers |= {"tool": TOOL_RESULT, "call": TOOL_CALL}
-        roles = {role: self.sp.piece_to_id(marker) for role, marker in markers.items()}
+        self.opening = [self.bos]
+        roles = {role: self.sp.piece_to_id(marker) for role, marker in MARKERS.items()}
         self.roles: dict[str, int] = {}
         if all(self.sp.is_control(i) for i in roles.values()):
             self.roles = roles
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except OSError as fault:
-            raise disk_error(fault, path) or fault from fault
+    @property
+    def turn_end(self) -> int:
+        """The id that ends what an assistant says."""
+        return self.eos
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return frozenset({self.eos})
+
+    @property
+    def by_word(self) -> bool:
+        """Whether a text's ids are those of its words."""
+        return splits_at_spaces(self.sp)
+
+    def files(self) -> dict[str, bytes]:
+        """The files that a folder has of it."""
+        return {"tokenizer.model": self.data}
 
     def encode(self, text: str) -> list[int]:
         return self.sp.encode(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text, with what a document begins with before it."""
+        return [*self.opening, *self.encode(text)] or [self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
@@ -2571,7 +2610,9 @@ def encode_chat(
 
     `reply` opens an answer, or leaves the last turn open where that is the assistant's.
     """
-    ids, learned = [tokenizer.bos], [False]
+    if tokenizer.template:
+        return tokenizer.template.encode([Turn(*turn) for turn in turns], reply)
+    ids, learned = [*tokenizer.opening], [False] * len(tokenizer.opening)
     role = ""
     for turn in turns:
         role, text, wanted, calls = Turn(*turn)
@@ -2587,6 +2628,321 @@ def encode_chat(
         ids += tokenizer.marker("assistant")
         learned += [False] * (len(ids) - len(learned))
     return ids, learned
+
+
+def said_at(place: int) -> str:
+    """What stands for the text of a turn while a template is looked at: no template changes it."""
+    return f"\ue000{place}\ue001"
+
+
+class ChatTemplate:
+    """The jinja template by which a tokenizer's model spells a chat: its ids are those that
+    transformers makes of it, except that no special token comes out of what is said."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        jinja = need("jinja2")
+        sandbox = need("jinja2.sandbox", "jinja2")
+
+        class Generation(need("jinja2.ext", "jinja2").Extension):
+            """{% generation %}: a mark around what an assistant says, without effect here."""
+
+            tags: typing.ClassVar = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+        def refused(message: str):
+            raise jinja.TemplateError(message)
+
+        def as_json(value: object, indent: int | None = None, **_more: object) -> str:
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        self.tokenizer = tokenizer
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = as_json
+        environment.globals["raise_exception"] = refused
+        environment.globals["strftime_now"] = lambda form: time.strftime(form)
+        self.faults = (jinja.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+        texts = {i: token for token, i in tokenizer.specials.items()}
+        self.variables = {"eos_token": texts.get(tokenizer.eos, "")}
+        if tokenizer.opening or tokenizer.bos != tokenizer.eos:
+            self.variables["bos_token"] = texts.get(tokenizer.bos, "")
+        self.parsing = need("tokenizers").Tokenizer.from_str(tokenizer.texts["tokenizer.json"])
+        self.parsing.no_truncation()
+        self.parsing.no_padding()
+        self.special = re.compile(
+            "|".join(map(re.escape, sorted(tokenizer.specials)[::-1])) or "$^"
+        )
+        try:
+            self.template = environment.from_string(tokenizer.template_text)
+        except self.faults as fault:
+            raise self.refusal(sentence(fault)) from fault
+        turns = [Turn("user", "a"), Turn("assistant", "b")]
+        ids, learned = self.encode(turns)
+        self.turn_end = [i for i, one in zip(ids, learned, strict=True) if one][-1]
+
+    def refusal(self, why: str) -> UserError:
+        return UserError(
+            f"the chat template of {self.tokenizer.name} cannot be used here ({why})",
+            "give plain text, or another model",
+        )
+
+    def render(self, turns: list[Turn], texts: list[str], reply: bool) -> str:
+        messages = []
+        for turn, text in zip(turns, texts, strict=True):
+            message: dict = {"role": turn.role, "content": text}
+            if turn.calls:
+                calls = [{"type": "function", "function": json.loads(one)} for one in turn.calls]
+                message["tool_calls"] = calls
+            messages.append(message)
+        try:
+            return self.template.render(
+                messages=messages, add_generation_prompt=reply, tools=None, **self.variables
+            )
+        except self.faults as fault:
+            raise self.refusal(sentence(fault)) from fault
+
+    def encode(self, turns: list[Turn], reply: bool = False) -> tuple[list[int], list[bool]]:
+        """encode_chat, of this template."""
+        texts = [turn.text for turn in turns]
+        asks = reply and (not turns or turns[-1].role != "assistant")
+        skeleton = self.render(turns, [said_at(i) for i in range(len(turns))], asks)
+        rendered = self.render(turns, texts, asks)
+        parts = re.split("\ue000([0-9]+)\ue001", skeleton)  # template, place, template, place, …
+        for said in (texts, [text.strip() for text in texts]):
+            filled = parts[:1]
+            for place, after in zip(parts[1::2], parts[2::2], strict=True):
+                filled += said[int(place)], after
+            if "".join(filled) == rendered:
+                break
+        else:
+            raise self.refusal("it rewrites what is said, so that answers cannot be told apart")
+        if reply and not asks:  # the answer goes on
+            filled[-1] = ""
+        spans, at = [], 0
+        for i, part in enumerate(filled):
+            turn = turns[int(parts[i])] if i % 2 else None
+            if turn and turn.role == "assistant":
+                end = at + len(part)
+                stop = self.special.search(filled[i + 1])
+                open_end = reply and not asks and i == len(filled) - 2
+                if not stop and not open_end:
+                    raise self.refusal("no special token ends an answer")
+                spans.append((at, end + (stop.end() if stop else 0), turn.learned))
+            at += len(part)
+        return self.tokens(filled, spans)
+
+    def tokens(
+        self, filled: list[str], spans: list[tuple[int, int, bool]]
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of parts, template and said in turn, and which have a share in a learned span."""
+        pieces = [("".join(filled), 0, self.parsing)]
+        if any(self.special.search(text) for text in filled[1::2]):
+            pieces = [*self.pieces(filled)]
+        ids, learned = [], []
+        for text, at, encoder in pieces:
+            encoded = encoder.encode(text, add_special_tokens=False)
+            ids += encoded.ids
+            for begin, end in encoded.offsets:
+                learned.append(
+                    any(wanted and at + end > a and at + begin < z for a, z, wanted in spans)
+                )
+        return ids, learned
+
+    def pieces(self, filled: list[str]) -> Iterator[tuple[str, int, object]]:
+        """Texts between the template's own special tokens, and these; with where each begins, and
+        what encodes it."""
+        text, begin, at = "", 0, 0
+        for i, part in enumerate(filled):
+            cut = 0
+            for found in self.special.finditer(part) if i % 2 == 0 else ():
+                text += part[cut : found.start()]
+                if text:
+                    yield text, begin, self.tokenizer.hf
+                yield found[0], at + found.start(), self.parsing
+                text, cut = "", found.end()
+                begin = at + cut
+            text += part[cut:]
+            at += len(part)
+        if text:
+            yield text, begin, self.tokenizer.hf
+
+
+HF_FILES = (  # those of a Hugging Face folder that say something of its tokenizer
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+PLAIN_TEMPLATE = (  # of a chat, for a tokenizer that comes without one
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '<|call|>' + call['function'] | tojson }}"
+    "{% endfor %}{{ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+END_TOKENS = "</s> <|endoftext|> <|end_of_text|> <|im_end|> <eos>".split()  # where none is named
+
+
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, with what other files of its folder say of special tokens and
+    of chats; `data` is a JSON object, from file names to texts.
+
+    No special token comes out of encode(): they are spelled as other text is.
+    """
+
+    def __init__(self, data: bytes, name: str = "tokenizer"):
+        self.data = data
+        self.name = name
+        self.sha256 = sha256(data)
+        try:
+            self.texts: dict[str, str] = json.loads(data)
+            config, names, generation = map(self.settings, HF_FILES[1:3] + HF_FILES[4:])
+            text = self.texts["tokenizer.json"]
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as fault:
+            raise self.damage(fault) from fault
+        library = need("tokenizers")
+        with Caught() as caught:  # the library raises plain Exception
+            self.hf = library.Tokenizer.from_str(text)
+            self.hf.no_truncation()
+            self.hf.no_padding()
+            self.hf.encode_special_tokens = True
+            self.vocab_size = 1 + max(self.hf.get_vocab().values())
+            begin = self.hf.encode("").ids
+        if caught.fault:
+            raise self.damage(caught.fault)
+        if self.vocab_size > CONTEXT_LIMIT:
+            raise self.damage(ValueError(f"it has an id {self.vocab_size - 1}"))
+        self.specials = {
+            added.content: i
+            for i, added in self.hf.get_added_tokens_decoder().items()
+            if added.special
+        }
+
+        def named(key: str) -> int | None:
+            for place in (config, names):
+                token = place.get(f"{key}_token")
+                if isinstance(token, dict):
+                    token = token.get("content")
+                if isinstance(token, str) and (found := self.hf.token_to_id(token)) is not None:
+                    return found
+            return None
+
+        ends = generation.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = [i for i in ends if type(i) is int and 0 <= i < self.vocab_size]
+        known = [named("eos"), *self.ends, *map(self.hf.token_to_id, END_TOKENS)]
+        eos = next((i for i in known if i is not None), None)
+        if eos is None:
+            raise UserError(f"{name} has no token that ends a text", "use another tokenizer")
+        bos = named("bos")
+        self.eos = eos
+        self.bos = eos if bos is None else bos
+        pad = named("pad")
+        self.pad = -1 if pad is None else pad
+        self.opening = begin[:-1] if begin[-1:] == [eos] and eos != bos else begin
+        if config.get("add_bos_token") is False:
+            self.opening = []
+        elif config.get("add_bos_token") is True and bos is not None:
+            self.opening = [bos]
+        roles = {role: self.specials.get(marker) for role, marker in MARKERS.items()}
+        self.roles = {}
+        if None not in roles.values():
+            self.roles = roles
+        told = self.texts.get("chat_template.jinja") or config.get("chat_template")
+        if isinstance(told, list):  # several of them, by name
+            told = next((one["template"] for one in told if one["name"] == "default"), None)
+        self.has_template = isinstance(told, str) and bool(told)
+        self.template_text = told if self.has_template else PLAIN_TEMPLATE
+
+    def settings(self, name: str) -> dict:
+        found = json.loads(self.texts.get(name, "{}"))
+        refuse(not isinstance(found, dict), f"{name} is no object")
+        return found
+
+    def damage(self, fault: Exception) -> UserError:
+        return UserError(
+            f"{self.name} is not a Hugging Face tokenizer, or is damaged ({sentence(fault)})",
+            "use the folder of a model, or its tokenizer.json",
+        )
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self)
+
+    by_word = False
+
+    @functools.cached_property
+    def turn_end(self) -> int:
+        if not self.has_template:
+            return self.eos
+        try:
+            return self.template.turn_end
+        except UserError:  # without jinja2, or of a template that is not for chats
+            return self.eos
+
+    @functools.cached_property
+    def stops(self) -> frozenset[int]:
+        return frozenset({self.eos, *self.ends, self.turn_end})
+
+    def files(self) -> dict[str, bytes]:
+        return {name: text.encode() for name, text in self.texts.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.hf.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def marker(self, role: str) -> list[int]:
+        if self.roles:
+            return [self.roles[role]]
+        return self.encode(f"<|{role}|>")
+
+
+def make_tokenizer(data: bytes, name: str = "tokenizer") -> Tokenizer:
+    """The tokenizer of a checkpoint's bytes, SentencePiece's or Hugging Face's."""
+    if data[:1] == b"{":
+        return HFTokenizer(data, name)
+    return Tokenizer(data, name)
+
+
+def load_tokenizer(place: str | Path) -> Tokenizer:
+    """A tokenizer.model, a tokenizer.json, or a folder that holds one of them."""
+    path = Path(place)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+        path = next((file for file in found if file.exists()), None)
+        if not path:
+            raise UserError(f"{place} has neither tokenizer.model nor tokenizer.json", "add one")
+    try:
+        data = path.read_bytes()
+        if path.suffix != ".json":
+            return Tokenizer(data, str(path))
+        files = {path.name: path}
+        files |= {name: path.with_name(name) for name in HF_FILES[1:]}
+        texts = {
+            name: file.read_text(encoding="utf-8") for name, file in files.items() if file.exists()
+        }
+        texts["tokenizer.json"] = texts.pop(path.name)
+    except OSError as fault:
+        raise disk_error(fault, path) or fault from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path} is damaged ({fault})", "download it again") from fault
+    return HFTokenizer(json.dumps(texts, ensure_ascii=False).encode(), str(path))
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    for name, data in tokenizer.files().items():
+        (folder / name).write_bytes(data)
 
 
 class TextStream:
@@ -2694,39 +3050,23 @@ def train_tokenizer(
     return model.getvalue()
 
 
-def splits_at_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether this model encodes a text word by word, as prep's own do: BPE (whole scores),
-    unnormalised, with the dummy prefix, no piece across space or line."""
-    pieces = []
-    for i in range(len(sp)):
-        if sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i):
-            continue
-        piece = sp.id_to_piece(i)
-        across_space = SPACE in piece[1:]
-        across_line = "\n" in piece and piece != "\n"
-        if across_space or across_line or not float(sp.get_score(i)).is_integer():
-            return False
-        pieces.append(piece)
-    odd = " \uff21\u2460\ufb01e\u0301  \u00a0\t\u3000x "
-    unnormalised = sp.normalize(odd) == SPACE + odd.replace(" ", SPACE)
-    return unnormalised and {SPACE, "\n"} <= set(pieces)
-
-
 class WordEncoder(dict):
-    """Text -> packed ids as SentencePiece would encode it, word by word: a dictionary from what
-    stands between spaces, where a newline opens a key, to packed ids."""
+    """Text -> packed ids as its tokenizer would encode it; where that goes word by word, through a
+    dictionary from what stands between spaces, where a newline opens a key, to packed ids."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
         super().__init__()
-        self.sp = tokenizer.sp
+        self.one = tokenizer.encode
         self.dtype = dtype
-        self.by_word = splits_at_spaces(tokenizer.sp)
+        self.bos = tokenizer.bos
+        self.closing = [tokenizer.eos] if tokenizer.eos != tokenizer.bos else []
+        self.by_word = tokenizer.by_word
 
     def pack(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
 
     def __missing__(self, word: str) -> bytes:
-        ids = self.sp.encode(word or " ")
+        ids = self.one(word or " ")
         if word[:1] in ("", "\n"):
             ids = ids[1:]  # SentencePiece puts a space before all, here it is one too many
         packed = self.pack(ids)
@@ -2737,7 +3077,7 @@ class WordEncoder(dict):
     def encode(self, text: str) -> bytes:
         """The packed ids of a text, without <s> and </s>."""
         if not text or not self.by_word:
-            return self.pack(self.sp.encode(text))
+            return self.pack(self.one(text))
         return b"".join(map(self.__getitem__, text.replace("\n", " \n").split(" ")))
 
 
@@ -3086,15 +3426,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @functools.lru_cache(maxsize=1)
 def word_encoder(spm: str) -> WordEncoder:
-    tokenizer = Tokenizer.load(spm)
+    tokenizer = load_tokenizer(spm)
     return WordEncoder(tokenizer, token_dtype(tokenizer.vocab_size))
 
 
 def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str, dict]:
-    """A block's documents, `packed` as <s> ids </s>, and COUNTS: in train or val by content."""
+    """A block's documents, `packed` as <s> ids </s>, or as </s> ids where there is no <s>; and
+    COUNTS: in train or val by content."""
     encoder = word_encoder(spm)
     splits = {name: {"packed": bytearray(), **dict.fromkeys(COUNTS, 0)} for name in SPLITS}
-    bos, eos = encoder.pack([encoder.sp.bos_id()]), encoder.pack([encoder.sp.eos_id()])
+    bos, eos = encoder.pack([encoder.bos]), encoder.pack(encoder.closing)
     for text in block_documents(block, settings.text_key, settings.errors):
         data = text.encode()
         packed = bos + encoder.encode(text) + eos
@@ -3110,7 +3451,7 @@ def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str
 def encode_sources(sources: list[Source], settings: PrepSettings, out: Path) -> dict[str, dict]:
     """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory."""
     workers = settings.workers or cores_here()
-    work = functools.partial(encode_block, spm=str(out / "tokenizer.model"), settings=settings)
+    work = functools.partial(encode_block, spm=str(out), settings=settings)
     totals = {name: dict.fromkeys(COUNTS, 0) for name in SPLITS}
     progress = Progress("encoding", sum(s.size for s in sources), "B")
     with worker_pool(workers) as pool, contextlib.ExitStack() as stack:
@@ -3147,8 +3488,12 @@ def install(building: Path, final: Path) -> None:
     """Move finished files to their place; the old meta.json goes first, the new one comes last."""
     final.mkdir(parents=True, exist_ok=True)
     (final / "meta.json").unlink(missing_ok=True)
-    for name in DATA_FILES:
-        os.replace(building / name, final / name)
+    for name in ("tokenizer.model", *HF_FILES):  # of another tokenizer
+        (final / name).unlink(missing_ok=True)
+    names = {path.name for path in building.iterdir()} - {*DATA_FILES}
+    for name in (*sorted(names & {*HF_FILES}), *DATA_FILES):
+        if (building / name).exists():
+            os.replace(building / name, final / name)
     fsync_folder(final)
 
 
@@ -3233,7 +3578,7 @@ class TokenFolder:
                 f"run: python {PROGRAM} prep --text_path TEXT --out_dir {folder}",
             )
         self.meta = read_json(self.folder / "meta.json")
-        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.model")
+        self.tokenizer = load_tokenizer(self.folder)
         self.check_meta()
         self.train = self.tokens("train")
         self.val = self.tokens("val")
@@ -3315,7 +3660,7 @@ def merge_shards(folder: Path, out: Path) -> dict:
             for ids in (getattr(shard, split) for shard in shards):
                 for start in range(0, len(ids), PROBED):
                     file.write(ids[start : start + PROBED].tobytes())
-    (out / "tokenizer.model").write_bytes(shards[0].tokenizer.data)
+    write_tokenizer(shards[0].tokenizer, out)
     return write_meta(out, shards[0].tokenizer, splits, shards[0].meta["val_split"])
 
 
@@ -3347,12 +3692,12 @@ def build_data(settings: PrepSettings, out: Path) -> dict:
     sources = find_sources(files, settings.document) + copy_pipes(settings, out)
     check_first_rows(sources, settings)
     if settings.spm:
-        tokenizer = Tokenizer.load(settings.spm)
+        tokenizer = load_tokenizer(settings.spm)
     else:
         say(f"training a tokenizer of {settings.vocab_size} pieces")
         with worker_pool(1) as pool:  # its memory is freed with it
             tokenizer = Tokenizer(pool.submit(tokenizer_for, sources, settings).result())
-    (out / "tokenizer.model").write_bytes(tokenizer.data)
+    write_tokenizer(tokenizer, out)
 
     splits = encode_sources(sources, settings, out)
     if not splits["train"]["documents"] and not settings.shard:
@@ -4067,10 +4412,12 @@ def read_rows(
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: its ids (n,) and which of them are learned (n,)."""
+    """One conversation: its ids (n,), which of them are learned (n,), and whether all its answers
+    are there."""
 
     ids: np.ndarray
     learned: np.ndarray
+    whole: bool = True
 
     def targets(self) -> np.ndarray:
         """The target of each place (n,): the next id where that is learned, else IGNORE."""
@@ -4080,19 +4427,21 @@ class Example:
 def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
     """A conversation, truncated after its last answer that ends within `limit` ids; else None."""
     ids, learned = map(np.array, encode_chat(tokenizer, turns))
-    ends = 1 + np.flatnonzero(learned[:limit] & (ids[:limit] == tokenizer.eos))
+    ends = 1 + np.flatnonzero(learned[:limit] & np.isin(ids[:limit], [*tokenizer.stops]))
     if not len(ends):
         return None
-    return Example(ids[: ends[-1]], learned[: ends[-1]])
+    last = ends[-1]
+    return Example(ids[:last], learned[:last], not learned[last:].any())
 
 
 def last_answer(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
     """A conversation of which the last answer alone is learned; None where it does not fit."""
-    start = len(encode_chat(tokenizer, turns[:-1], reply=True)[0])
-    ids = np.array(encode_chat(tokenizer, turns)[0])
+    last = len(turns) - 1
+    marked = [Turn(*turn)._replace(learned=i == last) for i, turn in enumerate(turns)]
+    ids, learned = map(np.array, encode_chat(tokenizer, marked))
     if len(ids) > limit:
         return None
-    return Example(ids, np.arange(len(ids)) >= start)
+    return Example(ids, learned)
 
 
 def question(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
@@ -4112,7 +4461,6 @@ def held_out(turns: Turns, share: float) -> bool:
 def fit_rows(
     rows: list[list[Turns]],
     make: Callable[[Turns], Example | None],
-    eos: int,
     name: str,
 ) -> tuple[list[list[Example]], list[int]]:
     """Groups of examples and the rows they come from; says how many were cut or left out."""
@@ -4124,9 +4472,7 @@ def fit_rows(
             continue
         groups.append(group)
         kept.append(i)
-        for one, turns in zip(group, row, strict=True):
-            if (one.ids == eos).sum() < len(turns):
-                cut += 1
+        cut += sum(not one.whole for one in group)
     if not kept:
         raise UserError(f"{name}: every row is longer than the context", "use a larger --seq_len")
     say(
@@ -6931,9 +7277,9 @@ def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint, or --spm; raises UserError where neither fits."""
     own, ids = checkpoint["tokenizer"], checkpoint["config"]["vocab_size"]
     if spm:
-        tokenizer = Tokenizer.load(spm)
+        tokenizer = load_tokenizer(spm)
     elif own:
-        tokenizer = Tokenizer(bytes(own), f"the tokenizer in {path}")
+        tokenizer = make_tokenizer(bytes(own), f"the tokenizer in {path}")
     else:
         raise UserError(f"{path} carries no tokenizer", "give its tokenizer.model with --spm")
     if tokenizer.vocab_size > ids:
@@ -7130,8 +7476,9 @@ def save_weights(
     save_checkpoint(out / "pytorch_model.bin", weights)
     with atomic_write(out / "config.json", "w") as file:
         json.dump(asdict(config), file, indent=1)
-    with atomic_write(out / "tokenizer.model") as file:
-        file.write(tokenizer.data)
+    for name, data in tokenizer.files().items():
+        with atomic_write(out / name) as file:
+            file.write(data)
 
 
 # ==================================================================================================
@@ -9086,7 +9433,7 @@ def sample_answers(
     """Greedy answers to fixed questions, as rows of samples.jsonl; on rank 0 alone."""
     prompts = [encode_chat(tokenizer, turns, reply=True)[0] for turns in questions]
     greedy = SamplingSettings(most, temperature=0.0)
-    stop = frozenset({tokenizer.eos})
+    stop = tokenizer.stops
     if not machine.main and not model.shards:
         return []
     reader = reading_copy(model, machine.dtype)
@@ -9095,7 +9442,7 @@ def sample_answers(
     answers = complete(reader, prompts, greedy, 0, stop, machine.dtype)
     rows = []
     for turns, ids in zip(questions, answers, strict=True):
-        ended = ids[-1:] == [tokenizer.eos]
+        ended = not tokenizer.stops.isdisjoint(ids[-1:])
         rows.append({"prompt": turns[-1].text, "answer": tokenizer.decode(ids), "ended": ended})
     return rows
 
@@ -9120,7 +9467,7 @@ def text_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     stem = context.rstrip()
     whole = tokenizer.encode(context + continuation)
     start = len(tokenizer.encode(stem))
-    return [tokenizer.bos, *whole[:start]], whole[start:]
+    return [*tokenizer.opening, *whole[:start]] or [tokenizer.eos], whole[start:]
 
 
 def rolling_window(length: int, done: int, limit: int, stride: int) -> tuple[int, int]:
@@ -9245,7 +9592,7 @@ class Candidate:
                 prompts,
                 sampling,
                 seed,
-                frozenset({self.tokenizer.eos}),
+                self.tokenizer.stops,
                 self.machine.dtype,
                 numbers=numbers,
                 at_once=self.batch_size,
@@ -9277,7 +9624,7 @@ def complete_until(
 ) -> list[str]:
     """Texts that continue the prompts up to the first of the marks, where they end and leave the
     batch to others; `numbers` are the prompts' own, which they draw by."""
-    tokenizer, stop = candidate.tokenizer, frozenset({candidate.tokenizer.eos})
+    tokenizer, stop = candidate.tokenizer, candidate.tokenizer.stops
     machine = candidate.machine
     batch = RunningBatch(candidate.model, candidate.batch_size, machine.dtype, machine.compiles)
     streams: dict[Generation, TextStream] = {}
@@ -9336,7 +9683,7 @@ def harness_model(candidate: Candidate, seed: int) -> object:
             limit = candidate.model.config.seq_len
             found = []
             for request in requests:
-                ids = [tokenizer.bos, *tokenizer.encode(request.args[0])]
+                ids = tokenizer.prompt(request.args[0])
                 pairs = rolling_pairs(ids, limit, limit)
                 found.append(sum(scored.logp for scored in candidate.score(pairs)))
             return found
@@ -9348,9 +9695,7 @@ def harness_model(candidate: Candidate, seed: int) -> object:
                 alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
             for text, places in alike.items():
                 options = json.loads(text)
-                prompts = [
-                    [tokenizer.bos, *tokenizer.encode(requests[place].args[0])] for place in places
-                ]
+                prompts = [tokenizer.prompt(requests[place].args[0]) for place in places]
                 sampling, marks = harness_sampling(options), harness_stops(options)
                 found = complete_until(candidate, prompts, sampling, seed, places, marks)
                 texts |= zip(places, found, strict=True)
@@ -10469,7 +10814,7 @@ class ClassTask(ChoiceTask):
             turns.append(Turn("user", self.asked(self.rows[place])))
             ids = encode_chat(candidate.tokenizer, turns, reply=True)[0]
             for choice in self.rows[place].choices:
-                label = [*candidate.tokenizer.encode(choice), candidate.tokenizer.eos]
+                label = [*candidate.tokenizer.encode(choice), candidate.tokenizer.turn_end]
                 pairs.append((ids, label))
         scored = iter(candidate.score(pairs))
         found = []
@@ -10636,7 +10981,7 @@ class AnswerTask(Benchmark):
         for one in shown:
             text += f"Question: {one.turns[-1].text}\nAnswer: {one.answer}\n\n"
         text += f"Question: {exercise.turns[-1].text}\nAnswer:"
-        return [candidate.tokenizer.bos, *candidate.tokenizer.encode(text)]
+        return candidate.tokenizer.prompt(text)
 
     def answers(self, candidate: Candidate, places: list[int]) -> list[dict]:
         n = self.samples
@@ -10773,7 +11118,7 @@ class CodeTask(AnswerTask):
         for one in self.examples(place) if self.shots else ():
             text += f"{one.turns[-1].text}{one.answer}\n[DONE]\n\n"
         text += self.rows[place].turns[-1].text
-        return [candidate.tokenizer.bos, *candidate.tokenizer.encode(text)]
+        return candidate.tokenizer.prompt(text)
 
     def answer_in(self, text: str) -> str:
         return text  # the spaces in front are the code's
@@ -11084,7 +11429,7 @@ class TaskMaker:
             text = first_of(present(row), TEXT_KEYS)
             if not isinstance(text, str) or not text:
                 raise UserError(f"{spec.path}: a row has no text", "give rows with a key text")
-            documents.append([candidate.tokenizer.bos, *candidate.tokenizer.encode(text)])
+            documents.append(candidate.tokenizer.prompt(text))
             sizes.append((len(re.split(r"\s+", text)), len(text.encode())))
         return self.windows(spec, documents, sizes, candidate)
 
@@ -11358,7 +11703,7 @@ class Sampler:
         asked = [one for one in problems for _ in range(count)]
         found, logps = self.generate(asked, temperature, seed, first)
         texts = [self.tokenizer.decode(ids) for ids in found]
-        ended = [ids[-1] == self.tokenizer.eos for ids in found]
+        ended = [ids[-1] in self.tokenizer.stops for ids in found]
         scores = self.rewards.score(asked, texts, ended)
         totals = scores @ np.array(self.rewards.weights)
         if self.settings.overlong:
@@ -11394,7 +11739,7 @@ class Sampler:
                 [one.ids.tolist() for one in asked],
                 SamplingSettings(self.settings.max_new_tokens, temperature, 0, 1.0),
                 seed,
-                frozenset({self.tokenizer.eos}),
+                self.tokenizer.stops,
                 self.machine.dtype,
                 range(first, first + len(asked)),
                 self.settings.rollout_batch,
@@ -12214,7 +12559,7 @@ class Tuning:
     ) -> tuple[list[list[Example]], list[int], Stream]:
         """Groups of examples of the rows that fit, which rows these are, and their stream."""
         one = functools.partial(make, self.tokenizer, limit=self.config.seq_len)
-        groups, kept = fit_rows([turns for turns, _ in rows], one, self.tokenizer.eos, label)
+        groups, kept = fit_rows([turns for turns, _ in rows], one, label)
         known = [rows[i][1] for i in kept]
         return groups, kept, stream(groups, known, self.config.seq_len, self.seed)
 
@@ -12377,7 +12722,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     )
     yield "config: " + " ".join(f"{k}={v}" for k, v in saved["config"].items())
     if saved["tokenizer"]:
-        pieces = Tokenizer(bytes(saved["tokenizer"])).vocab_size
+        pieces = make_tokenizer(bytes(saved["tokenizer"])).vocab_size
         yield f"tokenizer: {pieces:,} pieces, in the checkpoint"
     else:
         yield "tokenizer: none in the checkpoint, use --spm"
@@ -12909,7 +13254,7 @@ def draw_attention(candidate: Candidate, text: str, path: Path) -> None:
     need("matplotlib").use("Agg")
     pyplot = need("matplotlib.pyplot")
     tokenizer = candidate.tokenizer
-    ids = [tokenizer.bos, *tokenizer.encode(text)][: candidate.model.config.seq_len]
+    ids = tokenizer.prompt(text)[: candidate.model.config.seq_len]
     device = candidate.model.device
     on_cpu = replace(candidate.machine, device=torch.device("cpu"))
     try:
@@ -12968,7 +13313,7 @@ def token_page(candidate: Candidate, path: str) -> str:
     if not text:
         raise UserError(f"--per_token {path} holds no text", "give a file of text")
     tokenizer, limit = candidate.tokenizer, candidate.model.config.seq_len
-    ids = [tokenizer.bos, *tokenizer.encode(text)]
+    ids = tokenizer.prompt(text)
     pairs = rolling_pairs(ids, limit, max(1, limit // 2))
     losses = -torch.cat([logps for logps, _ in candidate.score_tokens(pairs)])
     stream, spans, waiting = TextStream(tokenizer, []), [], 0.0
@@ -13052,7 +13397,7 @@ class ChatSession:
     def prompt(self) -> tuple[list[int], list[int]]:
         """The ids to continue, and those whose text stands before the answer's."""
         if not self.chats:
-            ids = [self.tokenizer.bos, *self.tokenizer.encode(self.turns[-1].text)]
+            ids = self.tokenizer.prompt(self.turns[-1].text)
             return ids, ids
         limit = self.model.config.seq_len
         room = max(limit // 2, limit - self.sampling.max_new_tokens)
@@ -13074,7 +13419,7 @@ class ChatSession:
             [ids],
             self.sampling,
             self.seed,
-            frozenset({self.tokenizer.eos}),
+            self.tokenizer.stops,
             self.machine.dtype,
             numbers=[self.answers],
             compiled=self.machine.compiles,
@@ -13244,7 +13589,7 @@ def make_requests(settings: GenerateSettings, tokenizer: Tokenizer, saved: dict)
         if settings.chat:
             ids, context = encode_chat(tokenizer, turns, reply=True)[0], []
         else:
-            ids = [tokenizer.bos, *tokenizer.encode(turns[-1].text)]
+            ids = tokenizer.prompt(turns[-1].text)
             context = ids
         request = Request(turns, ids, context, expected)
         requests += [request] * (settings.num_samples * settings.best_of)
@@ -13496,7 +13841,7 @@ def cmd_generate(
     requests = make_requests(settings, tokenizer, saved)
     if settings.out:
         check_writable(Path(settings.out))
-    stop = frozenset({tokenizer.eos} if settings.stop_at_eos else ())
+    stop = tokenizer.stops if settings.stop_at_eos else frozenset()
     stream = generate(
         build_model(saved, machine.device, machine.dtype),
         [request.ids for request in requests],
@@ -13526,7 +13871,7 @@ def cmd_generate(
     rows = []
     for request, new in zip(requests, found, strict=True):
         text = tokenizer.decode(request.context + new)[len(tokenizer.decode(request.context)) :]
-        ended = new[-1:] == [tokenizer.eos]
+        ended = not tokenizer.stops.isdisjoint(new[-1:])
         row = {"prompt": request.asked, "completion": text, "ended": ended}
         if request.expected is not None:
             row["expected"] = request.expected

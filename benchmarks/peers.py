@@ -449,7 +449,7 @@ def cmd_prep(args: argparse.Namespace) -> None:
     lm, cores, size = program(), os.cpu_count(), os.path.getsize(args.text) / 1e6
     lines = Path(args.text).read_bytes().decode().split("\n")  # with prep, a document is a line
     lines = [line.removesuffix("\r") for line in lines if line.strip()]
-    tokenizer = lm.Tokenizer.load(args.spm)
+    tokenizer = lm.load_tokenizer(args.spm)
     dtype, sp = lm.token_dtype(tokenizer.vocab_size), tokenizer.sp
     with tempfile.TemporaryDirectory() as folder:
         whole = command(
@@ -550,7 +550,7 @@ def make_run(folder: Path, shape: str) -> None:
         ],
     ):
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-    tokenizer = lm.Tokenizer.load(folder / "data" / "tokenizer.model")
+    tokenizer = lm.load_tokenizer(folder / "data" / "tokenizer.model")
     while len(rows) < 4 * PROMPTS:
         text = " ".join(rng.choices(words, k=rng.randint(1, PROMPT_TOKENS)))
         if len(lm.question(tokenizer, [("user", text)], 1 << 20).ids) == PROMPT_TOKENS:

@@ -197,13 +197,13 @@ def test_what_is_no_tokenizer_is_named(tiny_tokenizer, tmp_path, damage):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(damage(tiny_tokenizer))
     with pytest.raises(lm.UserError, match="tokenizer.model"):
-        lm.Tokenizer.load(path)
+        lm.load_tokenizer(path)
 
 
 def test_a_missing_tokenizer_and_a_folder_in_its_place_are_named(tmp_path):
     for path in (tmp_path / "no.model", tmp_path):
         with pytest.raises(lm.UserError, match=str(path)):
-            lm.Tokenizer.load(path)
+            lm.load_tokenizer(path)
 
 
 def test_a_flipped_byte_of_a_tokenizer_is_another_tokenizer_or_a_sentence(tiny_tokenizer):
