@@ -18,7 +18,6 @@ versions of transformers, `tokenizer.apply_chat_template(..., sanitize_control_t
 
 import base64
 import contextlib
-import dataclasses
 import importlib
 import json
 import math
@@ -27,8 +26,8 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -274,507 +273,16 @@ def tokenizer_json(model: PieceModel, bos_id: int) -> dict:
 
 
 # ==================================================================================================
-# Families: which published architecture holds which model, and under which names
-# ==================================================================================================
-
-
-MLP_LAYER = {
-    "mlp.w1.weight": ("mlp.gate_proj.weight",),
-    "mlp.w2.weight": ("mlp.up_proj.weight",),
-    "mlp.w3.weight": ("mlp.down_proj.weight",),
-}
-ATTENTION_LAYER = {
-    "norm1.weight": ("input_layernorm.weight",),
-    "attn.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
-    "attn.proj.weight": ("self_attn.o_proj.weight",),
-    "norm2.weight": ("post_attention_layernorm.weight",),
-}
-QK_NORM = {
-    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
-    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
-}
-NEEDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers
-num_attention_heads""".split()
-ONLY = {  # config key: the one value that our model computes, whatever the family
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-SCALINGS = {"default": "none", "linear": "linear", "yarn": "yarn"}
-ODD_SCALING = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}
-
-
-def is_count(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-def is_list(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(type(part) is kind for part in value)
-
-
-FORMS = (  # (what a value must be, its test, the keys of config.json that must be so)
-    (
-        "a positive whole number",
-        is_count,
-        """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        num_key_value_heads head_dim max_position_embeddings num_local_experts num_experts
-        num_experts_per_tok moe_intermediate_size original_max_position_embeddings""",
-    ),
-    ("a positive number", is_number, "rms_norm_eps rope_theta factor"),
-    (
-        "true or false",
-        lambda value: type(value) is bool,
-        "tie_word_embeddings use_sliding_window norm_topk_prob",
-    ),
-    ("a number of tokens", lambda value: value == 0 or is_count(value), "sliding_window"),
-    ("text", lambda value: isinstance(value, str), "model_type rope_type type"),
-    ("a list of text", is_list(str), "layer_types"),
-    ("a list of whole numbers", is_list(int), "no_rope_layers mlp_only_layers"),
-    ("an object", lambda value: isinstance(value, dict), "rope_parameters rope_scaling"),
-)
-
-
-def wrong_values(config: dict) -> list[str]:
-    """What config.json says that cannot be meant; a key that is null is as good as absent."""
-    faults = []
-    for form, fits, keys in FORMS:
-        for key in keys.split():
-            value = config.get(key)
-            if value is not None and not fits(value):
-                faults.append(f"{key} is {value!r:.40}, not {form}")
-    return faults
-
-
-def refuse_config(faults: list[str]) -> None:
-    if faults:
-        raise lm.UserError(
-            f"config.json describes a model that is not ours: {'; '.join(faults)}",
-            "give the folder of a model without these",
-        )
-
-
-def rope_of(config: dict) -> dict:
-    """What config.json says of the rotary embedding, in the spelling of transformers 4 or 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "rope_type" not in rope:
-        rope = {**rope, "rope_type": rope.get("type", "default")}
-    return rope
-
-
-def unknown_scaling(rope: dict) -> list[str]:
-    odd = sorted(ODD_SCALING & set(rope))
-    if odd:
-        return [f"rope_scaling is of type {rope['rope_type']!r} with {odd}"]
-    if rope["rope_type"] not in [*SCALINGS]:  # it may be a list
-        return [f"rope_scaling is of type {rope['rope_type']!r}"]
-    return []
-
-
-@dataclass(frozen=True)
-class Family:
-    """A row of the table: one architecture of transformers.
-
-    `requires` and `allows` name the settings beyond a plain LLaMA that its models always and may
-    have. `layer` maps our keys of a layer to theirs: several of theirs are ours stacked by rows
-    (q, k, v), and a name with {} is one for each expert. `config` makes the keys of config.json
-    that LLaMA lacks, `settings` the reverse; `only` are the values that we can read, and `needs`
-    the keys that must be there besides those of a LLaMA.
-    """
-
-    architecture: str
-    model_type: str
-    requires: frozenset[str]
-    allows: frozenset[str]
-    layer: dict[str, tuple[str, ...]]
-    config: Callable[[lm.ModelSettings], dict]
-    settings: Callable[[dict], dict]
-    only: dict[str, object] = dataclasses.field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-
-    def names(self, model: lm.ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(our key, their keys) of every weight."""
-        yield "tok_emb.weight", ("model.embed_tokens.weight",)
-        for i in range(model.n_layer):
-            for ours, theirs in self.layer.items():
-                if "{}" in theirs[0]:
-                    theirs = tuple(theirs[0].format(e) for e in range(model.n_expert))
-                yield f"blocks.{i}.{ours}", tuple(f"model.layers.{i}.{name}" for name in theirs)
-        yield "norm.weight", ("model.norm.weight",)
-        if not model.tie:
-            yield "lm_head.weight", ("lm_head.weight",)
-
-
-def expert_layer(router: str, *names: str) -> dict[str, tuple[str, ...]]:
-    """The names of a mixture: its router, and gate, up and down of each expert."""
-    ours = ("mlp.w1", "mlp.w2", "mlp.w3")
-    return {"mlp.router.weight": (router,), **{k: (n,) for k, n in zip(ours, names, strict=True)}}
-
-
-def rope_config(model: lm.ModelSettings) -> dict:
-    """The rotary keys, for transformers 4 and 5."""
-    scaled = {"rope_type": "default"}
-    if model.rope_scaling != "none":
-        original = model.rope_original or round(model.seq_len / model.rope_factor)
-        scaled = {
-            "rope_type": model.rope_scaling,
-            "factor": model.rope_factor,
-            "original_max_position_embeddings": original,
-        }
-    keys = {
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {**scaled, "rope_theta": model.rope_theta},
-    }
-    return keys if model.rope_scaling == "none" else {**keys, "rope_scaling": scaled}
-
-
-def common_config(model: lm.ModelSettings) -> dict:
-    """The keys of config.json that all families share."""
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.ffn_width,
-        "num_hidden_layers": model.n_layer,
-        "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.seq_len,
-        "rms_norm_eps": model.norm_eps,
-        **rope_config(model),
-        "tie_word_embeddings": model.tie,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-def common_settings(config: dict, family: Family) -> dict:
-    """Our settings for a config.json. Raises UserError with all that they cannot say."""
-    refuse_config(wrong_values(config))
-    rope = rope_of(config)
-    faults = wrong_values(rope)
-    for key, wanted in {**ONLY, **family.only}.items():
-        if config.get(key) not in (None, wanted):
-            faults.append(f"{key} is {config[key]!r:.40}, not {wanted!r}")
-    faults += unknown_scaling(rope)
-    faults += [f"{key} is missing" for key in (*NEEDS, *family.needs) if not config.get(key)]
-    refuse_config(faults)
-    heads = config["num_attention_heads"]
-    return {
-        "vocab_size": config["vocab_size"],
-        "d_model": config["hidden_size"],
-        "ffn_hidden": config["intermediate_size"],
-        "n_layer": config["num_hidden_layers"],
-        "n_head": heads,
-        "n_kv_head": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "seq_len": config.get("max_position_embeddings") or 2048,
-        "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rope_scaling": SCALINGS[rope["rope_type"]],
-        "rope_factor": float(rope.get("factor") or 1.0),
-        "rope_original": int(rope.get("original_max_position_embeddings") or 0),
-        "tie": bool(config.get("tie_word_embeddings")),
-    }
-
-
-def nothing(_: object) -> dict:
-    return {}
-
-
-def window_config(model: lm.ModelSettings) -> dict:
-    return {"sliding_window": model.window or None}
-
-
-def window_settings(config: dict) -> dict:
-    return {"window": config.get("sliding_window") or 0}
-
-
-def layer_kinds(model: lm.ModelSettings, n_layer: int) -> list[str]:
-    """transformers' name for the attention of each layer."""
-    kinds = {True: "sliding_attention", False: "full_attention"}
-    return [kinds[model.windowed(i)] for i in range(n_layer)]
-
-
-def qwen3_config(model: lm.ModelSettings) -> dict:
-    return {
-        "use_sliding_window": bool(model.window),
-        "sliding_window": model.window or None,
-        "layer_types": layer_kinds(model, model.n_layer),
-    }
-
-
-def qwen3_settings(config: dict) -> dict:
-    kinds = config.get("layer_types") or []
-    window = every = 0
-    if config.get("use_sliding_window"):
-        window = config.get("sliding_window") or 0
-    if window and "full_attention" in kinds:
-        every = kinds.index("full_attention") + 1
-    model = {"qk_norm": True, "window": window, "full_every": every}
-    if kinds and kinds != layer_kinds(lm.ModelSettings(**model), len(kinds)):
-        raise lm.UserError(
-            "layer_types of config.json is no pattern that this program has",
-            "give a model in which every n-th layer has full attention",
-        )
-    return model
-
-
-def smollm3_config(model: lm.ModelSettings) -> dict:
-    return {
-        "no_rope_layers": [int(model.rotates(i)) for i in range(model.n_layer)],
-        "no_rope_layer_interval": model.nope_every,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "layer_types": ["full_attention"] * model.n_layer,
-    }
-
-
-def smollm3_settings(config: dict) -> dict:
-    rotates = config.get("no_rope_layers") or []
-    every = 0
-    if 0 in rotates:
-        every = rotates.index(0) + 1
-    model = lm.ModelSettings(nope_every=every)
-    if rotates != [int(model.rotates(i)) for i in range(config["num_hidden_layers"])]:
-        raise lm.UserError(
-            "no_rope_layers of config.json is no pattern that this program has",
-            "give a model in which every n-th layer is without RoPE",
-        )
-    return {"nope_every": every}
-
-
-def mixtral_config(model: lm.ModelSettings) -> dict:
-    return {
-        "num_local_experts": model.n_expert,
-        "num_experts_per_tok": model.n_expert_active,
-        "router_aux_loss_coef": model.balance_loss,
-        **window_config(model),
-    }
-
-
-def mixtral_settings(config: dict) -> dict:
-    return {
-        "n_expert": config["num_local_experts"],
-        "n_expert_active": config["num_experts_per_tok"],
-        **window_settings(config),
-    }
-
-
-def qwen3_moe_config(model: lm.ModelSettings) -> dict:
-    return {
-        "num_experts": model.n_expert,
-        "num_experts_per_tok": model.n_expert_active,
-        "moe_intermediate_size": model.ffn_width,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-        "router_aux_loss_coef": model.balance_loss,
-    }
-
-
-def qwen3_moe_settings(config: dict) -> dict:
-    if not config.get("norm_topk_prob") or config.get("mlp_only_layers"):
-        raise lm.UserError(
-            "norm_topk_prob is off or mlp_only_layers is set, which ours are not",
-            "give the folder of a model without these",
-        )
-    return {
-        "qk_norm": True,
-        "n_expert": config["num_experts"],
-        "n_expert_active": config["num_experts_per_tok"],
-        "ffn_hidden": config["moe_intermediate_size"],
-    }
-
-
-LLAMA = {**ATTENTION_LAYER, **MLP_LAYER}
-EXPERTS = frozenset({"n_expert", "n_expert_active"})
-FAMILIES = (
-    Family(
-        "LlamaForCausalLM",
-        "llama",
-        frozenset(),
-        frozenset(),
-        LLAMA,
-        nothing,
-        nothing,
-        {"sliding_window": None},
-    ),
-    Family(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        frozenset({"qk_norm"}),
-        frozenset({"window", "full_every"}),
-        {**LLAMA, **QK_NORM},
-        qwen3_config,
-        qwen3_settings,
-    ),
-    Family(
-        "SmolLM3ForCausalLM",
-        "smollm3",
-        frozenset({"nope_every"}),
-        frozenset(),
-        LLAMA,
-        smollm3_config,
-        smollm3_settings,
-        {"use_sliding_window": False},
-    ),
-    Family(
-        "MistralForCausalLM",
-        "mistral",
-        frozenset({"window"}),
-        frozenset(),
-        LLAMA,
-        window_config,
-        window_settings,
-    ),
-    Family(
-        "MixtralForCausalLM",
-        "mixtral",
-        frozenset({"n_expert"}),
-        EXPERTS | {"window"},
-        {
-            **ATTENTION_LAYER,
-            **expert_layer(
-                "block_sparse_moe.gate.weight",
-                "block_sparse_moe.experts.{}.w1.weight",
-                "block_sparse_moe.experts.{}.w3.weight",
-                "block_sparse_moe.experts.{}.w2.weight",
-            ),
-        },
-        mixtral_config,
-        mixtral_settings,
-        needs=("num_local_experts", "num_experts_per_tok"),
-    ),
-    Family(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        frozenset({"n_expert", "qk_norm"}),
-        EXPERTS,
-        {
-            **ATTENTION_LAYER,
-            **QK_NORM,
-            **expert_layer(
-                "mlp.gate.weight",
-                "mlp.experts.{}.gate_proj.weight",
-                "mlp.experts.{}.up_proj.weight",
-                "mlp.experts.{}.down_proj.weight",
-            ),
-        },
-        qwen3_moe_config,
-        qwen3_moe_settings,
-        {"use_sliding_window": False, "decoder_sparse_step": 1},
-        needs=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    ),
-)
-PLAIN = frozenset(
-    """seq_len n_layer d_model n_head n_kv_head head_dim ffn_mult ffn_hidden dropout tie rope_theta
-    norm_eps vocab_size rope_layout rope_scaling rope_factor rope_original bos_id doc_mask
-    trunc_init balance_loss router_z_loss""".split()
-)  # the settings that every family can hold, or that do not outlive training
-
-
-def family_of(model: lm.ModelSettings) -> Family:
-    """The first family that holds `model`. Raises UserError with the flags that none holds."""
-    used = {f.name for f in fields(model) if getattr(model, f.name) != f.default} - PLAIN
-    used -= EXPERTS if not model.n_expert else frozenset()
-    for family in FAMILIES:
-        if family.requires <= used <= family.requires | family.allows:
-            return family
-    flags = ", ".join(f"--{name}" for name in sorted(used))
-    known = ", ".join(family.architecture for family in FAMILIES)
-    raise lm.UserError(
-        f"no architecture that this converter knows ({known}) has {flags}",
-        "keep this model in the program's own format, or train one without",
-    )
-
-
-def folded(
-    weights: dict[str, Tensor],
-    model: lm.ModelSettings,
-) -> tuple[dict[str, Tensor], lm.ModelSettings]:
-    """The same function without embed_scale: the scale goes into an input embedding of its own."""
-    if not model.embed_scale:
-        return weights, model
-    scaled = weights["tok_emb.weight"] * math.sqrt(model.d_model)
-    return (
-        {**weights, "tok_emb.weight": scaled},
-        dataclasses.replace(model, embed_scale=False, tie=False),
-    )
-
-
-def to_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
-    """Our weights under the family's names; no two of them share memory."""
-    heads = [n * model.head_size for n in (model.n_head, model.kv_heads, model.kv_heads)]
-    renamed = {}
-    for ours, theirs in family.names(model):
-        weight = weights[ours]
-        parts = [weight]
-        if weight.dim() == 3:  # (E, in, out), of which each expert is a linear map of its own
-            parts = [expert.T.contiguous() for expert in weight]
-        elif len(theirs) == 3:
-            parts = [part.clone() for part in weight.split(heads)]
-        renamed |= zip(theirs, parts, strict=True)
-    return renamed
-
-
-def check_names(weights: dict[str, Tensor], wanted: set[str], tie: bool) -> None:
-    """Raise UserError for weights that are missing or left over."""
-    spare = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
-    if tie:
-        spare.add("lm_head.weight")
-    faults = [f"it lacks {name}" for name in sorted(wanted - set(weights))]
-    faults += [f"it has {name}" for name in sorted(set(weights) - wanted - spare)]
-    if len(faults) > 3:
-        faults[3:] = [f"and {len(faults) - 3} more"]
-    if faults:
-        raise lm.UserError(
-            f"the weights are not those of its config.json: {'; '.join(faults)}",
-            "download the folder again, or name another",
-        )
-
-
-def from_family(weights: dict[str, Tensor], model: lm.ModelSettings, family: Family) -> dict:
-    """The reverse, in fp32. Raises UserError for weights that are not the config's."""
-    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
-    if model.n_layer > len(layers) + 1:
-        raise lm.UserError(
-            f"config.json says num_hidden_layers {model.n_layer}, the weights have {len(layers)}",
-            "download the folder again, or name another",
-        )
-    names = dict(family.names(model))
-    check_names(weights, {name for theirs in names.values() for name in theirs}, model.tie)
-    ours = {}
-    try:
-        for name, theirs in names.items():
-            parts = [weights[part].float() for part in theirs]
-            if name.endswith(("mlp.w1", "mlp.w2", "mlp.w3")):  # a tensor (E, in, out) of experts
-                ours[name] = torch.stack([part.T for part in parts])
-            else:
-                ours[name] = torch.cat(parts)
-    except RuntimeError as fault:
-        raise lm.UserError(
-            f"the weights do not fit together in {name} ({fault})",
-            "download the folder again, or name another",
-        ) from fault
-    return {**ours, "lm_head.weight": ours.get("lm_head.weight", ours["tok_emb.weight"])}
-
-
-# ==================================================================================================
 # Folder: everything that transformers reads, whole or not at all
 # ==================================================================================================
 
-FOLDER_FILES = frozenset(
-    """config.json generation_config.json model.safetensors pytorch_model.bin tokenizer.model
-    tokenizer.json tokenizer_config.json""".split()
+FOLDER_FILES = re.compile(
+    r"config\.json|generation_config\.json|special_tokens_map\.json|README\.md|\.gitattributes"
+    r"|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|chat_template(_train)?\.jinja"
+    r"|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
+SHARD_BYTES = 5 << 30  # of one file of weights
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CALL_TEMPLATE = (
     "{% for call in message['tool_calls'] or [] %}{% set function = call['function'] or call %}"
     f"{{{{ '{lm.TOOL_CALL}' }}}}"
@@ -782,35 +290,55 @@ CALL_TEMPLATE = (
     "{% if function['arguments'] is string %}{{ function['arguments'] }}"
     "{% else %}{{ function['arguments'] | tojson }}{% endif %}{{ '}' }}{% endfor %}"
 )
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    f"{{% if message['role'] not in {[*lm.ROLES, 'tool']} %}}"
-    "{{ raise_exception('there is no role ' + message['role']) }}{% endif %}"
-    f"{{% if message['role'] == 'tool' %}}{{{{ '{lm.TOOL_RESULT}' }}}}"
-    "{% else %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] or '' }}"
-    + CALL_TEMPLATE
-    + "{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ (message['content'] or '') + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+TEXT_TEMPLATE = (  # what a message says, as a string or as a list of parts
+    "{% set said = namespace(text='') %}"
+    "{% if message['content'] is string %}{% set said.text = message['content'] %}{% else %}"
+    "{% for part in message['content'] or [] %}"
+    "{% set said.text = said.text + (part['text'] or '') %}{% endfor %}{% endif %}"
 )
+
+
+def chat_template(begin: str = "", end: str = "") -> str:
+    """The chats of this program's own tokenizers, in jinja; `begin` and `end` are around what an
+    assistant says."""
+    return (
+        "{{ bos_token }}{% for message in messages %}"
+        f"{{% if message['role'] not in {[*lm.ROLES, 'tool']} %}}"
+        "{{ raise_exception('there is no role ' + message['role']) }}{% endif %}"
+        + TEXT_TEMPLATE
+        + f"{{% if message['role'] == 'tool' %}}{{{{ '{lm.TOOL_RESULT}' }}}}"
+        "{% else %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
+        "{% if message['role'] == 'assistant' %}"
+        + begin
+        + "{{ said.text }}"
+        + CALL_TEMPLATE
+        + "{{ eos_token }}"
+        + end
+        + "{% else %}{{ said.text + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A hidden folder to fill, which gets the name `target` when the block ends without a fault.
 
-    An earlier conversion at `target` is replaced. Raises UserError for a folder with other files.
+    An earlier conversion at `target` is replaced, but for a README.md that somebody wrote. Raises
+    UserError for a folder with other files.
     """
     target = target.resolve()
-    if target.exists() and not (target.is_dir() and set(os.listdir(target)) <= FOLDER_FILES):
-        raise lm.UserError(f"{target} holds other things than a conversion", "name another --out")
+    if target.exists():
+        names = os.listdir(target) if target.is_dir() else [target.name]
+        if not target.is_dir() or not all(map(FOLDER_FILES.fullmatch, names)):
+            raise lm.UserError(
+                f"{target} holds other things than a conversion", "name another --out"
+            )
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     aside = work.with_suffix(".old")
     work.mkdir(parents=True)
     try:
         yield work
+        keep_readme(target, work)
         flush_folder(work)
         if target.exists():
             os.replace(target, aside)
@@ -834,27 +362,56 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def special_names(tokenizer: lm.Tokenizer, pieces: PieceModel) -> dict[str, str]:
-    """The names of the special tokens that this tokenizer has, under transformers' keys."""
-    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    """The names of the special tokens that this tokenizer has, under transformers' keys; </s> pads
+    where nothing else is there to."""
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": pad_of(tokenizer)}
     if not pieces.byte_fallback:
         ids["unk"] = tokenizer.sp.unk_id()
     return {f"{key}_token": tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i >= 0}
 
 
+def pad_of(tokenizer: lm.Tokenizer) -> int:
+    return tokenizer.pad if tokenizer.pad >= 0 else tokenizer.eos
+
+
+def write_hf_tokenizer(folder: Path, tokenizer: lm.HFTokenizer) -> None:
+    """Its files as they came, but that it pads on the left, has something to pad with, and a chat
+    template."""
+    texts = {name: text for name, text in tokenizer.texts.items() if "generation" not in name}
+    config = json.loads(texts.get("tokenizer_config.json", "{}"))
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    config["padding_side"] = "left"
+    texts_of = {i: text for text, i in tokenizer.specials.items()}
+    for key, i in (("eos", tokenizer.eos), ("pad", pad_of(tokenizer))):
+        if not config.get(f"{key}_token") and i in texts_of:
+            config[f"{key}_token"] = texts_of[i]
+    if not tokenizer.has_template:
+        config["chat_template"] = lm.PLAIN_TEMPLATE
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    write_json(folder / "tokenizer_config.json", config)
+
+
 def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None:
-    """tokenizer.model, tokenizer.json and tokenizer_config.json."""
+    """tokenizer.model where there is one, tokenizer.json and tokenizer_config.json."""
+    if isinstance(tokenizer, lm.HFTokenizer):
+        write_hf_tokenizer(folder, tokenizer)
+        return
     pieces = read_piece_model(tokenizer.data)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
         "add_bos_token": True,
         "add_eos_token": False,
         **special_names(tokenizer, pieces),
+        "padding_side": "left",  # a batch is generated from its right end
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": chat_template() if tokenizer.roles else lm.PLAIN_TEMPLATE,
     }
     if tokenizer.roles:
-        config["chat_template"] = CHAT_TEMPLATE
+        masked = chat_template("{% generation %}", "{% endgeneration %}")
+        (folder / "chat_template_train.jinja").write_text(masked, encoding="utf-8")
     if tied := tied_scores(pieces):
         lm.say(
             f"note: {tied} pieces of the tokenizer share a score; where two of them compete, "
@@ -865,20 +422,131 @@ def write_tokenizer(folder: Path, tokenizer: lm.Tokenizer, seq_len: int) -> None
     (folder / "tokenizer.model").write_bytes(tokenizer.data)
 
 
+def shards_of(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The weights in files of at most SHARD_BYTES, where one weight is not larger."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, weight in weights.items():
+        own = weight.numel() * weight.element_size()
+        if shards[-1] and size + own > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += own
+    return shards
+
+
 def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """model.safetensors; pytorch_model.bin where safetensors is not installed."""
+    """model.safetensors, or several of them and their index; pytorch_model.bin where safetensors is
+    not installed."""
     if find_spec("safetensors") is None:
         lm.say("note: safetensors is not installed, so the weights are in pytorch_model.bin")
         lm.save_checkpoint(folder / "pytorch_model.bin", weights)
         return
     safetensors = lm.need("safetensors")
+    save_file = lm.need("safetensors.torch").save_file
+    shards = shards_of(weights)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        index = {
+            "metadata": {"total_size": sum(w.numel() * w.element_size() for w in weights.values())},
+            "weight_map": {
+                key: name for name, part in zip(names, shards, strict=True) for key in part
+            },
+        }
+        write_json(folder / "model.safetensors.index.json", index)
     try:
-        save_file = lm.need("safetensors.torch").save_file
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it wrote 0600
+        for name, part in zip(names, shards, strict=True):
+            save_file(part, folder / name, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / name)  # it wrote 0600
     except safetensors.SafetensorError as fault:  # of the disk: it has no other to tell here
         fix = "free some space, or name a folder elsewhere"
         raise lm.UserError(f"{folder}: {fault}", fix) from fault
+
+
+CARD_MARK = "<!-- written by convert_to_llama.py -->"
+
+
+def keep_readme(target: Path, work: Path) -> None:
+    """Let a README.md at `target` that is not ours take the place of the new one."""
+    old = target / "README.md"
+    if old.exists() and CARD_MARK not in old.read_text(encoding="utf-8", errors="replace"):
+        shutil.copyfile(old, work / "README.md")
+
+
+def model_card(saved: dict, model: lm.ModelSettings, architecture: str, run: Path) -> str:
+    """README.md: what the model is, what it was trained on and how, and how good it is."""
+    counts = lm.parameter_counts(model)
+    shape = {
+        "architecture": architecture,
+        "parameters": f"{counts['total']:,}",
+        "layers": model.n_layer,
+        "width": model.d_model,
+        "heads": f"{model.n_head}, {model.kv_heads} of keys and values",
+        "context": f"{model.seq_len:,} tokens",
+        "vocabulary": f"{model.vocab_size:,}",
+    }
+    args = saved.get("args") or {}
+    training = {"kind": saved.get("kind", "")}
+    if saved.get("step"):
+        training |= {"steps": saved["step"], "samples": saved.get("samples")}
+    best = saved.get("best_val")
+    if isinstance(best, float) and math.isfinite(best):
+        training["best value of its validation metric"] = f"{best:.4f}"
+    for key in ("data_dir", "data", "task", "optimizer", "lr", "batch_size", "max_steps", "dtype"):
+        if args.get(key) not in (None, "", 0, ()):
+            training[key] = args[key]
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        CARD_MARK,
+        f"# {run.resolve().name}",
+        "## Model\n\n" + table(shape),
+        "## Training\n\n" + table(training),
+    ]
+    if results := evaluations(run):
+        parts.append("## Evaluation\n\n" + results)
+    arguments = run / "args.txt"
+    if arguments.exists():
+        text = arguments.read_text(encoding="utf-8", errors="replace").strip()
+        kind = saved.get("kind", "train")
+        parts.append(f"## Command\n\n```\npython {lm.PROGRAM} {kind} \\\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: dict[str, object]) -> str:
+    lines = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def evaluations(run: Path) -> str:
+    """The table of a results.json of eval beside the checkpoint; "" where there is none."""
+    path = run / "results.json"
+    if not path.exists():
+        return ""
+    found = {}
+    for name, tasks in lm.read_json(path).get("results", {}).items():
+        for task, figures in tasks.items():
+            told = [f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float))]
+            found[f"{Path(name).name}: {task}"] = ", ".join(told)
+    return table(found)
+
+
+def warn_others(model: lm.ModelSettings, tokenizer: lm.Tokenizer) -> None:
+    """Say where llama.cpp computes something else, or cannot read the folder."""
+    if model.window:
+        lm.say(
+            "note: llama.cpp ignores the window of this model, so that it answers otherwise in "
+            f"texts longer than {model.window} tokens"
+        )
+    if model.nope_every not in (0, 4):
+        lm.say(
+            f"note: llama.cpp takes every 4th layer to be without rotary embedding, not every "
+            f"{model.nope_every}th: it computes another model"
+        )
+    if model.n_expert and model.qk_norm and not isinstance(tokenizer, lm.HFTokenizer):
+        lm.say("note: llama.cpp's converter does not know the tokenizer of a Qwen3-MoE model")
 
 
 def write_folder(
@@ -886,74 +554,43 @@ def write_folder(
     weights: dict[str, Tensor],
     model: lm.ModelSettings,
     tokenizer: lm.Tokenizer,
-) -> None:
-    weights, model = folded(weights, model)
-    family = family_of(model)
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    if tokenizer.pad >= 0:
-        ids["pad_token_id"] = tokenizer.pad
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Everything but the model card; the name of the architecture."""
+    weights, model = lm.folded(weights, model)
+    family = lm.family_of(model)
+    ids: dict = {"eos_token_id": sorted(tokenizer.stops), "pad_token_id": pad_of(tokenizer)}
+    if len(tokenizer.stops) == 1:
+        ids["eos_token_id"] = tokenizer.eos
+    named = tokenizer.bos
+    if isinstance(tokenizer, lm.HFTokenizer):
+        named = tokenizer.named_bos
+    if named is not None:
+        ids["bos_token_id"] = named
+    architecture, more = family.architecture, {}
+    renamed = lm.to_family(weights, model, family)
+    if model.scalar_head:
+        architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
+        renamed["score.weight"] = weights["score.weight"]
+        renamed.pop("lm_head.weight", None)
+        more = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "num_labels": 1}
     config = {
-        "architectures": [family.architecture],
+        "architectures": [architecture],
         "model_type": family.model_type,
-        **common_config(model),
+        **lm.common_config(model),
         **family.config(model),
         **ids,
-        "torch_dtype": "float32",
+        **more,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_tokenizer(folder, tokenizer, model.seq_len)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", ids)
-    write_weights(folder, to_family(weights, model, family))
-
-
-def indexed_files(folder: Path, index: Path) -> list[Path]:
-    """The files that an index names, all in its own folder. Raises UserError for any other."""
-    weight_map = lm.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise lm.UserError(f"{index} has no weight_map", "download the folder again")
-    names = list(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise lm.UserError(
-                f"{index} names {name!r}, which is no file of its folder",
-                "use a folder from a source that you trust",
-            )
-    return [folder / name for name in sorted(set(names))]
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a Hugging Face folder, from safetensors or .bin, one file or several."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        files = []
-        if index.exists():
-            files = indexed_files(folder, index)
-        elif single.exists():
-            files = [single]
-        if files:
-            return {name: w for path in files for name, w in read_tensors(path).items()}
-    raise lm.UserError(
-        f"{folder} has no weights",
-        "it needs model.safetensors, pytorch_model.bin or an index of several such files",
-    )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, no code run. Raises UserError where it is missing or damaged."""
-    damage = lm.BROKEN
-    try:
-        if path.suffix == ".safetensors":
-            damage = lm.need("safetensors").SafetensorError
-            return lm.need("safetensors.torch").load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as fault:
-        missing = lm.UserError(f"{path} cannot be read ({fault})", "download it again")
-        raise lm.disk_error(fault, path) or missing from fault
-    except damage as fault:
-        raise lm.UserError(f"{path} is damaged", "download it again") from fault
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise lm.UserError(f"{path} is no dict of tensors", "download it again")
-    return weights
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    if not model.scalar_head:
+        write_json(folder / "generation_config.json", {**ids, **sampling})
+    write_weights(folder, {name: w.to(dtype).contiguous() for name, w in renamed.items()})
+    warn_others(model, tokenizer)
+    return architecture
 
 
 # ==================================================================================================
@@ -996,7 +633,8 @@ def sample_ids(model: lm.Transformer, tokenizer: lm.Tokenizer) -> list[Tensor]:
     length = min(POSITIONS, model.config.seq_len)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    text = [tokenizer.bos, *tokenizer.encode(" ".join(SAMPLE_TEXTS))][:length]
+    noise[noise == model.config.bos_id] = tokenizer.eos  # it would begin another document
+    text = tokenizer.prompt(" ".join(SAMPLE_TEXTS))[:length]
     return [noise, torch.tensor([text])]
 
 
@@ -1021,6 +659,7 @@ def greedy_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
     Zero where both choose the same, and next to it where two tokens are as good as equal. These
     tokens come through transformers' cache, so that one is held against our logits as well.
     """
+    hf.generation_config.temperature = hf.generation_config.top_p = None  # of sampling alone
     prompt = sample_ids(model, tokenizer)[1]
     prompt = prompt[:, : max(1, model.config.seq_len - NEW_TOKENS)]
     start, new = prompt.shape[1], min(NEW_TOKENS, model.config.seq_len - prompt.shape[1])
@@ -1035,11 +674,25 @@ def greedy_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
 def compare_tokenizer(hf, tokenizer: lm.Tokenizer) -> None:
     """Raise MismatchError where AutoTokenizer and SentencePiece disagree on the sample texts."""
     for text in SAMPLE_TEXTS:
-        ours = [tokenizer.bos, *tokenizer.encode(text)]
+        ours = [*tokenizer.opening, *tokenizer.encode(text)]
         if hf(text).input_ids != ours:
             raise MismatchError(
-                f"the folder's tokenizer.json encodes {text!r} otherwise than tokenizer.model does"
+                f"the folder's tokenizer.json encodes {text!r} otherwise than this program does"
             )
+
+
+@torch.no_grad()
+def score_gap(hf, model: lm.Transformer, tokenizer: lm.Tokenizer) -> float:
+    """The largest difference between the scores of transformers' reward model and ours."""
+    gaps = []
+    for ids in sample_ids(model, tokenizer):
+        ids = torch.cat((ids[:, :-1], torch.tensor([[tokenizer.eos]])), dim=1)
+        targets = torch.full_like(ids, lm.IGNORE)
+        targets[:, -1] = tokenizer.eos
+        hidden, _ = lm.hidden_and_aux_loss(model, ids, targets)
+        ours = model.score(hidden[:, -1]).squeeze(-1)
+        gaps.append(float((hf(ids).logits.squeeze(-1) - ours).abs().max()))
+    return max(gaps)
 
 
 def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: bool) -> str:
@@ -1050,17 +703,30 @@ def verify(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer, ours: b
     transformers = quiet_transformers()
     if transformers is None:
         return "not verified, for transformers is not installed"
-    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    gap = logit_gap(hf, model, tokenizer)
+    kind = transformers.AutoModelForCausalLM
+    if model.config.scalar_head:
+        kind = transformers.AutoModelForSequenceClassification
+    hf = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    if model.config.scalar_head:
+        gap, same = score_gap(hf, model, tokenizer), "scores are the same"
+    else:
+        gap, same = logit_gap(hf, model, tokenizer), "greedy tokens are the same"
     if gap > LOGIT_TOLERANCE or math.isnan(gap):
         raise MismatchError(f"the folder's logits differ by {gap:.2g} from the checkpoint's")
-    greedy = greedy_gap(hf, model, tokenizer)
-    if greedy > 2 * LOGIT_TOLERANCE or math.isnan(greedy):
-        raise MismatchError("the folder's greedy continuation differs from the checkpoint's")
-    same = "greedy tokens are the same"
+    if not model.config.scalar_head:
+        greedy = greedy_gap(hf, model, tokenizer)
+        if greedy > 2 * LOGIT_TOLERANCE or math.isnan(greedy):
+            raise MismatchError("the folder's greedy continuation differs from the checkpoint's")
     if ours:
-        compare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder), tokenizer)
-        same = "greedy tokens and token ids are the same"
+        reader = transformers.AutoTokenizer
+        if model.config.qkv_bias and not isinstance(tokenizer, lm.HFTokenizer):
+            lm.say(
+                "note: AutoTokenizer of transformers 5 reads every Qwen2 tokenizer as that of "
+                "Qwen2; use PreTrainedTokenizerFast.from_pretrained"
+            )
+            reader = transformers.PreTrainedTokenizerFast
+        compare_tokenizer(reader.from_pretrained(folder), tokenizer)
+        same = same.replace(" are the same", " and token ids are the same")
     return (
         f"verified with transformers {transformers.__version__}: logits agree to {gap:.1e}, {same}"
     )
@@ -1098,6 +764,9 @@ class ConvertSettings:
     base: str = lm.setting("", "of adapters in --ckpt, the checkpoint that they adapt, if moved")
     spm: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
     out: str = lm.setting("", "folder to write; with --reverse the checkpoint, CKPT.pt")
+    dtype: str = lm.setting(
+        "", "numbers of the weights; as the model was trained, if not given", choices=("", *DTYPES)
+    )
     rope_theta: float = lm.setting(
         0.0,
         "base of the rotary frequencies, for a checkpoint that tells a wrong one; 0 keeps it",
@@ -1119,52 +788,35 @@ class ConvertSettings:
             yield "--out is missing", "name a folder, --out hf"
 
 
+def export_dtype(settings: ConvertSettings, saved: dict) -> torch.dtype:
+    """What --dtype says, else what the model came in or was trained in."""
+    known = {**DTYPES, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    args = saved.get("args") or {}
+    for name in (settings.dtype, saved.get("dtype"), args.get("dtype")):
+        if name in known:
+            return known[name]
+    return torch.float32
+
+
 def export(settings: ConvertSettings) -> None:
     """Checkpoint → folder."""
     saved = lm.load_checkpoint(settings.ckpt, settings.base)
     if settings.rope_theta:
         saved["config"]["rope_theta"] = settings.rope_theta
     tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
+    dtype = export_dtype(settings, saved)
+    if dtype != torch.float32:  # and compared with what is written
+        rounded = {name: w.to(dtype).float() for name, w in saved["model"].items()}
+        saved = {**saved, "model": rounded}
     model = lm.build_model(saved, torch.device("cpu"))
+    run = Path(settings.ckpt)
+    run = run if run.is_dir() else run.parent
     with whole_folder(Path(settings.out)) as folder:
-        write_folder(folder, model.state_dict(), model.config, tokenizer)
+        architecture = write_folder(folder, model.state_dict(), model.config, tokenizer, dtype)
+        card = model_card(saved, model.config, architecture, run)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         result = verify(folder, model, tokenizer, ours=True)
-    family = family_of(folded(model.state_dict(), model.config)[1])
-    lm.say(f"{settings.out}: {family.architecture}, {result}")
-
-
-def read_folder(folder: Path, spm: str) -> dict:
-    """A checkpoint's dict from a Hugging Face folder. Raises UserError for one that is not ours."""
-    if not (folder / "config.json").exists():
-        raise lm.UserError(f"{folder} has no config.json", "name the folder of a LLaMA")
-    config = lm.read_json(folder / "config.json")
-    families = {family.model_type: family for family in FAMILIES}
-    named = config.get("model_type")
-    if not isinstance(named, str) or named not in families:
-        raise lm.UserError(
-            f"config.json describes a model that is not ours: model_type is {named!r}",
-            f"give one of {', '.join(families)}",
-        )
-    family = families[named]
-    model = lm.ModelSettings(**{**common_settings(config, family), **family.settings(config)})
-    if faults := lm.check(model):
-        refuse_config([fault for fault, _ in faults])
-    if not spm and not (folder / "tokenizer.model").exists():
-        raise lm.UserError(
-            f"{folder} has no tokenizer.model",
-            "only a model with a SentencePiece tokenizer can be imported; name it with --spm",
-        )
-    tokenizer = lm.load_tokenizer(spm or folder / "tokenizer.model")
-    return {
-        "format": lm.CHECKPOINT_FORMAT,
-        "kind": "imported",
-        "step": 0,
-        "samples": 0,
-        "best_val": math.inf,
-        "model": from_family(read_weights(folder), model, family),
-        "config": dataclasses.asdict(model),
-        "tokenizer": tokenizer.data,
-    }
+    lm.say(f"{settings.out}: {architecture}, {result}")
 
 
 def import_folder(settings: ConvertSettings) -> None:
@@ -1172,16 +824,9 @@ def import_folder(settings: ConvertSettings) -> None:
     folder, out = Path(settings.reverse), Path(settings.out)
     if out.exists():
         raise lm.UserError(f"{out} exists already", "name another --out")
-    saved = read_folder(folder, settings.spm)
+    saved = lm.import_model(folder, settings.spm)
     tokenizer = lm.tokenizer_of(saved, "", folder)
-    try:
-        model = lm.build_model(saved, torch.device("cpu"))
-    except RuntimeError as fault:
-        raise lm.UserError(
-            f"the weights in {folder} have other shapes than its config.json says "
-            f"({str(fault).splitlines()[-1].strip()})",
-            "download the folder again, or name another",
-        ) from fault
+    model = lm.build_model(saved, torch.device("cpu"))
     result = verify_import(folder, model, tokenizer)
     lm.save_checkpoint(out, saved)
     lm.say(f"{out}: {result}")

@@ -31,6 +31,7 @@ Rooms
   Engine             sampling and cached generation; token ids only
   Losses             tensors in, tensors out
   Optimisers         parameter groups and schedules
+  Families           which published architecture holds which model, and under which names
   Checkpoints        the only place that saves and loads
   Endurance          one run a folder, a second place for its files, and what happened to it
   Metrics            figures of a run to files and services, and the progress line
@@ -119,8 +120,8 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures import wait as wait_for_futures
@@ -1267,9 +1268,11 @@ class ModelSettings:
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", least=1.0)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm")
     qk_norm: bool = setting(False, "RMSNorm on the queries and keys of each head")
+    qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
     nope_every: int = setting(0, "every n-th layer has no rotary embedding (NoPE); 0: off")
     window: int = setting(0, "sliding-window attention over this many tokens; 0: off")
     full_every: int = setting(0, "with --window, every n-th layer has full attention; 0: none")
+    full_first: int = setting(0, "with --window, the first n layers have full attention")
     n_sink: int = setting(0, "learned tokens before the text that every query may attend to")
     doc_mask: bool = setting(False, "packed documents do not attend to each other")
     n_expert: int = setting(0, "experts of each feed-forward layer (mixture of experts); 0: off")
@@ -1280,10 +1283,16 @@ class ModelSettings:
     embed_scale: bool = setting(False, "multiply embeddings by sqrt(d_model)")
     trunc_init: bool = setting(False, "truncated-normal initialization, std 0.5/sqrt(d_model)")
     rope_scaling: str = setting(
-        "none", "extend the context of a trained model", choices=("none", "linear", "yarn")
+        "none",
+        "extend the context of a trained model",
+        choices=("none", "linear", "llama3", "yarn"),
     )
     rope_factor: float = setting(1.0, "factor by which the context is extended", least=1.0)
     rope_original: int = setting(0, "context before extension; 0 means seq_len / rope_factor")
+    rope_low: float = setting(
+        1.0, "of llama3 scaling: turns over that context up to which all is stretched", least=0.0
+    )
+    rope_high: float = setting(4.0, "the same, from which nothing is", least=0.0)
     vocab_size: int = setting(0, "number of token ids, from the tokenizer", flag=False)
     bos_id: int = setting(1, "id of <s>, from the tokenizer", flag=False)
     scalar_head: bool = setting(False, "a head that scores, beside the output head", flag=False)
@@ -1291,7 +1300,7 @@ class ModelSettings:
 
     def windowed(self, layer: int) -> bool:
         full = self.full_every > 0 and (layer + 1) % self.full_every == 0
-        return self.window > 0 and not full
+        return self.window > 0 and not full and layer >= self.full_first
 
     def rotates(self, layer: int) -> bool:
         return self.nope_every == 0 or (layer + 1) % self.nope_every > 0
@@ -1322,8 +1331,11 @@ class ModelSettings:
             )
         if self.ffn_width < 1:
             yield f"--ffn_mult {self.ffn_mult} makes the feed-forward width 0", "use a larger one"
-        if self.full_every and not self.window:
-            yield "--full_every needs --window", "give both, or neither"
+        for name in ("full_every", "full_first"):
+            if getattr(self, name) and not self.window:
+                yield f"--{name} needs --window", "give both, or neither"
+        if self.rope_scaling == "llama3" and self.rope_low >= self.rope_high:
+            yield "--rope_low is not below --rope_high", "use a lower one"
         if self.n_expert and self.n_expert_active > self.n_expert:
             yield f"--n_expert_active is more than --n_expert {self.n_expert}", "use fewer"
 
@@ -2586,10 +2598,10 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i < self.vocab_size])
 
     def marker(self, role: str) -> list[int]:
-        """What opens a turn: a control symbol, or the same as text where there is none."""
+        """What opens a turn: a control symbol, or a line of text where there is none."""
         if self.roles:
             return [self.roles[role]]
-        return self.sp.encode(f"<|{role}|>")
+        return self.encode(f"<|{role}|>\n")
 
 
 class Turn(typing.NamedTuple):
@@ -2616,9 +2628,14 @@ def encode_chat(
     role = ""
     for turn in turns:
         role, text, wanted, calls = Turn(*turn)
-        marker, body = tokenizer.marker(role), tokenizer.encode(text)
-        for call in calls:
-            body += tokenizer.marker("call") + tokenizer.encode(call)
+        marker = tokenizer.marker(role)
+        if tokenizer.roles:
+            body = tokenizer.encode(text)
+            for call in calls:
+                body += [tokenizer.roles["call"], *tokenizer.encode(call)]
+        else:
+            said = text + "".join(f"<|call|>{call}" for call in calls)
+            body = tokenizer.encode(f"<|{role}|>\n{said}")[len(marker) :]
         body.append(tokenizer.eos)
         ids += marker + body
         learned += [False] * len(marker) + [role == "assistant" and wanted] * len(body)
@@ -2670,8 +2687,8 @@ class ChatTemplate:
         self.faults = (jinja.TemplateError, TypeError, ValueError, LookupError, AttributeError)
         texts = {i: token for token, i in tokenizer.specials.items()}
         self.variables = {"eos_token": texts.get(tokenizer.eos, "")}
-        if tokenizer.opening or tokenizer.bos != tokenizer.eos:
-            self.variables["bos_token"] = texts.get(tokenizer.bos, "")
+        if tokenizer.named_bos is not None:
+            self.variables["bos_token"] = texts.get(tokenizer.named_bos, "")
         self.parsing = need("tokenizers").Tokenizer.from_str(tokenizer.texts["tokenizer.json"])
         self.parsing.no_truncation()
         self.parsing.no_padding()
@@ -2783,10 +2800,10 @@ HF_FILES = (  # those of a Hugging Face folder that say something of its tokeniz
 
 PLAIN_TEMPLATE = (  # of a chat, for a tokenizer that comes without one
     "{{ bos_token or '' }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + (message['content'] or '') }}"
-    "{% for call in message['tool_calls'] or [] %}{{ '<|call|>' + call['function'] | tojson }}"
-    "{% endfor %}{{ eos_token + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '<|call|>' + (call['function'] or call) | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 END_TOKENS = "</s> <|endoftext|> <|end_of_text|> <|im_end|> <eos>".split()  # where none is named
@@ -2845,7 +2862,6 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{name} has no token that ends a text", "use another tokenizer")
         bos = named("bos")
         self.eos = eos
-        self.bos = eos if bos is None else bos
         pad = named("pad")
         self.pad = -1 if pad is None else pad
         self.opening = begin[:-1] if begin[-1:] == [eos] and eos != bos else begin
@@ -2853,6 +2869,8 @@ class HFTokenizer(Tokenizer):
             self.opening = []
         elif config.get("add_bos_token") is True and bos is not None:
             self.opening = [bos]
+        self.bos = self.opening[0] if self.opening else eos  # before a document
+        self.named_bos = bos
         roles = {role: self.specials.get(marker) for role, marker in MARKERS.items()}
         self.roles = {}
         if None not in roles.values():
@@ -2902,11 +2920,6 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self.hf.decode([int(i) for i in ids if i < self.vocab_size])
 
-    def marker(self, role: str) -> list[int]:
-        if self.roles:
-            return [self.roles[role]]
-        return self.encode(f"<|{role}|>")
-
 
 def make_tokenizer(data: bytes, name: str = "tokenizer") -> Tokenizer:
     """The tokenizer of a checkpoint's bytes, SentencePiece's or Hugging Face's."""
@@ -2915,29 +2928,45 @@ def make_tokenizer(data: bytes, name: str = "tokenizer") -> Tokenizer:
     return Tokenizer(data, name)
 
 
-def load_tokenizer(place: str | Path) -> Tokenizer:
-    """A tokenizer.model, a tokenizer.json, or a folder that holds one of them."""
-    path = Path(place)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json")]
-        path = next((file for file in found if file.exists()), None)
-        if not path:
-            raise UserError(f"{place} has neither tokenizer.model nor tokenizer.json", "add one")
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file; of a tokenizer.json, what the files beside it say belongs to it."""
     try:
         data = path.read_bytes()
         if path.suffix != ".json":
             return Tokenizer(data, str(path))
-        files = {path.name: path}
-        files |= {name: path.with_name(name) for name in HF_FILES[1:]}
-        texts = {
-            name: file.read_text(encoding="utf-8") for name, file in files.items() if file.exists()
-        }
-        texts["tokenizer.json"] = texts.pop(path.name)
+        texts = {"tokenizer.json": data.decode()}
+        for name in HF_FILES[1:]:
+            if (file := path.with_name(name)).exists():
+                texts[name] = file.read_text(encoding="utf-8")
     except OSError as fault:
         raise disk_error(fault, path) or fault from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path} is damaged ({fault})", "download it again") from fault
     return HFTokenizer(json.dumps(texts, ensure_ascii=False).encode(), str(path))
+
+
+def load_tokenizer(place: str | Path) -> Tokenizer:
+    """A tokenizer.model, a tokenizer.json, or a folder that holds one of them, or both: then the
+    one that knows how chats are spelled."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return read_tokenizer(folder)
+    pieces, text = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not pieces.exists() and not text.exists():
+        raise UserError(f"{folder} has neither tokenizer.model nor tokenizer.json", "add one")
+    fast = text.exists() and importlib.util.find_spec("tokenizers")
+    if not pieces.exists():
+        return read_tokenizer(text)
+    try:
+        found = read_tokenizer(pieces)
+    except UserError:  # of another form, as Llama 3 has it beside its tokenizer.json
+        if not fast:
+            raise
+        return read_tokenizer(text)
+    if found.roles or not fast:
+        return found
+    other = read_tokenizer(text)
+    return other if other.has_template else found
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -4103,7 +4132,7 @@ Turns = list[Turn]
 
 UNTAUGHT_KINDS = ("train",)  # checkpoints that have seen no conversation
 
-TAUGHT_KINDS = ("sft", "dpo", "grpo")  # checkpoints that answer in the chat format
+TAUGHT_KINDS = ("sft", "dpo", "grpo", "imported chat")  # those that answer in the chat format
 
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
@@ -4588,6 +4617,15 @@ def yarn_frequencies(frequencies: Tensor, config: ModelSettings) -> Tensor:
     return frequencies / config.rope_factor * ramp + frequencies * (1 - ramp)
 
 
+def llama3_frequencies(frequencies: Tensor, config: ModelSettings) -> Tensor:
+    """Rotations of few turns over the original context stretched, of many kept, a ramp between by
+    their turns (Llama 3.1: Grattafiori et al. 2024)."""
+    original = config.rope_original or round(config.seq_len / config.rope_factor)
+    turns = original * frequencies / (2 * math.pi)
+    kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return frequencies / config.rope_factor * (1 - kept) + frequencies * kept
+
+
 def rope_tables(config: ModelSettings) -> tuple[Tensor, Tensor]:
     """cos and sin (positions, D/2) of the rotary angles (Su et al. 2021, eq. 15)."""
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu")
@@ -4595,6 +4633,8 @@ def rope_tables(config: ModelSettings) -> tuple[Tensor, Tensor]:
     frequencies, scale = 1.0 / config.rope_theta**exponents, 1.0
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
+    elif config.rope_scaling == "llama3":
+        frequencies = llama3_frequencies(frequencies, config)
     elif config.rope_scaling == "yarn":
         frequencies = yarn_frequencies(frequencies, config)
         scale = 0.1 * math.log(config.rope_factor) + 1.0
@@ -4853,7 +4893,8 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.rotates = config.rotates(layer)
         self.windowed = config.windowed(layer)
-        self.qkv = nn.Linear(config.d_model, (self.H + 2 * self.K) * self.D, bias=False)
+        rows = (self.H + 2 * self.K) * self.D
+        self.qkv = nn.Linear(config.d_model, rows, bias=config.qkv_bias)
         self.proj = nn.Linear(self.H * self.D, config.d_model, bias=False)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -4946,7 +4987,8 @@ class Fp8Linear(nn.Linear):
         rows = x.flatten(0, -2).to(matmul_dtype(x))
         if not self.training or len(rows) % 16:
             return super().forward(x)
-        return Fp8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
+        y = Fp8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -5118,7 +5160,7 @@ class Transformer(nn.Module):
             std, bound = 0.5 / math.sqrt(self.config.d_model), 3.0
         depth = math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
-            if name == "score.weight":
+            if name == "score.weight" or name.endswith(".bias"):
                 nn.init.zeros_(weight)
             elif weight.dim() < 2:
                 nn.init.ones_(weight)
@@ -5306,7 +5348,7 @@ def attach_fp8(model: Transformer) -> int:
                 fits = plain and min(old.weight.shape) >= FP8_LEAST
                 if fits and not any(size % 16 for size in old.weight.shape):
                     new = Fp8Linear(old.in_features, old.out_features, bias=False, device="meta")
-                    new.weight = old.weight
+                    new.weight, new.bias = old.weight, old.bias
                     setattr(part, name, new)
                     changed += 1
     return changed
@@ -5361,6 +5403,7 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, settings: LoraSettings, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
+        self.bias = base.bias
         self.scale = settings.scale
         self.drop = nn.Dropout(settings.lora_dropout)
         a = torch.rand(settings.lora_rank, base.in_features, generator=generator) * 2 - 1
@@ -5369,7 +5412,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         change = F.linear(F.linear(self.drop(x), self.lora_a), self.lora_b)
-        return F.linear(x, self.weight) + change * self.scale
+        return F.linear(x, self.weight, self.bias) + change * self.scale
 
 
 def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
@@ -6778,12 +6821,9 @@ def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 # ==================================================================================================
-# Checkpoints: the only place that saves and loads
+# Families: which published architecture holds which model, and under which names
 # ==================================================================================================
 
-WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile and DDP leave in names
-
-OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
 
 BROKEN = (  # whatever torch's reader runs into on bytes that lie
     RuntimeError,
@@ -6800,6 +6840,703 @@ BROKEN = (  # whatever torch's reader runs into on bytes that lie
     zlib.error,
     pickle.UnpicklingError,
 )
+
+MLP_LAYER = {
+    "mlp.w1.weight": ("mlp.gate_proj.weight",),
+    "mlp.w2.weight": ("mlp.up_proj.weight",),
+    "mlp.w3.weight": ("mlp.down_proj.weight",),
+}
+ATTENTION_LAYER = {
+    "norm1.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "attn.proj.weight": ("self_attn.o_proj.weight",),
+    "norm2.weight": ("post_attention_layernorm.weight",),
+}
+QK_NORM = {
+    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
+}
+CONFIG_NEEDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers
+num_attention_heads""".split()
+CONFIG_ONLY = {  # config key: the one value that our model computes, whatever the family
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+SCALINGS = {  # "dynamic" changes nothing within the context, which is all that ours computes
+    "default": "none",
+    "dynamic": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+}
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def is_list(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(type(part) is kind for part in value)
+
+
+CONFIG_FORMS = (  # (what a value must be, its test, the keys of config.json that must be so)
+    (
+        "a positive whole number",
+        is_count,
+        """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim max_position_embeddings num_local_experts num_experts
+        num_experts_per_tok moe_intermediate_size original_max_position_embeddings""",
+    ),
+    (
+        "a positive number",
+        is_number,
+        """rms_norm_eps rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
+        attention_factor""",
+    ),
+    (
+        "true or false",
+        lambda value: type(value) is bool,
+        "tie_word_embeddings use_sliding_window norm_topk_prob",
+    ),
+    (
+        "a whole number",
+        lambda value: value == 0 or is_count(value),
+        "sliding_window max_window_layers",
+    ),
+    ("text", lambda value: isinstance(value, str), "model_type rope_type type"),
+    ("a list of text", is_list(str), "layer_types"),
+    ("a list of whole numbers", is_list(int), "no_rope_layers mlp_only_layers"),
+    ("an object", lambda value: isinstance(value, dict), "rope_parameters rope_scaling"),
+)
+
+
+def wrong_values(config: dict) -> list[str]:
+    """What config.json says that cannot be meant; a key that is null is as good as absent."""
+    faults = []
+    for form, fits, keys in CONFIG_FORMS:
+        for key in keys.split():
+            value = config.get(key)
+            if value is not None and not fits(value):
+                faults.append(f"{key} is {value!r:.40}, not {form}")
+    return faults
+
+
+def refuse_config(faults: list[str]) -> None:
+    if faults:
+        raise UserError(
+            f"config.json describes a model that is not ours: {'; '.join(faults)}",
+            "give the folder of a model without these",
+        )
+
+
+def rope_of(config: dict) -> dict:
+    """What config.json says of the rotary embedding, in the spelling of transformers 4 or 5."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "rope_type" not in rope:
+        rope = {**rope, "rope_type": rope.get("type", "default")}
+    return rope
+
+
+def unknown_scaling(rope: dict) -> list[str]:
+    """What of a scaling ours does not compute; values that mean the usual are as good as absent."""
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in SCALINGS:  # it may be a list
+        return [f"rope_scaling is of type {kind!r}"]
+    usual = {"beta_fast": YARN_FAST, "beta_slow": YARN_SLOW, "mscale": 1.0, "mscale_all_dim": 0.0}
+    if is_number(rope.get("factor")):
+        usual["attention_factor"] = 0.1 * math.log(rope["factor"]) + 1.0
+    keys = [*usual, "attention_factor"] if kind == "yarn" else []
+    odd = []
+    for key in keys:
+        value = rope.get(key)
+        if value is not None and not (
+            type(value) in (int, float) and math.isclose(value, usual.get(key, math.nan))
+        ):
+            odd.append(f"rope_scaling is of type 'yarn' with {key} {value!r:.40}")
+    return odd
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: one architecture of transformers.
+
+    `requires` and `allows` name the settings beyond a plain LLaMA that its models always and may
+    have. `layer` maps our keys of a layer to theirs: several of theirs are ours stacked by rows
+    (q, k, v), and a name with {} is one for each expert. `config` makes the keys of config.json
+    that LLaMA lacks, `settings` the reverse; `only` are the values that we can read, and `needs`
+    the keys, or one of A|B, that must be there besides those of a LLaMA.
+    """
+
+    architecture: str
+    model_type: str
+    requires: frozenset[str]
+    allows: frozenset[str]
+    layer: dict[str, tuple[str, ...]]
+    config: Callable[[ModelSettings], dict]
+    settings: Callable[[dict], dict]
+    only: dict[str, object] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+    def names(self, model: ModelSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(our key, their keys) of every weight."""
+        yield "tok_emb.weight", ("model.embed_tokens.weight",)
+        for i in range(model.n_layer):
+            for ours, theirs in self.layer.items():
+                if "{}" in theirs[0]:
+                    theirs = tuple(theirs[0].format(e) for e in range(model.n_expert))
+                yield f"blocks.{i}.{ours}", tuple(f"model.layers.{i}.{name}" for name in theirs)
+        yield "norm.weight", ("model.norm.weight",)
+        if not model.tie:
+            yield "lm_head.weight", ("lm_head.weight",)
+
+
+def expert_layer(router: str, *names: str) -> dict[str, tuple[str, ...]]:
+    """The names of a mixture: its router, and gate, up and down of each expert."""
+    ours = ("mlp.w1", "mlp.w2", "mlp.w3")
+    return {"mlp.router.weight": (router,), **{k: (n,) for k, n in zip(ours, names, strict=True)}}
+
+
+def rope_config(model: ModelSettings) -> dict:
+    """The rotary keys, for transformers 4 and 5."""
+    scaled = {"rope_type": "default"}
+    if model.rope_scaling != "none":
+        original = model.rope_original or round(model.seq_len / model.rope_factor)
+        scaled = {
+            "rope_type": model.rope_scaling,
+            "factor": model.rope_factor,
+            "original_max_position_embeddings": original,
+        }
+    if model.rope_scaling == "llama3":
+        scaled |= {"low_freq_factor": model.rope_low, "high_freq_factor": model.rope_high}
+    keys = {
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {**scaled, "rope_theta": model.rope_theta},
+    }
+    return keys if model.rope_scaling == "none" else {**keys, "rope_scaling": scaled}
+
+
+def common_config(model: ModelSettings) -> dict:
+    """The keys of config.json that all families share."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.n_layer,
+        "num_attention_heads": model.n_head,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        **rope_config(model),
+        "tie_word_embeddings": model.tie,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def context_of(config: dict, rope: dict) -> int:
+    """The context length: what the model was made for, or extended to."""
+    length = config.get("max_position_embeddings") or 2048
+    if rope["rope_type"] == "dynamic":
+        return int(rope.get("original_max_position_embeddings") or length)
+    return length
+
+
+def common_settings(config: dict, family: Family) -> dict:
+    """Our settings for a config.json. Raises UserError with all that they cannot say."""
+    refuse_config(wrong_values(config))
+    rope = rope_of(config)
+    faults = wrong_values(rope)
+    for key, wanted in {**CONFIG_ONLY, **family.only}.items():
+        if config.get(key) not in (None, wanted):
+            faults.append(f"{key} is {config[key]!r:.40}, not {wanted!r}")
+    faults += unknown_scaling(rope)
+    for key in (*CONFIG_NEEDS, *family.needs):
+        names = key.split("|")  # of which one has to be there
+        if not any(config.get(name) for name in names):
+            faults.append(f"{names[0]} is missing")
+    refuse_config(faults)
+    heads = config["num_attention_heads"]
+    scaling = SCALINGS[rope["rope_type"]]
+    original = int(rope.get("original_max_position_embeddings") or 0)
+    return {
+        "vocab_size": config["vocab_size"],
+        "d_model": config["hidden_size"],
+        "ffn_hidden": config["intermediate_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "seq_len": context_of(config, rope),
+        "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rope_scaling": scaling,
+        "rope_factor": 1.0 if scaling == "none" else float(rope.get("factor") or 1.0),
+        "rope_original": 0 if scaling == "none" else original,
+        "rope_low": float(rope.get("low_freq_factor") or 1.0),
+        "rope_high": float(rope.get("high_freq_factor") or 4.0),
+        "tie": bool(config.get("tie_word_embeddings")),
+    }
+
+
+def no_more(_: object) -> dict:
+    return {}
+
+
+def window_config(model: ModelSettings) -> dict:
+    return {"sliding_window": model.window or None}
+
+
+def window_settings(config: dict) -> dict:
+    return {"window": config.get("sliding_window") or 0}
+
+
+def layer_kinds(model: ModelSettings, n_layer: int) -> list[str]:
+    """transformers' name for the attention of each layer."""
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    return [kinds[model.windowed(i)] for i in range(n_layer)]
+
+
+def qwen_config(model: ModelSettings) -> dict:
+    return {
+        "use_sliding_window": bool(model.window),
+        "sliding_window": model.window or None,
+        "max_window_layers": model.full_first if model.window else model.n_layer,
+        "layer_types": layer_kinds(model, model.n_layer),
+    }
+
+
+def qwen_settings(config: dict) -> dict:
+    """The layers that Qwen's windows are in: all from max_window_layers on, or as layer_types
+    says."""
+    n_layer = config["num_hidden_layers"]
+    window = 0
+    if config.get("use_sliding_window"):
+        window = config.get("sliding_window") or 0
+    kinds = config.get("layer_types") or []
+    if not kinds and window:
+        first = config.get("max_window_layers")
+        first = min(n_layer, 28 if first is None else first)  # as transformers has it
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (n_layer - first)
+    if "sliding_attention" not in kinds:
+        return {}
+    first, every = kinds.index("sliding_attention"), 0
+    if "full_attention" in kinds[first:]:  # every n-th, with no full ones first but these
+        every = kinds.index("full_attention", first) + 1
+        first = 0
+    model = {"window": window, "full_every": every, "full_first": first}
+    if not window or kinds != layer_kinds(ModelSettings(**model), len(kinds)):
+        raise UserError(
+            "layer_types of config.json is no pattern that this program has",
+            "give a model in which every n-th layer, or the first n, have full attention",
+        )
+    return model
+
+
+def qwen2_settings(config: dict) -> dict:
+    return {"qkv_bias": True, **qwen_settings(config)}
+
+
+def qwen3_settings(config: dict) -> dict:
+    return {"qk_norm": True, **qwen_settings(config)}
+
+
+def smollm3_config(model: ModelSettings) -> dict:
+    return {
+        "no_rope_layers": [int(model.rotates(i)) for i in range(model.n_layer)],
+        "no_rope_layer_interval": model.nope_every,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * model.n_layer,
+    }
+
+
+def smollm3_settings(config: dict) -> dict:
+    rotates = config.get("no_rope_layers") or []
+    every = 0
+    if 0 in rotates:
+        every = rotates.index(0) + 1
+    model = ModelSettings(nope_every=every)
+    if rotates != [int(model.rotates(i)) for i in range(config["num_hidden_layers"])]:
+        raise UserError(
+            "no_rope_layers of config.json is no pattern that this program has",
+            "give a model in which every n-th layer is without RoPE",
+        )
+    return {"nope_every": every}
+
+
+def mixtral_config(model: ModelSettings) -> dict:
+    return {
+        "num_local_experts": model.n_expert,
+        "num_experts_per_tok": model.n_expert_active,
+        "router_aux_loss_coef": model.balance_loss,
+        **window_config(model),
+    }
+
+
+def mixtral_settings(config: dict) -> dict:
+    return {
+        "n_expert": config["num_local_experts"],
+        "n_expert_active": config["num_experts_per_tok"],
+        **window_settings(config),
+    }
+
+
+def qwen3_moe_config(model: ModelSettings) -> dict:
+    return {
+        "num_experts": model.n_expert,
+        "num_experts_per_tok": model.n_expert_active,
+        "moe_intermediate_size": model.ffn_width,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "router_aux_loss_coef": model.balance_loss,
+    }
+
+
+def qwen3_moe_settings(config: dict) -> dict:
+    if not config.get("norm_topk_prob") or config.get("mlp_only_layers"):
+        raise UserError(
+            "norm_topk_prob is off or mlp_only_layers is set, which ours are not",
+            "give the folder of a model without these",
+        )
+    return {
+        "qk_norm": True,
+        "n_expert": config.get("num_experts") or config["num_local_experts"],
+        "n_expert_active": config["num_experts_per_tok"],
+        "ffn_hidden": config["moe_intermediate_size"],
+    }
+
+
+LLAMA = {**ATTENTION_LAYER, **MLP_LAYER}
+EXPERTS = frozenset({"n_expert", "n_expert_active"})
+FAMILIES = (
+    Family(
+        "LlamaForCausalLM",
+        "llama",
+        frozenset(),
+        frozenset(),
+        LLAMA,
+        no_more,
+        no_more,
+        {"sliding_window": None},
+    ),
+    Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        frozenset({"qkv_bias"}),
+        frozenset({"window", "full_every", "full_first"}),
+        {**LLAMA, "attn.qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv")},
+        qwen_config,
+        qwen2_settings,
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        frozenset({"qk_norm"}),
+        frozenset({"window", "full_every", "full_first"}),
+        {**LLAMA, **QK_NORM},
+        qwen_config,
+        qwen3_settings,
+    ),
+    Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        frozenset({"nope_every"}),
+        frozenset(),
+        LLAMA,
+        smollm3_config,
+        smollm3_settings,
+        {"use_sliding_window": False},
+    ),
+    Family(
+        "MistralForCausalLM",
+        "mistral",
+        frozenset({"window"}),
+        frozenset(),
+        LLAMA,
+        window_config,
+        window_settings,
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        frozenset({"n_expert"}),
+        EXPERTS | {"window"},
+        {
+            **ATTENTION_LAYER,
+            **expert_layer(
+                "block_sparse_moe.gate.weight",
+                "block_sparse_moe.experts.{}.w1.weight",
+                "block_sparse_moe.experts.{}.w3.weight",
+                "block_sparse_moe.experts.{}.w2.weight",
+            ),
+        },
+        mixtral_config,
+        mixtral_settings,
+        needs=("num_local_experts", "num_experts_per_tok"),
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        frozenset({"n_expert", "qk_norm"}),
+        EXPERTS,
+        {
+            **ATTENTION_LAYER,
+            **QK_NORM,
+            **expert_layer(
+                "mlp.gate.weight",
+                "mlp.experts.{}.gate_proj.weight",
+                "mlp.experts.{}.up_proj.weight",
+                "mlp.experts.{}.down_proj.weight",
+            ),
+        },
+        qwen3_moe_config,
+        qwen3_moe_settings,
+        {"use_sliding_window": False, "decoder_sparse_step": 1},
+        needs=("num_experts|num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    ),
+)
+ANY_FAMILY = frozenset(
+    """seq_len n_layer d_model n_head n_kv_head head_dim ffn_mult ffn_hidden dropout tie rope_theta
+    norm_eps vocab_size rope_layout rope_scaling rope_factor rope_original rope_low rope_high
+    bos_id doc_mask
+    trunc_init balance_loss router_z_loss""".split()
+)  # the settings that every family can hold, or that do not outlive training
+
+
+def family_of(model: ModelSettings) -> Family:
+    """The first family that holds `model`. Raises UserError with the flags that none holds."""
+    used = {f.name for f in fields(model) if getattr(model, f.name) != f.default} - ANY_FAMILY
+    used -= {"scalar_head"}
+    used -= EXPERTS if not model.n_expert else frozenset()
+    for family in FAMILIES:
+        if family.requires <= used <= family.requires | family.allows:
+            return family
+    flags = ", ".join(f"--{name}" for name in sorted(used))
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise UserError(
+        f"no architecture that this converter knows ({known}) has {flags}",
+        "keep this model in the program's own format, or train one without",
+    )
+
+
+def folded(
+    weights: dict[str, Tensor],
+    model: ModelSettings,
+) -> tuple[dict[str, Tensor], ModelSettings]:
+    """The same function without embed_scale: the scale goes into an input embedding of its own."""
+    if not model.embed_scale:
+        return weights, model
+    scaled = weights["tok_emb.weight"] * math.sqrt(model.d_model)
+    return (
+        {**weights, "tok_emb.weight": scaled},
+        replace(model, embed_scale=False, tie=False),
+    )
+
+
+def to_family(weights: dict[str, Tensor], model: ModelSettings, family: Family) -> dict:
+    """Our weights under the family's names; no two of them share memory."""
+    heads = [n * model.head_size for n in (model.n_head, model.kv_heads, model.kv_heads)]
+    renamed = {}
+    for ours, theirs in family.names(model):
+        weight = weights[ours]
+        parts = [weight]
+        if weight.dim() == 3:  # (E, in, out), of which each expert is a linear map of its own
+            parts = [expert.T.contiguous() for expert in weight]
+        elif len(theirs) == 3:
+            parts = [part.clone() for part in weight.split(heads)]
+        renamed |= zip(theirs, parts, strict=True)
+    return renamed
+
+
+def check_names(weights: dict[str, Tensor], wanted: set[str], tie: bool) -> None:
+    """Raise UserError for weights that are missing or left over."""
+    spare = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
+    if tie:
+        spare.add("lm_head.weight")
+    faults = [f"it lacks {name}" for name in sorted(wanted - set(weights))]
+    faults += [f"it has {name}" for name in sorted(set(weights) - wanted - spare)]
+    if len(faults) > 3:
+        faults[3:] = [f"and {len(faults) - 3} more"]
+    if faults:
+        raise UserError(
+            f"the weights are not those of its config.json: {'; '.join(faults)}",
+            "download the folder again, or name another",
+        )
+
+
+def from_family(weights: dict[str, Tensor], model: ModelSettings, family: Family) -> dict:
+    """The reverse, in fp32. Raises UserError for weights that are not the config's."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    if model.n_layer > len(layers) + 1:
+        raise UserError(
+            f"config.json says num_hidden_layers {model.n_layer}, the weights have {len(layers)}",
+            "download the folder again, or name another",
+        )
+    names = dict(family.names(model))
+    check_names(weights, {name for theirs in names.values() for name in theirs}, model.tie)
+    ours = {}
+    try:
+        for name, theirs in names.items():
+            parts = [weights[part].float() for part in theirs]
+            if name.endswith(("mlp.w1", "mlp.w2", "mlp.w3")):  # a tensor (E, in, out) of experts
+                ours[name] = torch.stack([part.T for part in parts])
+            else:
+                ours[name] = torch.cat(parts)
+    except RuntimeError as fault:
+        raise UserError(
+            f"the weights do not fit together in {name} ({fault})",
+            "download the folder again, or name another",
+        ) from fault
+    return {**ours, "lm_head.weight": ours.get("lm_head.weight", ours["tok_emb.weight"])}
+
+
+def indexed_files(folder: Path, index: Path) -> list[Path]:
+    """The files that an index names, all in its own folder. Raises UserError for any other."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map", "download the folder again")
+    names = list(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(
+                f"{index} names {name!r}, which is no file of its folder",
+                "use a folder from a source that you trust",
+            )
+    return [folder / name for name in sorted(set(names))]
+
+
+def damaged_tensors(path: Path, fault: Exception) -> UserError:
+    missing = UserError(f"{path} cannot be read ({fault})", "download it again")
+    if isinstance(fault, OSError):
+        return disk_error(fault, path) or missing
+    return UserError(f"{path} is damaged", "download it again")
+
+
+class SafeTensors(Mapping):
+    """The tensors of a .safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.damage = (need("safetensors").SafetensorError, OSError)
+        try:
+            self.file = need("safetensors").safe_open(path, framework="pt")
+        except self.damage as fault:
+            raise damaged_tensors(path, fault) from fault
+        self.names = frozenset(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            return self.file.get_tensor(name)
+        except self.damage as fault:
+            raise damaged_tensors(self.path, fault) from fault
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of one file, no code run. Raises UserError where it is missing or damaged."""
+    if path.suffix == ".safetensors":
+        return SafeTensors(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, *BROKEN) as fault:
+        raise damaged_tensors(path, fault) from fault
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise UserError(f"{path} is no dict of tensors", "download it again")
+    return weights
+
+
+def read_weights(folder: Path) -> Mapping[str, Tensor]:
+    """All weights of a Hugging Face folder, from safetensors or .bin, one file or several; each is
+    read when it is asked for."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        files = []
+        if index.exists():
+            files = indexed_files(folder, index)
+        elif single.exists():
+            files = [single]
+        if files:
+            return ChainMap(*map(read_tensors, files))
+    raise UserError(
+        f"{folder} has no weights",
+        "it needs model.safetensors, pytorch_model.bin or an index of several such files",
+    )
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face's form, rather than a run."""
+    config = folder / "config.json"
+    if not config.is_file() or any(folder.glob("ckpt_*.pt")):
+        return False
+    return "model_type" in read_json(config)
+
+
+def read_folder(folder: Path, spm: str = "") -> dict:
+    """A checkpoint's dict from a Hugging Face folder. Raises UserError for one that is not ours."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json", "name the folder of a LLaMA")
+    config = read_json(folder / "config.json")
+    families = {family.model_type: family for family in FAMILIES}
+    named = config.get("model_type")
+    if not isinstance(named, str) or named not in families:
+        raise UserError(
+            f"config.json describes a model that is not ours: model_type is {named!r}",
+            f"give one of {', '.join(families)}",
+        )
+    family = families[named]
+    model = ModelSettings(**{**common_settings(config, family), **family.settings(config)})
+    if faults := check(model):
+        refuse_config([fault for fault, _ in faults])
+    names = ("tokenizer.model", "tokenizer.json")
+    if not spm and not any((folder / name).exists() for name in names):
+        raise UserError(
+            f"{folder} has neither tokenizer.model nor tokenizer.json",
+            "add its tokenizer, or name one with --spm",
+        )
+    tokenizer = load_tokenizer(spm or folder)
+    chats = isinstance(tokenizer, HFTokenizer) and tokenizer.has_template
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "kind": "imported chat" if chats else "imported",
+        "step": 0,
+        "samples": 0,
+        "best_val": math.inf,
+        "model": from_family(read_weights(folder), model, family),
+        "config": asdict(replace(model, bos_id=tokenizer.bos)),
+        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "tokenizer": tokenizer.data,
+    }
+
+
+# ==================================================================================================
+# Checkpoints: the only place that saves and loads
+# ==================================================================================================
+
+WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+")  # what compile and DDP leave in names
+
+OLD_NAMES = {"max_seq_len": "seq_len", "block_size": "seq_len", "context_length": "seq_len"}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -7074,16 +7811,17 @@ def numbered(out: Path) -> list[Path]:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """A checkpoint's file; for the folder of a run its best one, or else its last."""
+    """A checkpoint's file; for the folder of a run its best one, or else its last; a folder in
+    Hugging Face's form itself."""
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or is_foreign(path):
         return path
     if (path / "ckpt_best.pt").exists():
         return path / "ckpt_best.pt"
     if (path / "config.json").exists() and not numbered(path):
         raise UserError(
-            f"{path} holds a model of another program, in Hugging Face's form or as plain weights",
-            f"import it: python convert_to_llama.py --reverse {path} --out imported.pt",
+            f"{path} holds plain weights, which no run goes on from",
+            "give the ckpt_*.pt of the run",
         )
     return path / "ckpt_last.pt"
 
@@ -7220,6 +7958,24 @@ def split_rotary_pairs(weights: dict[str, Tensor], config: ModelSettings) -> Non
             weights[name] = torch.cat((half, weight[turned:]))
 
 
+def import_model(folder: Path, spm: str = "") -> dict:
+    """A checkpoint of a folder in Hugging Face's form, ready to build from."""
+    imported = read_folder(folder, spm)
+    weights = imported["model"]
+    refuse_broken_weights(weights, folder)
+    config = ModelSettings(**imported["config"])
+    with torch.device("meta"):
+        wanted = {name: w.shape for name, w in Transformer(config).state_dict().items()}
+    wrong = [name for name, shape in wanted.items() if weights[name].shape != shape]
+    if wrong:
+        raise UserError(
+            f"the weights in {folder} have other shapes than its config.json says "
+            f"({', '.join(wrong[:3])})",
+            "download the folder again, or name another",
+        )
+    return {**imported, "original": False}
+
+
 def load_checkpoint(path: str | Path, base: str | Path = "") -> dict:
     """A checkpoint of any age, ready to build from: with plain names, rotary pairs half-split and
     adapters merged; its tokenizer may be None. UserError where it cannot be used.
@@ -7227,6 +7983,8 @@ def load_checkpoint(path: str | Path, base: str | Path = "") -> dict:
     `base`: of adapters, the checkpoint that they adapt, in place of the one that they name.
     """
     path = checkpoint_path(path)
+    if path.is_dir():
+        return import_model(path)
     checkpoint = read_checkpoint(path)
     check_tokenizer(checkpoint, path)
     if lora := checkpoint.get("lora"):
@@ -12713,7 +13471,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
     best = ""
     if saved.get("best_val", math.inf) < math.inf:
         best = f", best validation metric {saved['best_val']:.4f}"
-    size = path.stat().st_size / 1e6
+    size = sum(part.stat().st_size for part in (path, *path.glob("*"))) / 1e6
     yield f"{path}: {kind}, step {saved.get('step', '?')}{best}, {size:.1f} MB"
     yield (
         f"parameters: {counts['total']:,} (embedding {counts['embedding']:,}, head "
@@ -13718,10 +14476,14 @@ def cmd_sft(
     device: DeviceSettings,
 ) -> int:
     tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
+    pack = sft.pack and bool(tuning.tokenizer.opening)
+    if sft.pack and not pack:
+        tuning.config = replace(tuning.config, doc_mask=False)
+        say("conversations are not packed, as no token of this tokenizer begins one")
     train, val = tuning.parts(
         lambda row: ([conversation(row)], None),
         example,
-        lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, sft.pack),
+        lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, pack),
     )
     samples = None
     if questions := tuning.questions[: sft.samples]:
@@ -13972,7 +14734,7 @@ def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings)
         say(*plan(settings, planned(settings, model), optim))
     elif not path.exists():
         raise UserError(f"{path} does not exist", "name a checkpoint, a run or a data folder")
-    elif path.is_dir() and not list(path.glob("ckpt_*.pt")):
+    elif path.is_dir() and not list(path.glob("ckpt_*.pt")) and not is_foreign(path):
         say(*describe_data(path))
     else:
         say(*describe_checkpoint(checkpoint_path(path)))

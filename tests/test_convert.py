@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import sentencepiece
 import torch
@@ -36,6 +37,8 @@ SHAPES = {
     "as many key heads": {"ffn_mult": 4.0, "norm_eps": 1e-5},
     "its own head size": {"head_dim": 24, "n_kv_head": 2, "tie": False},
 }
+FILES = """README.md chat_template_train.jinja config.json generation_config.json tokenizer.json
+tokenizer.model tokenizer_config.json""".split()
 CHAT = [
     {"role": "system", "content": " Be brief.\n"},
     {"role": "user", "content": ""},
@@ -156,7 +159,7 @@ def test_logits_and_greedy_tokens_agree(shape, tokenizer, tmp_path):
     assert "verified" in said and len(said.splitlines()) == 1
     assert difference(out, model) <= TOLERANCE
     hf = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert set(os.listdir(out)) == converter.FOLDER_FILES - {"pytorch_model.bin"}
+    assert set(os.listdir(out)) == {*FILES, "model.safetensors"}
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode("The quiet harbour")]])
     theirs = hf.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
@@ -174,6 +177,13 @@ FAMILIES = {  # name: (the architecture that holds it, settings)
     "qk_norm window": (
         "Qwen3ForCausalLM",
         {"qk_norm": True, "window": 7, "full_every": 2, "n_layer": 4},
+    ),
+    "qkv_bias": ("Qwen2ForCausalLM", {"qkv_bias": True, "n_kv_head": 2}),
+    "qkv_bias window": ("Qwen2ForCausalLM", {"qkv_bias": True, "window": 7, "full_first": 1}),
+    "qk_norm, full first": ("Qwen3ForCausalLM", {"qk_norm": True, "window": 7, "full_first": 1}),
+    "llama3": (
+        "LlamaForCausalLM",
+        {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_high": 3.0, "rope_theta": 5e5},
     ),
     "nope_every": ("SmolLM3ForCausalLM", {"nope_every": 2, "n_layer": 4, "embed_scale": True}),
     "window": ("MistralForCausalLM", {"window": 7, "n_kv_head": 2, "tie": False}),
@@ -492,9 +502,19 @@ def conversation(tokenizer, turns, prompt):
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("turns", [1, 2, 3, 5])
-def test_chat_template_gives_the_conversations_ids(auto, tokenizer, turns, prompt):
+def test_chat_template_gives_the_conversations_ids(auto, folder, tokenizer, turns, prompt):
+    plain = auto.apply_chat_template(
+        CHAT[:turns], tokenize=True, add_generation_prompt=prompt, return_dict=False
+    )
+    parts = [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT[:turns]
+    ]
+    assert plain == auto.apply_chat_template(
+        parts, tokenize=True, add_generation_prompt=prompt, return_dict=False
+    )
     got = auto.apply_chat_template(
         CHAT[:turns],
+        chat_template=(folder / "chat_template_train.jinja").read_text(),
         tokenize=True,
         add_generation_prompt=prompt,
         return_dict=True,
@@ -502,6 +522,7 @@ def test_chat_template_gives_the_conversations_ids(auto, tokenizer, turns, promp
     )
     wanted = conversation(tokenizer, CHAT[:turns], prompt)
     assert (got["input_ids"], got["assistant_masks"]) == wanted
+    assert plain == wanted[0]
 
 
 def test_chat_template_refuses_an_unknown_role(auto):
@@ -509,7 +530,7 @@ def test_chat_template_refuses_an_unknown_role(auto):
         auto.apply_chat_template([{"role": "narrator", "content": "Once"}])
 
 
-def test_chat_template_spells_tools_as_training_does(auto, tiny_tokenizer):
+def test_chat_template_spells_tools_as_training_does(auto, folder, tiny_tokenizer):
     call = {"function": {"name": "f", "arguments": {"x": "é"}}}
     chat = [
         {"role": "user", "content": "Hi"},
@@ -518,19 +539,86 @@ def test_chat_template_spells_tools_as_training_does(auto, tiny_tokenizer):
         {"role": "assistant", "content": "Hello."},
     ]
     told = auto.apply_chat_template(
-        chat, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        chat,
+        chat_template=(folder / "chat_template_train.jinja").read_text(),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenize=True,
     )
     ids, learned = lm.encode_chat(lm.Tokenizer(tiny_tokenizer), lm.conversation({"messages": chat}))
     assert told["input_ids"] == ids
     assert [bool(mark) for mark in told["assistant_masks"]] == learned
+    assert auto.apply_chat_template(chat, return_dict=False) == ids
 
 
-def test_tokenizer_without_roles_has_no_template(tmp_path):
+def test_chat_template_is_read_by_plain_jinja(folder, tokenizer):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = jinja2.Environment().from_string(config["chat_template"])
+    text = template.render(messages=CHAT, bos_token="<s>", eos_token="</s>")
+    assert text.startswith("<s><|system|> Be brief.\n</s><|user|></s><|assistant|>Very well")
+
+
+def test_a_padded_batch_generates_as_its_rows_do(folder, tokenizer, auto):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = ["The quiet harbour", "The"]
+    more = {"do_sample": False, "max_new_tokens": 6}
+    batch = hf.generate(**auto(texts, return_tensors="pt", padding=True), **more)[:, -6:]
+    for text, row in zip(texts, batch, strict=True):
+        alone = hf.generate(**auto(text, return_tensors="pt"), **more)[0, -6:]
+        assert torch.equal(row, alone)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_are_written_in_another_dtype(ckpt, tmp_path, dtype):
+    assert "verified" in convert("--ckpt", ckpt, "--out", tmp_path / "hf", "--dtype", dtype)
+    weights = lm.read_weights(tmp_path / "hf")
+    assert {weights[name].dtype for name in weights} == {converter.DTYPES[dtype]}
+    convert("--reverse", tmp_path / "hf", "--out", tmp_path / "back.pt")
+    convert("--ckpt", tmp_path / "back.pt", "--out", tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_large_models_are_written_in_shards(ckpt, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "SHARD_BYTES", 60_000)
+    assert "verified" in convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 130_000 for file in files)
+    assert difference(tmp_path / "hf", model) <= TOLERANCE
+    convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+
+
+def test_a_reward_model_is_exported_to_score(tokenizer, tmp_path):
+    judge = model_of(tokenizer.vocab_size, n_kv_head=2, scalar_head=True)
+    ckpt = save(tmp_path / "a.pt", judge, tokenizer.data, kind="reward")
+    told = convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    assert "LlamaForSequenceClassification" in told and "scores and token ids are the same" in told
+
+
+def test_the_card_tells_of_the_model_and_is_kept_where_somebody_wrote_it(ckpt, tmp_path):
+    convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| architecture | LlamaForCausalLM |" in card and "| steps | 3 |" in card
+    (tmp_path / "hf" / "README.md").write_text("mine")
+    convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    assert (tmp_path / "hf" / "README.md").read_text() == "mine"
+
+
+def test_tokenizer_without_roles_spells_chats_as_text(tmp_path):
     data = trained(**IMPORTED["LLaMA"])
     tokenizer = lm.Tokenizer(data)
     converter.write_tokenizer(tmp_path, tokenizer, 64)
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert auto.chat_template is None
+    assert auto.pad_token == auto.eos_token
+    turns = [(turn["role"], turn["content"]) for turn in CHAT]
+    for count in (2, 4):
+        asked = auto.apply_chat_template(
+            CHAT[:count], add_generation_prompt=True, return_dict=False
+        )
+        assert lm.encode_chat(tokenizer, turns[:count], reply=True)[0] == asked
+    ids, learned = lm.encode_chat(tokenizer, turns)
+    assert ids == auto.apply_chat_template(CHAT, return_dict=False)
+    assert tokenizer.decode([i for i, one in zip(ids, learned, strict=True) if one]).endswith("5")
     assert auto("two words").input_ids == [tokenizer.bos, *tokenizer.encode("two words")]
 
 
@@ -547,7 +635,7 @@ def test_reverse_gives_the_checkpoint_back(model, tokenizer, folder, tmp_path):
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, back["model"][name]), name
     convert("--ckpt", tmp_path / "back.pt", "--out", tmp_path / "again")
-    for name in os.listdir(folder):
+    for name in {*os.listdir(folder)} - {"README.md"}:
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
@@ -593,7 +681,7 @@ def foreign(folder, tmp_path):
         {"mlp_bias": True},
         {"hidden_act": "gelu"},
         {"pretraining_tp": 2},
-        {"model_type": "qwen2"},
+        {"model_type": "gpt2"},
         {"hidden_size": None},
         {"quantization_config": {"bits": 4}},
         {"sliding_window": 128},
@@ -606,18 +694,21 @@ def test_reverse_names_what_our_model_cannot_hold(config, foreign, tmp_path):
 
 
 def test_reverse_names_every_fault_at_once(foreign, tmp_path):
-    hf = foreign(attention_bias=True, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    hf = foreign(attention_bias=True, rope_parameters={"rope_type": "longrope", "factor": 4.0})
     code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
-    assert code == 2 and "attention_bias" in err and "rope_scaling is of type 'dynamic'" in err
+    assert code == 2 and "attention_bias" in err and "rope_scaling is of type 'longrope'" in err
 
 
 @pytest.mark.parametrize(
     ("remove", "sentence"),
-    [("tokenizer.model", "has no tokenizer.model"), ("model.safetensors", "has no weights")],
+    [
+        (["tokenizer.model", "tokenizer.json"], "has neither tokenizer.model nor tokenizer.json"),
+        (["model.safetensors"], "has no weights"),
+    ],
 )
 def test_reverse_names_what_a_folder_lacks(remove, sentence, foreign, tmp_path):
     code, _, err = call(
-        converter.main, "--reverse", foreign(remove=[remove]), "--out", tmp_path / "a.pt"
+        converter.main, "--reverse", foreign(remove=remove), "--out", tmp_path / "a.pt"
     )
     assert code == 2 and sentence in err
 
@@ -658,14 +749,14 @@ def test_kill_during_a_conversion_leaves_no_folder_of_its_name(ckpt, tmp_path):
 
 
 def test_wrong_logits_are_an_error(ckpt, tmp_path, monkeypatch):
-    right = converter.to_family
+    right = lm.to_family
 
     def wrong(*args):
         weights = right(*args)
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
         return weights
 
-    monkeypatch.setattr(converter, "to_family", wrong)
+    monkeypatch.setattr(lm, "to_family", wrong)
     with pytest.raises(RuntimeError, match="logits differ"):
         call(converter.main, "--ckpt", ckpt, "--out", tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -700,7 +791,7 @@ def test_conversion_without_the_optional_packages(ckpt, model, tmp_path, monkeyp
     without(monkeypatch, "transformers", "safetensors")
     said = convert("--ckpt", ckpt, "--out", tmp_path / "hf")
     assert "safetensors is not installed" in said and "not verified" in said
-    assert set(os.listdir(tmp_path / "hf")) == converter.FOLDER_FILES - {"model.safetensors"}
+    assert set(os.listdir(tmp_path / "hf")) == {*FILES, "pytorch_model.bin"}
     monkeypatch.undo()
     assert difference(tmp_path / "hf", model) <= TOLERANCE
 
@@ -749,9 +840,9 @@ def test_options_beyond_llama_are_refused_by_name():
     class Wider(lm.ModelSettings):
         window_of_tests: int = lm.setting(0, "none of the program's")
 
-    assert converter.family_of(Wider()).architecture == "LlamaForCausalLM"
+    assert lm.family_of(Wider()).architecture == "LlamaForCausalLM"
     with pytest.raises(lm.UserError, match="--window_of_tests"):
-        converter.family_of(Wider(window_of_tests=8))
+        lm.family_of(Wider(window_of_tests=8))
 
 
 # ---- The user's script ----
@@ -784,21 +875,21 @@ def test_an_index_may_name_files_of_its_own_folder_alone(tmp_path, name):
     index = {"weight_map": {"model.norm.weight": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(lm.UserError, match="no file of its folder"):
-        converter.read_weights(tmp_path)
+        lm.read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', "[]"])
 def test_a_malformed_index_is_a_sentence(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(lm.UserError):
-        converter.read_weights(tmp_path)
+        lm.read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("content", [[1], {"a": 1}])
 def test_a_bin_that_holds_no_tensors_is_a_sentence(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(lm.UserError, match="no dict of tensors"):
-        converter.read_weights(tmp_path)
+        lm.read_weights(tmp_path)
 
 
 HOSTILE = (None, "", "text", -1, 0, 1.5, True, [], ["x"], [1], {}, {"rope_type": 3}, 10**6, 1e400)
@@ -821,7 +912,7 @@ def test_any_value_in_config_json_is_read_or_told_in_a_sentence(foreign, tmp_pat
     assert told > 100
 
 
-@pytest.mark.parametrize("family", converter.FAMILIES, ids=lambda family: family.model_type)
+@pytest.mark.parametrize("family", lm.FAMILIES, ids=lambda family: family.model_type)
 def test_a_family_names_the_keys_that_it_misses(family, foreign, tmp_path):
     hf = foreign(model_type=family.model_type, layer_types=[1], no_rope_layers="1")
     code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
@@ -830,8 +921,8 @@ def test_a_family_names_the_keys_that_it_misses(family, foreign, tmp_path):
     (hf / "config.json").write_text(json.dumps({"model_type": family.model_type}))
     code, _, err = call(converter.main, "--reverse", hf, "--out", tmp_path / "a.pt")
     assert code == 2
-    for key in (*converter.NEEDS[1:], *family.needs):
-        assert f"{key} is missing" in err
+    for key in (*lm.CONFIG_NEEDS[1:], *family.needs):
+        assert f"{key.split('|')[0]} is missing" in err
 
 
 def test_reverse_believes_the_weights_about_the_number_of_layers(foreign, tmp_path):
