@@ -36,7 +36,7 @@ class ServerSettings:
 
     ckpt: str = lm.setting("", "checkpoint, or the folder of a run", basic=True)
     base: str = lm.setting("", "of adapters in --ckpt, the checkpoint that they adapt, if moved")
-    spm: str = lm.setting("", "tokenizer.model, for a checkpoint that carries none")
+    tokenizer: str = lm.setting("", "tokenizer.model, for a checkpoint that carries none")
     name: str = lm.setting("", "name of the model; default: that of its folder", basic=True)
     host: str = lm.setting("127.0.0.1", "address to listen on; 0.0.0.0: all", basic=True)
     port: int = lm.setting(8000, "port to listen on", below=65536, basic=True)
@@ -825,7 +825,7 @@ def make_app(service: Service):
 def open_service(settings: ServerSettings, device: lm.InferenceSettings) -> Service:
     machine = lm.open_to_generate(device)
     saved = lm.load_checkpoint(settings.ckpt, settings.base)
-    tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
+    tokenizer = lm.tokenizer_of(saved, settings.tokenizer, settings.ckpt)
     if saved.get("kind") in lm.UNTAUGHT_KINDS:
         lm.say("note: this model was never taught to chat; /v1/completions continues text")
     model = lm.build_model(saved, machine.device, machine.dtype)

@@ -18,6 +18,7 @@ versions of transformers, `tokenizer.apply_chat_template(..., sanitize_control_t
 
 import base64
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -26,6 +27,7 @@ import re
 import shutil
 import struct
 import sys
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -386,7 +388,7 @@ def write_hf_tokenizer(folder: Path, tokenizer: lm.HFTokenizer) -> None:
         if not config.get(f"{key}_token") and i in texts_of:
             config[f"{key}_token"] = texts_of[i]
     if not tokenizer.has_template:
-        config["chat_template"] = lm.PLAIN_TEMPLATE
+        config["chat_template"] = chat_template() if tokenizer.roles else lm.PLAIN_TEMPLATE
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
     write_json(folder / "tokenizer_config.json", config)
@@ -594,6 +596,570 @@ def write_folder(
 
 
 # ==================================================================================================
+# GGUF: the one file that llama.cpp, Ollama and LM Studio read
+# ==================================================================================================
+
+GGUF_LAYER = {  # our key of a layer: llama.cpp's, of which q, k and v are three
+    "norm1.weight": ("attn_norm.weight",),
+    "attn.qkv.weight": ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    "attn.qkv.bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "attn.q_norm.weight": ("attn_q_norm.weight",),
+    "attn.k_norm.weight": ("attn_k_norm.weight",),
+    "attn.proj.weight": ("attn_output.weight",),
+    "norm2.weight": ("ffn_norm.weight",),
+    "mlp.w1.weight": ("ffn_gate.weight",),
+    "mlp.w2.weight": ("ffn_up.weight",),
+    "mlp.w3.weight": ("ffn_down.weight",),
+    "mlp.router.weight": ("ffn_gate_inp.weight",),
+    "mlp.w1": ("ffn_gate_exps.weight",),
+    "mlp.w2": ("ffn_up_exps.weight",),
+    "mlp.w3": ("ffn_down_exps.weight",),
+}
+GGUF_WHOLE = {
+    "tok_emb.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+GGUF_ARCH = {  # transformers' model_type: llama.cpp's architecture
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+}
+PAIRED = ("llama", "smollm3")  # whose rotary pairs are neighbours: (x0 x1)(x2 x3)…
+QUANTS = ("f32", "f16", "bf16", "q8_0", "q4_0")  # --quant
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+
+def byte_level(use_regex: bool) -> dict:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def split_words(digits: str) -> dict:
+    pattern = {"Regex": lm.BYTE_WORDS.replace("NUMBER", digits)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level(False)]}
+
+
+WORD_SPLITTERS = {  # llama.cpp's name: (how tokenizer.json says it, whether it ignores merges)
+    "gpt-2": (byte_level(True), False),
+    "smollm": (
+        {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(True)],
+        },
+        False,
+    ),
+    "llama-bpe": (split_words("{1,3}"), True),
+    "qwen2": (split_words(""), False),
+}
+
+
+def paired(weight: Tensor, heads: int) -> Tensor:
+    """Rows in half-split rotary order (x0 x2 … x1 x3 …) in that of neighbours (x0 x1 x2 x3 …)."""
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def halved(weight: Tensor, heads: int) -> Tensor:
+    """The reverse of paired()."""
+    return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def rotation_factors(model: lm.ModelSettings) -> Tensor:
+    """By how much the scaling of a model slows each of its rotations (D/2,)."""
+    speeds = []
+    for one in (dataclasses.replace(model, rope_scaling="none"), model):
+        cos, sin = lm.rope_tables(one)
+        speeds.append(torch.atan2(sin[1].double(), cos[1].double()))  # at position 1
+    return (speeds[0] / speeds[1]).float()
+
+
+def gguf_tensors(
+    weights: dict[str, Tensor], model: lm.ModelSettings, arch: str
+) -> Iterator[tuple[str, Tensor]]:
+    """(llama.cpp's name, tensor) of every weight."""
+    heads = (model.n_head, model.kv_heads, model.kv_heads)
+    for ours, theirs in GGUF_WHOLE.items():
+        if ours != "lm_head.weight" or not model.tie:
+            yield theirs, weights[ours]
+    for i in range(model.n_layer):
+        for ours, theirs in GGUF_LAYER.items():
+            weight = weights.get(f"blocks.{i}.{ours}")
+            if weight is None:
+                continue
+            parts = [weight]
+            if len(theirs) == 3:
+                parts = list(weight.split([n * model.head_size for n in heads]))
+                if arch in PAIRED:
+                    parts[:2] = (
+                        paired(part, n) for part, n in zip(parts[:2], heads[:2], strict=True)
+                    )
+            elif weight.dim() == 3:  # (E, in, out)
+                parts = [weight.transpose(1, 2)]
+            for name, part in zip(theirs, parts, strict=True):
+                yield f"blk.{i}.{name}", part.contiguous()
+    if model.rope_scaling == "llama3":  # by how much each rotation is slower
+        yield "rope_freqs.weight", rotation_factors(model)
+
+
+def gguf_metadata(writer, model: lm.ModelSettings, name: str, quant: str, arch: str) -> None:
+    gguf = lm.need("gguf")
+    writer.add_name(name)
+    writer.add_type("model")
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+    kind = kinds.get(quant) or f"MOSTLY_{quant.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    if quant.startswith("q"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_context_length(model.seq_len)
+    writer.add_embedding_length(model.d_model)
+    writer.add_block_count(model.n_layer)
+    writer.add_feed_forward_length(model.ffn_width)
+    writer.add_head_count(model.n_head)
+    writer.add_head_count_kv(model.kv_heads)
+    writer.add_key_length(model.head_size)
+    writer.add_value_length(model.head_size)
+    writer.add_rope_dimension_count(model.head_size)
+    writer.add_rope_freq_base(model.rope_theta)
+    writer.add_layer_norm_rms_eps(model.norm_eps)
+    if model.window:
+        writer.add_sliding_window(model.window)
+    if model.n_expert:
+        writer.add_expert_count(model.n_expert)
+        writer.add_expert_used_count(model.n_expert_active)
+        if arch == "qwen3moe":
+            writer.add_expert_feed_forward_length(model.ffn_width)
+    if model.rope_scaling in ("linear", "yarn"):
+        original = model.rope_original or round(model.seq_len / model.rope_factor)
+        writer.add_rope_scaling_type(gguf.RopeScalingType(model.rope_scaling))
+        writer.add_rope_scaling_factor(model.rope_factor)
+        writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def gguf_pieces(writer, tokenizer: lm.Tokenizer, size: int) -> None:
+    """The pieces of a SentencePiece model."""
+    model = read_piece_model(tokenizer.data)
+    refuse_tokenizer(model)
+    rows = [(p.text.encode(), p.score, p.kind) for p in model.pieces]
+    rows += [(f"[PAD{i}]".encode(), -1000.0, UNUSED) for i in range(len(rows), size)]
+    texts, scores, kinds = zip(*rows, strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(model.dummy_prefix)
+    writer.add_chat_template(chat_template() if tokenizer.roles else lm.PLAIN_TEMPLATE)
+
+
+def splitter_name(told: dict, tokenizer: lm.HFTokenizer) -> str:
+    """llama.cpp's name for how a tokenizer.json splits words. UserError where it has none."""
+    bpe = told["model"]
+
+    def essence(step: object) -> object:
+        if isinstance(step, dict):
+            skipped = ("trim_offsets", "add_prefix_space", "invert")
+            return {key: essence(value) for key, value in step.items() if key not in skipped}
+        return [essence(one) for one in step] if isinstance(step, list) else step
+
+    if bpe["type"] == "BPE" and not bpe.get("byte_fallback"):
+        for name, (splitter, ignores) in WORD_SPLITTERS.items():
+            same = essence(told["pre_tokenizer"]) == essence(splitter)
+            if same and bool(bpe.get("ignore_merges")) == ignores:
+                return name
+    raise lm.UserError(
+        f"llama.cpp knows no tokenizer that splits words as {tokenizer.name} does",
+        "export the Hugging Face folder instead, without --format gguf",
+    )
+
+
+def gguf_bytes(writer, tokenizer: lm.HFTokenizer, size: int) -> None:
+    """The tokens of a byte-level BPE."""
+    told = json.loads(tokenizer.texts["tokenizer.json"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitter_name(told, tokenizer))
+    rows = [(f"[PAD{i}]".encode(), UNUSED) for i in range(size)]
+    for text, i in told["model"]["vocab"].items():
+        rows[i] = text.encode(), NORMAL
+    for added in told["added_tokens"]:
+        rows[added["id"]] = added["content"].encode(), CONTROL if added["special"] else USER_DEFINED
+    texts, kinds = zip(*rows, strict=True)
+    writer.add_token_list(texts)
+    writer.add_token_types(kinds)
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"]]
+    writer.add_token_merges(pairs)
+    writer.add_add_bos_token(bool(tokenizer.opening))
+    writer.add_add_space_prefix(False)
+    own = tokenizer.roles and not tokenizer.has_template
+    writer.add_chat_template(chat_template() if own else tokenizer.template_text)
+
+
+def quantised(gguf, name: str, weight: Tensor, quant: str):
+    """A weight as llama.cpp stores it, and its type: norms and routers whole, embedding and head of
+    a 4-bit model in 8 bits, and in 16 what does not divide into blocks of 32."""
+    kinds = gguf.GGMLQuantizationType
+    values = weight.float().numpy()
+    if weight.dim() < 2 or "ffn_gate_inp" in name:
+        return values, kinds.F32
+    kind = kinds[quant.upper()]
+    if kind == kinds.Q4_0 and name in ("token_embd.weight", "output.weight"):
+        kind = kinds.Q8_0
+    if quant.startswith("q") and values.shape[-1] % 32:
+        kind = kinds.F16
+    return gguf.quantize(values, kind), kind
+
+
+def write_gguf(path: Path, saved: dict, tokenizer: lm.Tokenizer, quant: str) -> str:
+    """A checkpoint as a GGUF file, whole or not at all; its architecture."""
+    gguf = lm.need("gguf")
+    model = lm.ModelSettings(**saved["config"])
+    weights, model = lm.folded(saved["model"], model)
+    if model.scalar_head:
+        raise lm.UserError("llama.cpp has no reward models", "export it without --format gguf")
+    arch = GGUF_ARCH[lm.family_of(model).model_type]
+    half = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = gguf.GGUFWriter(half, arch)
+        gguf_metadata(writer, model, path.stem, quant, arch)
+        if isinstance(tokenizer, lm.HFTokenizer):
+            gguf_bytes(writer, tokenizer, model.vocab_size)
+        else:
+            gguf_pieces(writer, tokenizer, model.vocab_size)
+        named = tokenizer.bos
+        if isinstance(tokenizer, lm.HFTokenizer):
+            named = tokenizer.named_bos
+        if named is not None:
+            writer.add_bos_token_id(named)
+        writer.add_eos_token_id(tokenizer.turn_end)
+        writer.add_pad_token_id(pad_of(tokenizer))
+        for name, weight in gguf_tensors(weights, model, arch):
+            values, kind = quantised(gguf, name, weight, quant)
+            writer.add_tensor(name, values, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    warn_others(model, tokenizer)
+    return arch
+
+
+def modelfile(path: Path, tokenizer: lm.Tokenizer) -> str:
+    """What `ollama create` takes; its template is written in another language than jinja."""
+    lines = [f"FROM ./{path.name}"]
+    end = None
+    if tokenizer.roles and not tokenizer.template:
+        end = "</s>"
+        lines.append(
+            'TEMPLATE """{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}</s>{{ end }}'
+            '<|assistant|>"""'
+        )
+    elif isinstance(tokenizer, lm.HFTokenizer) and "<|im_start|>" in tokenizer.template_text:
+        end = "<|im_end|>"
+        lines.append(
+            'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
+            '{{ end }}<|im_start|>assistant\n"""'
+        )
+    if end:
+        lines.append(f"PARAMETER stop {end}")
+    return "\n".join([*lines, "PARAMETER temperature 0.8"]) + "\n"
+
+
+# ---- The way back ----
+
+
+class GgufFile:
+    """A GGUF file's facts and tensors. UserError where it is damaged or of a kind that is not
+    read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.gguf = lm.need("gguf")
+        with lm.Caught() as caught:  # its reader trusts the bytes
+            reader = self.gguf.GGUFReader(path)
+            self.facts = {key: field.contents() for key, field in reader.fields.items()}
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.arch = self.facts["general.architecture"]
+        if caught.fault:
+            raise lm.UserError(
+                f"{path} is not a GGUF file, or is damaged", "download it again"
+            ) from caught.fault
+        if self.arch not in GGUF_ARCH.values():
+            raise lm.UserError(
+                f"{path} is of the architecture {self.arch}, which is not ours",
+                f"give one of {', '.join(sorted(set(GGUF_ARCH.values())))}",
+            )
+
+    def fact(self, key: str, default: object = None) -> typing.Any:
+        """A fact of this architecture. UserError where it has to be there and is not."""
+        found = self.facts.get(f"{self.arch}.{key}", default)
+        if found is None:
+            raise lm.UserError(f"{self.path} does not say {self.arch}.{key}", "download it again")
+        return found
+
+    def weight(self, name: str) -> Tensor | None:
+        """In fp32, dequantised; None where there is none of that name."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return None
+        if tensor.tensor_type.name not in READABLE:
+            raise lm.UserError(
+                f"{self.path}: {name} is of the type {tensor.tensor_type.name}",
+                f"give a file in one of {', '.join(READABLE)}",
+            )
+        values = self.gguf.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(values.astype("float32"))
+
+
+LLAMA3_SCALINGS = ((8.0, 1.0, 4.0), (32.0, 1.0, 4.0))  # (factor, low, high) of Llama 3.1 and 3.2
+
+
+def gguf_settings(file: GgufFile) -> lm.ModelSettings:
+    """Our settings for what a file says."""
+    heads = file.fact("attention.head_count")
+    kind = str(file.fact("rope.scaling.type", "none"))
+    if kind not in ("none", "linear", "yarn"):
+        raise lm.UserError(
+            f"{file.path} scales its rotary angles by {kind}", "give a file without that"
+        )
+    experts = file.fact("expert_count", 0)
+    width = file.fact("feed_forward_length")
+    if file.arch == "qwen3moe":
+        width = file.fact("expert_feed_forward_length")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise lm.UserError(f"{file.path} has no token_embd.weight", "download it again")
+    window = file.fact("attention.sliding_window", 0)
+    model = lm.ModelSettings(
+        vocab_size=int(embedding.shape[1]),
+        d_model=file.fact("embedding_length"),
+        ffn_hidden=width,
+        n_layer=file.fact("block_count"),
+        n_head=heads,
+        n_kv_head=file.fact("attention.head_count_kv", heads),
+        head_dim=file.fact("attention.key_length", file.fact("embedding_length") // heads),
+        seq_len=file.fact("context_length"),
+        norm_eps=round_trip(file.fact("attention.layer_norm_rms_epsilon")),
+        rope_theta=round_trip(file.fact("rope.freq_base", 10000.0)),
+        rope_scaling=kind,
+        rope_factor=round_trip(file.fact("rope.scaling.factor", 1.0)),
+        rope_original=file.fact("rope.scaling.original_context_length", 0),
+        tie="output.weight" not in file.tensors,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        nope_every=4 if file.arch == "smollm3" else 0,
+        window=window if file.arch == "llama" else 0,
+        n_expert=experts,
+        n_expert_active=file.fact("expert_used_count", 2),
+    )
+    factors = file.weight("rope_freqs.weight")
+    return model if factors is None else llama3_settings(model, factors, file.path)
+
+
+def round_trip(value: float) -> float:
+    """A number that went through fp32, as it was written."""
+    return float(f"{value:.6g}")
+
+
+def llama3_settings(model: lm.ModelSettings, factors: Tensor, path: Path) -> lm.ModelSettings:
+    """The llama3 scaling that gives these factors, of the published ones."""
+    for factor, low, high in LLAMA3_SCALINGS:
+        for original in (8192, round(model.seq_len / factor)):
+            found = dataclasses.replace(
+                model,
+                rope_scaling="llama3",
+                rope_factor=factor,
+                rope_low=low,
+                rope_high=high,
+                rope_original=original,
+            )
+            if torch.allclose(rotation_factors(found), factors, rtol=1e-3):
+                return found
+    raise lm.UserError(f"{path} scales its rotary angles in an unknown way", "give another file")
+
+
+def gguf_weights(file: GgufFile, model: lm.ModelSettings) -> dict[str, Tensor]:
+    """The weights under our names, in fp32. UserError where one is missing or of another shape."""
+    with torch.device("meta"):
+        wanted = {name: w.shape for name, w in lm.Transformer(model).state_dict().items()}
+    heads = (model.n_head, model.kv_heads, model.kv_heads)
+    found: dict[str, Tensor] = {}
+
+    def take(name: str) -> Tensor:
+        weight = file.weight(name)
+        if weight is None:
+            raise lm.UserError(f"{file.path} lacks {name}", "download it again")
+        return weight
+
+    for ours in wanted:
+        if ours in GGUF_WHOLE:
+            theirs = GGUF_WHOLE[ours]
+            if ours == "lm_head.weight" and model.tie:
+                theirs = GGUF_WHOLE["tok_emb.weight"]
+            found[ours] = take(theirs)
+            continue
+        _, layer, key = ours.split(".", 2)
+        parts = [take(f"blk.{layer}.{name}") for name in GGUF_LAYER[key]]
+        if len(parts) == 3 and file.arch in PAIRED:
+            parts[:2] = (halved(part, n) for part, n in zip(parts[:2], heads[:2], strict=True))
+        weight = torch.cat(parts)
+        found[ours] = weight.transpose(1, 2).contiguous() if weight.dim() == 3 else weight
+    wrong = [name for name, shape in wanted.items() if found[name].shape != shape]
+    if wrong:
+        raise lm.UserError(
+            f"{file.path}: its weights have other shapes than it says ({', '.join(wrong[:3])})",
+            "download it again",
+        )
+    return found
+
+
+def varint(value: int) -> bytes:
+    """A number of protobuf."""
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def message(*fields: tuple[int, bytes | int | float]) -> bytes:
+    """A message of protobuf."""
+    data = b""
+    for number, value in fields:
+        if isinstance(value, bytes):
+            data += varint(number << 3 | 2) + varint(len(value)) + value
+        elif isinstance(value, float):
+            data += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            data += varint(number << 3) + varint(value % 2**64)
+    return data
+
+
+def piece_model(file: GgufFile) -> bytes:
+    """A tokenizer.model of the pieces in a file."""
+    facts = file.facts
+    texts = facts["tokenizer.ggml.tokens"]
+    scores = facts.get("tokenizer.ggml.scores") or [0.0] * len(texts)
+    kinds = facts.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
+    pieces = b""
+    for text, score, kind in zip(texts, scores, kinds, strict=True):
+        piece = message((1, text.encode()), (2, float(score)), (3, int(kind)))
+        pieces += message((1, piece))
+    ids = {"unknown": 0, "bos": 1, "eos": 2, "padding": -1}
+    ids = {name: facts.get(f"tokenizer.ggml.{name}_token_id", i) for name, i in ids.items()}
+    trainer = message(
+        (3, BPE_MODEL),
+        (35, int(BYTE in kinds)),
+        (40, ids["unknown"]),
+        (41, ids["bos"]),
+        (42, ids["eos"]),
+        (43, ids["padding"] if ids["padding"] != ids["eos"] else -1),
+    )
+    prefix = int(facts.get("tokenizer.ggml.add_space_prefix", True))
+    normal = message((1, b"identity"), (3, prefix), (4, 0), (5, 1))
+    return pieces + message((2, trainer), (3, normal))
+
+
+def byte_tokenizer(file: GgufFile) -> bytes:
+    """The files of a Hugging Face tokenizer of the byte-level tokens in a file."""
+    facts = file.facts
+    splitter = facts.get("tokenizer.ggml.pre", "gpt-2")
+    if splitter not in WORD_SPLITTERS:
+        raise lm.UserError(
+            f"{file.path} splits words in the way of {splitter!r}, which is not known here",
+            "name the tokenizer.json of its model with --tokenizer",
+        )
+    texts = facts["tokenizer.ggml.tokens"]
+    kinds = facts.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
+    added = [
+        {**added_token(i, text), "special": kind == CONTROL}
+        for i, (text, kind) in enumerate(zip(texts, kinds, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    split, ignores = WORD_SPLITTERS[splitter]
+    bos = facts.get("tokenizer.ggml.bos_token_id")
+    opens = bool(facts.get("tokenizer.ggml.add_bos_token", splitter == "llama-bpe"))
+    told = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if splitter == "qwen2" else None,
+        "pre_tokenizer": split,
+        "post_processor": bos_first(texts[bos], bos) if opens and bos is not None else None,
+        "decoder": byte_level(True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignores,
+            "vocab": {text: i for i, text in enumerate(texts)},
+            "merges": list(facts["tokenizer.ggml.merges"]),
+        },
+    }
+    config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": opens}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        i = facts.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None:
+            config[f"{key}_token"] = texts[i]
+    if template := facts.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    files = {"tokenizer.json": json.dumps(told), "tokenizer_config.json": json.dumps(config)}
+    return json.dumps(files, ensure_ascii=False).encode()
+
+
+def read_gguf(path: Path, spm: str = "") -> dict:
+    """A checkpoint's dict of a GGUF file."""
+    file = GgufFile(path)
+    model = gguf_settings(file)
+    if faults := lm.check(model):
+        raise lm.UserError(f"{path}: {faults[0][0]}", "download it again")
+    kind = file.facts.get("tokenizer.ggml.model")
+    if spm:
+        tokenizer = lm.load_tokenizer(spm)
+    elif kind in ("llama", "gpt2"):
+        with lm.Caught() as caught:
+            data = piece_model(file) if kind == "llama" else byte_tokenizer(file)
+        if isinstance(caught.fault, lm.UserError):
+            raise caught.fault
+        if caught.fault:
+            raise lm.UserError(f"the tokenizer in {path} is damaged", "name one with --tokenizer")
+        tokenizer = lm.make_tokenizer(data, f"the tokenizer in {path}")
+    else:
+        raise lm.UserError(
+            f"{path} has a tokenizer of the kind {kind!r}", "name one with --tokenizer"
+        )
+    chats = isinstance(tokenizer, lm.HFTokenizer) and tokenizer.has_template
+    return {
+        "format": lm.CHECKPOINT_FORMAT,
+        "kind": "imported chat" if chats or tokenizer.roles else "imported",
+        "step": 0,
+        "samples": 0,
+        "best_val": math.inf,
+        "model": gguf_weights(file, model),
+        "config": dataclasses.asdict(dataclasses.replace(model, bos_id=tokenizer.bos)),
+        "tokenizer": tokenizer.data,
+    }
+
+
+# ==================================================================================================
 # Verification: the folder against the checkpoint, through transformers
 # ==================================================================================================
 
@@ -760,10 +1326,16 @@ class ConvertSettings:
     """What to convert."""
 
     ckpt: str = lm.setting("", "checkpoint, or the folder of a run, to make a folder of")
-    reverse: str = lm.setting("", "Hugging Face folder of a LLaMA to make a checkpoint of")
+    reverse: str = lm.setting(
+        "", "Hugging Face folder, or GGUF file, of a model to make a checkpoint of"
+    )
     base: str = lm.setting("", "of adapters in --ckpt, the checkpoint that they adapt, if moved")
-    spm: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
-    out: str = lm.setting("", "folder to write; with --reverse the checkpoint, CKPT.pt")
+    tokenizer: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
+    out: str = lm.setting("", "folder or file to write; with --reverse the checkpoint, CKPT.pt")
+    format: str = lm.setting("hf", "Hugging Face folder, or GGUF file", choices=("hf", "gguf"))
+    quant: str = lm.setting(
+        "", "numbers of a GGUF file; as the model was trained, if not given", choices=("", *QUANTS)
+    )
     dtype: str = lm.setting(
         "", "numbers of the weights; as the model was trained, if not given", choices=("", *DTYPES)
     )
@@ -782,6 +1354,10 @@ class ConvertSettings:
             yield "--rope_theta is for --ckpt alone", "drop it: config.json tells it"
         if self.reverse and self.base:
             yield "--base is for --ckpt alone", "drop it"
+        if self.quant and self.format != "gguf":
+            yield "--quant is for --format gguf", "add it, or use --dtype"
+        if self.dtype and self.format == "gguf":
+            yield "--dtype is for Hugging Face folders", "use --quant"
         if self.reverse and not self.out:
             yield "--out is missing", "name a file, --out imported.pt"
         elif not self.out:
@@ -798,13 +1374,30 @@ def export_dtype(settings: ConvertSettings, saved: dict) -> torch.dtype:
     return torch.float32
 
 
+def export_gguf(
+    settings: ConvertSettings, saved: dict, tokenizer: lm.Tokenizer, dtype: torch.dtype
+) -> None:
+    path = Path(settings.out)
+    if path.is_dir():
+        raise lm.UserError(f"{path} is a folder", f"name a file, --out {path}/model.gguf")
+    names = {kind: name.replace("fp", "f") for name, kind in DTYPES.items()}
+    quant = settings.quant or names[dtype]
+    arch = write_gguf(path, saved, tokenizer, quant)
+    with lm.atomic_write(path.with_name("Modelfile"), "w") as file:
+        file.write(modelfile(path, tokenizer))
+    lm.say(f"{path}: {arch}, {quant}, {path.stat().st_size / 1e6:.1f} MB; a Modelfile beside it")
+
+
 def export(settings: ConvertSettings) -> None:
     """Checkpoint → folder."""
     saved = lm.load_checkpoint(settings.ckpt, settings.base)
     if settings.rope_theta:
         saved["config"]["rope_theta"] = settings.rope_theta
-    tokenizer = lm.tokenizer_of(saved, settings.spm, settings.ckpt)
+    tokenizer = lm.tokenizer_of(saved, settings.tokenizer, settings.ckpt)
     dtype = export_dtype(settings, saved)
+    if settings.format == "gguf":
+        export_gguf(settings, saved, tokenizer, dtype)
+        return
     if dtype != torch.float32:  # and compared with what is written
         rounded = {name: w.to(dtype).float() for name, w in saved["model"].items()}
         saved = {**saved, "model": rounded}
@@ -824,7 +1417,12 @@ def import_folder(settings: ConvertSettings) -> None:
     folder, out = Path(settings.reverse), Path(settings.out)
     if out.exists():
         raise lm.UserError(f"{out} exists already", "name another --out")
-    saved = lm.import_model(folder, settings.spm)
+    if folder.suffix == ".gguf" or folder.is_file():
+        saved = read_gguf(folder, settings.tokenizer)
+        lm.save_checkpoint(out, saved)
+        lm.say(f"{out}: {lm.ModelSettings(**saved['config']).n_layer} layers, from {folder}")
+        return
+    saved = lm.import_model(folder, settings.tokenizer)
     tokenizer = lm.tokenizer_of(saved, "", folder)
     model = lm.build_model(saved, torch.device("cpu"))
     result = verify_import(folder, model, tokenizer)

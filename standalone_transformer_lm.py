@@ -579,6 +579,7 @@ def setting(
     same_on_resume: bool = False,
     basic: bool = False,
     zero: str = "",
+    also: str = "",
 ):
     """A dataclass field that is also a flag, unless `flag` is off, or a `positional` argument.
 
@@ -586,7 +587,7 @@ def setting(
     What a value `expands` to are values of other fields, which their own flags override.
     One that is not `repeated` concerns a single start and is left out of args.txt.
     A resumed run must find it the `same_on_resume`. --help shows what is `basic`, --help_all all.
-    A number 0 is written as the word `zero`, where there is one.
+    A number 0 is written as the word `zero`, where there is one; `also` is an older name of it.
     """
     if least is None and type(default) in (int, float):
         least = 0
@@ -602,6 +603,7 @@ def setting(
         "same_on_resume": same_on_resume,
         "basic": basic,
         "zero": zero,
+        "also": also,
     }
     return field(default=default, metadata=metadata)
 
@@ -686,7 +688,8 @@ def add_flag(topic: argparse._ArgumentGroup, f: Field, shown: bool) -> None:
     if f.metadata["choices"]:
         metavar = "NAME"
     if not f.metadata["positional"]:
-        topic.add_argument(f"--{f.name}", help=text, metavar=metavar, **arity)
+        names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
+        topic.add_argument(*names, dest=f.name, help=text, metavar=metavar, **arity)
     elif f.type is str:
         topic.add_argument(f.name, nargs="?", metavar="PATH", help=text)
     else:
@@ -975,7 +978,19 @@ class PrepSettings:
     errors: str = setting(
         "strict", "invalid UTF-8: stop, or insert U+FFFD", choices=("strict", "replace")
     )
-    spm: str = setting("", "use this SentencePiece model instead of training one", basic=True)
+    tokenizer: str = setting(
+        "",
+        "use this tokenizer instead of training one: a SentencePiece model, or a Hugging Face "
+        "tokenizer.json or folder",
+        basic=True,
+        also="spm",
+    )
+    tokenizer_type: str = setting(
+        "sentencepiece",
+        "tokenizer to train: SentencePiece's BPE, or a byte-level one as Llama 3 and Qwen have it",
+        choices=("sentencepiece", "bytebpe"),
+    )
+    digits: int = setting(1, "digits that bytebpe joins at most", least=1, below=4)
     sample_mb: float = setting(100.0, "MB of text that the tokenizer is trained on", least=0.01)
     character_coverage: float = setting(
         0.9999,
@@ -995,9 +1010,9 @@ class PrepSettings:
             yield "--text_path is missing", "give your text, --text_path docs.txt"
         if self.shard and not self.shard_exists():
             yield f"--shard {self.shard} is not one of 0/n to (n-1)/n", "the first of four is 0/4"
-        if self.shard and not self.spm:
+        if self.shard and not self.tokenizer:
             yield (
-                "--shard needs --spm",
+                "--shard needs --tokenizer",
                 "run prep on a sample, and pass its tokenizer.model to all parts",
             )
 
@@ -1110,6 +1125,7 @@ class StepSettings:
     grad_accum_steps: int = setting(
         0,
         "micro-batches per optimizer step; auto: 1, or what an automatic --batch_size leaves",
+        below=1 << 20,
         zero="auto",
         basic=True,
     )
@@ -1361,7 +1377,11 @@ class TuneSettings:
 
     ckpt: str = setting("", "checkpoint to start from, or the folder of a run", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
-    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    tokenizer: str = setting(
+        "",
+        "tokenizer.model, or a Hugging Face folder, for a checkpoint that carries none",
+        also="spm",
+    )
     data: tuple[str, ...] = setting(
         (),
         "files of rows, .jsonl .json .parquet, or a mixture, NAME=FILE:WEIGHT",
@@ -1610,8 +1630,10 @@ class ValueSettings:
 class RolloutSettings:
     """Completions and rewards."""
 
-    prompts: int = setting(16, "prompts per step, over all devices", least=1, basic=True)
-    group_size: int = setting(8, "completions per prompt", least=2, basic=True)
+    prompts: int = setting(
+        16, "prompts per step, over all devices", least=1, below=1 << 20, basic=True
+    )
+    group_size: int = setting(8, "completions per prompt", least=2, below=1 << 16, basic=True)
     max_new_tokens: int = setting(128, "maximum tokens of a completion", least=1, basic=True)
     temperature: float = setting(
         1.0, "sampling temperature at the first step", least=1e-3, basic=True
@@ -1638,7 +1660,9 @@ class RolloutSettings:
     dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal")
     max_draws: int = setting(8, "maximum draws of prompts per step for that", least=1)
     eval_prompts: int = setting(200, "held-out prompts per evaluation", least=1)
-    eval_samples: int = setting(4, "completions of each at an evaluation: the k of pass@k", least=1)
+    eval_samples: int = setting(
+        4, "completions of each at an evaluation: the k of pass@k", least=1, below=1 << 16
+    )
     samples: int = setting(2, "completions per step to keep, and to print at an evaluation")
 
 
@@ -1671,18 +1695,25 @@ class GenerateSettings:
 
     ckpt: str = setting("", "checkpoint, or the folder of a run", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
-    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    tokenizer: str = setting(
+        "",
+        "tokenizer.model, or a Hugging Face folder, for a checkpoint that carries none",
+        also="spm",
+    )
     prompt: str = setting("", "text to continue", basic=True)
     prompt_file: str = setting(
         "", "file of prompts, one per line, or rows of sft to answer", basic=True
     )
     batch_size: int = setting(64, "completions generated at a time", least=1)
-    num_samples: int = setting(1, "completions of each prompt", least=1, basic=True)
+    num_samples: int = setting(1, "completions of each prompt", least=1, below=1 << 20, basic=True)
     stop_at_eos: bool = setting(True, "stop at </s>")
     chat: bool = setting(False, "the prompt is a question to a chat model", basic=True)
     system: str = setting("", "system prompt, with --chat", basic=True)
     best_of: int = setting(
-        1, "generate N completions and keep the one that --reward_ckpt scores highest", least=1
+        1,
+        "generate N completions and keep the one that --reward_ckpt scores highest",
+        least=1,
+        below=1 << 16,
     )
     reward_ckpt: str = setting("", "reward model for --best_of")
     out: str = setting(
@@ -1708,7 +1739,12 @@ class ChatSettings:
     base: str = setting(
         "", "base checkpoint of the adapters in --ckpt, where it has moved", basic=True
     )
-    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none", basic=True)
+    tokenizer: str = setting(
+        "",
+        "tokenizer.model, or a Hugging Face folder, for a checkpoint that carries none",
+        basic=True,
+        also="spm",
+    )
     system: str = setting("", "system prompt", basic=True)
     load: str = setting("", "conversation to go on with, as /save writes it", basic=True)
 
@@ -1733,7 +1769,11 @@ class EvalSettings:
 
     ckpt: tuple[str, ...] = setting((), "checkpoints, or folders of runs, to compare", basic=True)
     base: str = setting("", "base checkpoint of the adapters in --ckpt, where it has moved")
-    spm: str = setting("", "tokenizer.model, for a checkpoint that carries none")
+    tokenizer: str = setting(
+        "",
+        "tokenizer.model, or a Hugging Face folder, for a checkpoint that carries none",
+        also="spm",
+    )
     tasks: tuple[str, ...] = setting(
         (),
         "NAME=FILE or NAME@SHOTS=FILE[,FILE OF SHOTS]; NAME is arc hellaswag piqa winogrande mmlu "
@@ -1755,7 +1795,11 @@ class EvalSettings:
         choices=("auto", "0", "1"),
     )
     num_samples: int = setting(
-        1, "answers to each question, for pass@k and majority vote", least=1, basic=True
+        1,
+        "answers to each question, for pass@k and majority vote",
+        least=1,
+        below=1 << 16,
+        basic=True,
     )
     reward_ckpt: str = setting("", "reward model that chooses one of --num_samples answers")
     pattern: str = setting("", "regular expression of the checker regex")
@@ -2893,7 +2937,9 @@ class HFTokenizer(Tokenizer):
         )
 
     @functools.cached_property
-    def template(self) -> ChatTemplate:
+    def template(self) -> ChatTemplate | None:
+        if self.roles and not self.has_template:
+            return None
         return ChatTemplate(self)
 
     by_word = False
@@ -3077,6 +3123,59 @@ def train_tokenizer(
             raise
         raise tokenizer_fault(vocab_size, fault) from fault
     return model.getvalue()
+
+
+BYTE_WORDS = (  # what a byte-level BPE joins, as Qwen2 has it; N is how it takes digits
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_bytes(texts: Iterable[str], vocab_size: int, digits: int) -> bytes:
+    """The bytes of a byte-level BPE in Hugging Face's form, which joins up to so many digits and
+    has the symbols of this program's chats. UserError where the size does not suit the text."""
+    library = need("tokenizers")
+    specials = ["<s>", "</s>", "<pad>", *CONTROL]
+    if vocab_size < 256 + len(specials) + 1:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small for bytes and symbols",
+            f"use {256 + len(specials) + 1} or more",
+        )
+    number = "" if digits == 1 else f"{{1,{digits}}}"
+    words = library.Regex(BYTE_WORDS.replace("NUMBER", number))
+    steps = library.pre_tokenizers
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = steps.Sequence(
+        [steps.Split(words, "isolated"), steps.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=steps.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    found = made.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(
+            f"--vocab_size {vocab_size} does not suit this text, which gives {found} tokens",
+            f"use --vocab_size {found} or less, or give more text",
+        )
+    made.post_processor = library.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
+    files = {
+        "tokenizer.json": made.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config),
+    }
+    return json.dumps(files, ensure_ascii=False).encode()
 
 
 class WordEncoder(dict):
@@ -3444,6 +3543,8 @@ def check_first_rows(sources: list[Source], settings: PrepSettings) -> None:
 
 def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
     texts = sample_documents(sources, settings)
+    if settings.tokenizer_type == "bytebpe":
+        return train_bytes(texts, settings.vocab_size, settings.digits)
     return train_tokenizer(texts, settings.vocab_size, settings.character_coverage)
 
 
@@ -3674,7 +3775,9 @@ def find_shards(folder: Path) -> list[TokenFolder]:
         raise UserError(f"{folder} lacks {', '.join(missing)}", "run prep --shard for these too")
     shards = [TokenFolder(shard) for shard in wanted]
     if len({shard.tokenizer.sha256 for shard in shards}) > 1:
-        raise UserError("the shards do not share one tokenizer", "prep them with the same --spm")
+        raise UserError(
+            "the shards do not share one tokenizer", "prep them with the same --tokenizer"
+        )
     return shards
 
 
@@ -3720,12 +3823,12 @@ def build_data(settings: PrepSettings, out: Path) -> dict:
     files = [path for path in settings.text_path if not is_pipe(path)]
     sources = find_sources(files, settings.document) + copy_pipes(settings, out)
     check_first_rows(sources, settings)
-    if settings.spm:
-        tokenizer = load_tokenizer(settings.spm)
+    if settings.tokenizer:
+        tokenizer = load_tokenizer(settings.tokenizer)
     else:
         say(f"training a tokenizer of {settings.vocab_size} pieces")
         with worker_pool(1) as pool:  # its memory is freed with it
-            tokenizer = Tokenizer(pool.submit(tokenizer_for, sources, settings).result())
+            tokenizer = make_tokenizer(pool.submit(tokenizer_for, sources, settings).result())
     write_tokenizer(tokenizer, out)
 
     splits = encode_sources(sources, settings, out)
@@ -4077,7 +4180,7 @@ def open_domains(data: DataSettings) -> list[tuple[str, TokenFolder, float]]:
     if len({folder.tokenizer.sha256 for _, folder, _ in domains}) > 1:
         raise UserError(
             "the parts of --data_dir do not share one tokenizer",
-            "prep them all with the same --spm",
+            "prep them all with the same --tokenizer",
         )
     return domains
 
@@ -7513,7 +7616,7 @@ def read_folder(folder: Path, spm: str = "") -> dict:
     if not spm and not any((folder / name).exists() for name in names):
         raise UserError(
             f"{folder} has neither tokenizer.model nor tokenizer.json",
-            "add its tokenizer, or name one with --spm",
+            "add its tokenizer, or name one with --tokenizer",
         )
     tokenizer = load_tokenizer(spm or folder)
     chats = isinstance(tokenizer, HFTokenizer) and tokenizer.has_template
@@ -7829,9 +7932,10 @@ def checkpoint_path(path: str | Path) -> Path:
 def refuse_broken_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Raise UserError where a weight is not a tensor, or NaN or infinite."""
     for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        plain = isinstance(weight, Tensor) and weight.layout == torch.strided
+        if not plain or not weight.is_floating_point():
             raise UserError(f"{path} is damaged (its weight {name})", "use an earlier checkpoint")
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if not weight.isfinite().all():
             raise UserError(
                 f"{path} holds weights that are NaN or infinite (in {name})",
                 "use an earlier checkpoint, and train on with a lower --lr",
@@ -8032,14 +8136,14 @@ def build_model(
 
 
 def tokenizer_of(checkpoint: dict, spm: str, path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, or --spm; raises UserError where neither fits."""
+    """The tokenizer of a checkpoint, or --tokenizer; raises UserError where neither fits."""
     own, ids = checkpoint["tokenizer"], checkpoint["config"]["vocab_size"]
     if spm:
         tokenizer = load_tokenizer(spm)
     elif own:
         tokenizer = make_tokenizer(bytes(own), f"the tokenizer in {path}")
     else:
-        raise UserError(f"{path} carries no tokenizer", "give its tokenizer.model with --spm")
+        raise UserError(f"{path} carries no tokenizer", "give its tokenizer.model with --tokenizer")
     if tokenizer.vocab_size > ids:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {ids}",
@@ -12101,7 +12205,7 @@ class TaskMaker:
         self.seed = seed
         self.judge: tuple[Transformer, Tokenizer] | None = None
         if settings.reward_ckpt:
-            self.judge = open_judge(settings.reward_ckpt, settings.spm, machine)
+            self.judge = open_judge(settings.reward_ckpt, settings.tokenizer, machine)
 
     def make(self, spec: TaskSpec, candidate: Candidate) -> Benchmark:
         if spec.name == "data":
@@ -13252,7 +13356,7 @@ class Tuning:
         self.seed = device.seed
         self.path = checkpoint_path(tune.ckpt)
         base = load_checkpoint(self.path, tune.base)
-        self.tokenizer = tokenizer_of(base, tune.spm, tune.ckpt)
+        self.tokenizer = tokenizer_of(base, tune.tokenizer, tune.ckpt)
         self.weights = base["model"]
         self.key = model_key(base)
         # Arguments of the run besides its flags, which a resumed run must find again.
@@ -13408,7 +13512,7 @@ def score_rows(
     machine = open_machine(device)
     out = reward.out or "scored.jsonl"
     check_writable(Path(out))
-    model, tokenizer = open_judge(tune.ckpt, tune.spm, machine, tune.base)
+    model, tokenizer = open_judge(tune.ckpt, tune.tokenizer, machine, tune.base)
 
     def parse(row: dict) -> tuple[dict, list[Turns]]:
         if "chosen" in row:
@@ -13483,7 +13587,7 @@ def describe_checkpoint(path: Path) -> Iterator[str]:
         pieces = make_tokenizer(bytes(saved["tokenizer"])).vocab_size
         yield f"tokenizer: {pieces:,} pieces, in the checkpoint"
     else:
-        yield "tokenizer: none in the checkpoint, use --spm"
+        yield "tokenizer: none in the checkpoint, use --tokenizer"
 
 
 def plan(settings: InfoSettings, config: ModelSettings, optim: OptimSettings) -> Iterator[str]:
@@ -14599,7 +14703,7 @@ def cmd_generate(
 ) -> int:
     machine = open_to_generate(device)
     saved = load_checkpoint(settings.ckpt, settings.base)
-    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    tokenizer = tokenizer_of(saved, settings.tokenizer, settings.ckpt)
     requests = make_requests(settings, tokenizer, saved)
     if settings.out:
         check_writable(Path(settings.out))
@@ -14647,7 +14751,7 @@ def cmd_generate(
 def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: InferenceSettings) -> int:
     machine = open_to_generate(device)
     saved = load_checkpoint(settings.ckpt, settings.base)
-    tokenizer = tokenizer_of(saved, settings.spm, settings.ckpt)
+    tokenizer = tokenizer_of(saved, settings.tokenizer, settings.ckpt)
     chats = saved.get("kind") not in UNTAUGHT_KINDS
     model = build_model(saved, machine.device, machine.dtype)
     session = ChatSession(model, tokenizer, sampling, machine, device.seed, chats)
@@ -14665,7 +14769,7 @@ def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: InferenceSe
 
 def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candidate:
     saved = load_checkpoint(path, settings.base)
-    tokenizer = tokenizer_of(saved, settings.spm, path)
+    tokenizer = tokenizer_of(saved, settings.tokenizer, path)
     chats = settings.chat == "1"
     if settings.chat == "auto":
         chats = saved.get("kind") in TAUGHT_KINDS

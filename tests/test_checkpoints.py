@@ -525,14 +525,14 @@ def test_original_checkpoint_gives_the_original_logits(tmp_path, tie, length):
 def test_original_checkpoint_generates_with_spm_and_asks_for_it(tmp_path, run, tiny_tokenizer):
     original_checkpoint(tmp_path / "o.pt", True)
     code, _, err = run(["generate", "--ckpt", tmp_path / "o.pt", "--prompt", "The"])
-    assert code == 2 and "--spm" in err
+    assert code == 2 and "--tokenizer" in err
     (tmp_path / "t.model").write_bytes(tiny_tokenizer)
     code, out, _ = run(
         [
             "generate",
             "--ckpt",
             tmp_path / "o.pt",
-            "--spm",
+            "--tokenizer",
             tmp_path / "t.model",
             "--prompt",
             "The",
@@ -542,7 +542,7 @@ def test_original_checkpoint_generates_with_spm_and_asks_for_it(tmp_path, run, t
     )
     assert code == 0 and out.startswith("The")
     code, out, _ = run(["info", tmp_path / "o.pt"])
-    assert code == 0 and "original" in out and "--spm" in out
+    assert code == 0 and "original" in out and "--tokenizer" in out
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, run, corpus):
@@ -550,7 +550,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, run, corpus):
     assert len(weights["tok_emb.weight"]) == 400
     big = lm.train_tokenizer(corpus.read_text().splitlines(), 420)
     (tmp_path / "big.model").write_bytes(big)
-    code, _, err = run(["generate", "--ckpt", tmp_path / "o.pt", "--spm", tmp_path / "big.model"])
+    code, _, err = run(
+        ["generate", "--ckpt", tmp_path / "o.pt", "--tokenizer", tmp_path / "big.model"]
+    )
     assert code == 2 and "420" in err and "400" in err
 
 
@@ -601,7 +603,11 @@ def test_weights_that_are_no_numbers_are_a_sentence(trained, tmp_path, run, valu
 
 def test_a_folder_of_another_program_says_how_it_comes_in(tmp_path, run):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    complaint(run(["generate", "--ckpt", tmp_path, "--prompt", "x"]), "--reverse", "Hugging Face")
+    complaint(run(["generate", "--ckpt", tmp_path, "--prompt", "x"]), "hidden_size is missing")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    complaint(run(["generate", "--ckpt", tmp_path, "--prompt", "x"]), "'mamba'", "qwen3")
+    (tmp_path / "config.json").write_text('{"n_layer": 2}')
+    complaint(run(["generate", "--ckpt", tmp_path, "--prompt", "x"]), "plain weights")
 
 
 def test_changed_flags_are_told_on_a_resume(trained, data_dir, tmp_path, run):

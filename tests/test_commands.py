@@ -278,8 +278,8 @@ def test_mistakes_of_generate(generate, run, tmp_path):
     complaint(generate("--prompt_file", tmp_path), str(tmp_path))
     complaint(generate("--prompt_file", empty), "empty.txt", "no prompt")
     complaint(generate("--prompt", "a", "--prompt_file", empty), "--prompt and --prompt_file")
-    complaint(generate("--spm", empty), "empty.txt")
-    complaint(generate("--spm", tmp_path / "none.model"), "none.model")
+    complaint(generate("--tokenizer", empty), "empty.txt")
+    complaint(generate("--tokenizer", tmp_path / "none.model"), "none.model")
 
 
 def test_a_prompt_file_that_is_no_utf8_is_a_sentence(generate, tmp_path):

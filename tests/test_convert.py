@@ -278,10 +278,12 @@ def test_checkpoint_of_the_original_program_converts(tie, tokenizer, tmp_path):
     }
     torch.save({"model": weights, "config": config, "optim": {}, "scaler": {}}, tmp_path / "old.pt")
     (tmp_path / "t.model").write_bytes(tokenizer.data)
-    convert("--ckpt", tmp_path / "old.pt", "--spm", tmp_path / "t.model", "--out", tmp_path / "hf")
+    convert(
+        "--ckpt", tmp_path / "old.pt", "--tokenizer", tmp_path / "t.model", "--out", tmp_path / "hf"
+    )
     assert difference(tmp_path / "hf", model) <= TOLERANCE
     code, _, err = call(converter.main, "--ckpt", tmp_path / "old.pt", "--out", tmp_path / "x")
-    assert code == 2 and "--spm" in err
+    assert code == 2 and "--tokenizer" in err
 
 
 def test_rope_theta_overrides_the_checkpoint(model, ckpt, tmp_path):

@@ -217,7 +217,7 @@ def test_prep_and_train_take_it(folders, run, tmp_path):
         text = tmp_path / "text.txt"
         text.write_text("\n\n".join(f"The keeper wrote {i} letters." for i in range(400)))
         code, _, err = run(
-            ["prep", "--text_path", text, "--out_dir", out / "data", "--spm", folders[kind]]
+            ["prep", "--text_path", text, "--out_dir", out / "data", "--tokenizer", folders[kind]]
         )
         assert code == 0, err
         folder = lm.TokenFolder(out / "data")

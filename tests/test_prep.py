@@ -354,7 +354,7 @@ def test_every_missing_path_is_told_at_once(prep, tmp_path):
 @pytest.mark.parametrize("spm_too", [True, False], ids=["spm", "train"])
 def test_input_without_a_word_is_the_users_mistake(run, spm, tmp_path, data, spm_too):
     path = write(tmp_path / "t.txt", data)
-    flags = ["--spm", spm] if spm_too else []
+    flags = ["--tokenizer", spm] if spm_too else []
     refused(run(["prep", "--text_path", path, "--out_dir", tmp_path / "data", *flags]))
     assert os.listdir(tmp_path) == ["t.txt"] or not os.listdir(tmp_path / "data")
 
@@ -524,8 +524,8 @@ def test_the_tokenizer_is_trained_on_the_text_and_reused_by_name(prep, spm, tmp_
     [
         (["--vocab_size", "20000"], "use --vocab_size "),
         (["--vocab_size", "285"], "or more"),
-        (["--spm", "no/such.model"], "no/such.model"),
-        (["--spm", __file__], "test_prep.py"),
+        (["--tokenizer", "no/such.model"], "no/such.model"),
+        (["--tokenizer", __file__], "test_prep.py"),
     ],
 )
 def test_a_bad_vocabulary_leaves_nothing_behind(run, tmp_path, argv, said):
@@ -660,7 +660,18 @@ def test_a_worker_that_is_killed_for_memory_leaves_the_old_folder_as_it_was(chil
     out, new = finished
     before = contents(out)
     code, log = child(
-        ["prep", "--text_path", new, "--out_dir", out, "--spm", spm, "--workers", 2, "--overwrite"],
+        [
+            "prep",
+            "--text_path",
+            new,
+            "--out_dir",
+            out,
+            "--tokenizer",
+            spm,
+            "--workers",
+            2,
+            "--overwrite",
+        ],
         (signal_at, "block_documents", 1),
     ).end()
     assert code == 2 and "error: " in log and "Traceback" not in log, log
@@ -714,7 +725,7 @@ def test_a_kill_leaves_no_folder_that_looks_finished_and_is_not(
             new,
             "--out_dir",
             out,
-            "--spm",
+            "--tokenizer",
             spm,
             "--workers",
             1,
@@ -754,7 +765,7 @@ def processes_of(log):
 def test_a_stopped_prep_leaves_no_process_running(child, spm, tmp_path, number, expected):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
     made = child(
-        ["prep", "--text_path", path, "--out_dir", out, "--spm", spm, "--workers", 2],
+        ["prep", "--text_path", path, "--out_dir", out, "--tokenizer", spm, "--workers", 2],
         (signal_at, "Progress.update", 1, number),
     )
     code, log = made.end()
@@ -873,7 +884,9 @@ def test_a_damaged_shard_is_not_joined(prep, tmp_path):
 def test_a_bad_shard_is_the_users_mistake(run, spm, tmp_path, shard):
     path, out = write(tmp_path / "t.txt", LINES), tmp_path / "data"
     refused(
-        run(["prep", "--text_path", path, "--out_dir", out, f"--shard={shard}", "--spm", spm]),
+        run(
+            ["prep", "--text_path", path, "--out_dir", out, f"--shard={shard}", "--tokenizer", spm]
+        ),
         f"--shard {shard}",
     )
     assert not out.exists()

@@ -127,7 +127,7 @@ def second(corpus, data_dir, tmp_path_factory, run):
             text,
             "--out_dir",
             out,
-            "--spm",
+            "--tokenizer",
             data_dir / "tokenizer.model",
             "--val_split",
             0.1,

@@ -97,7 +97,16 @@ def test_the_original_flags_keep_their_names():
         ("generate", generate),
     ):
         groups = lm.settings_of(lm.COMMANDS[name].run)
-        assert set(flags.split()) <= {f.name for g in groups for f in dataclasses.fields(g)}
+        every = [f for g in groups for f in dataclasses.fields(g)]
+        names = {f.name for f in every} | {f.metadata.get("also") for f in every}
+        assert set(flags.split()) <= names
+
+
+def test_an_older_name_of_a_flag_is_the_flag(tmp_path):
+    parser = lm.make_parser("x", "about", "example", (lm.GenerateSettings,))
+    for flag in ("--spm", "--tokenizer"):
+        (found,) = lm.read_flags(parser, (lm.GenerateSettings,), [flag, "a", *"--ckpt b".split()])
+        assert found.tokenizer == "a"
 
 
 # ---- Values ----
@@ -298,7 +307,7 @@ def test_missing_flags_are_reported_with_the_rest(run):
         "--text_path is missing",
         "--vocab_size 10",
         "--shard 4/4 is not one",
-        "--shard needs --spm",
+        "--shard needs --tokenizer",
     ):
         assert part in err
 
