@@ -281,7 +281,7 @@ def tokenizer_json(model: PieceModel, bos_id: int) -> dict:
 FOLDER_FILES = re.compile(
     r"config\.json|generation_config\.json|special_tokens_map\.json|README\.md|\.gitattributes"
     r"|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|chat_template(_train)?\.jinja"
-    r"|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|adapter_config\.json|(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 SHARD_BYTES = 5 << 30  # of one file of weights
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -1160,6 +1160,136 @@ def read_gguf(path: Path, spm: str = "") -> dict:
 
 
 # ==================================================================================================
+# Adapters: low-rank changes in the form of PEFT
+# ==================================================================================================
+
+PEFT_PREFIX = "base_model.model."
+
+
+def adapter_names(model: lm.ModelSettings) -> dict[str, tuple[str, ...]]:
+    """Our matrices that may have adapters, and theirs, which are ours stacked by rows."""
+    family = lm.family_of(model)
+    names = dict(family.names(model))
+    kinds = ("attn.qkv.weight", "attn.proj.weight", "mlp.w1.weight", "mlp.w2.weight")
+    return {
+        ours.removesuffix(".weight"): tuple(name.removesuffix(".weight") for name in theirs)
+        for ours, theirs in names.items()
+        if ours.endswith((*kinds, "mlp.w3.weight"))
+    }
+
+
+def write_adapter(folder: Path, checkpoint: dict, base: dict) -> None:
+    """adapter_config.json and adapter_model.safetensors, of a checkpoint of adapters."""
+    model = lm.ModelSettings(**base["config"])
+    heads = [n * model.head_size for n in (model.n_head, model.kv_heads, model.kv_heads)]
+    adapters, found, targets, rank = checkpoint["model"], {}, set(), 1
+    for ours, theirs in adapter_names(model).items():
+        a, b = (adapters.get(f"{ours}.lora_{part}") for part in "ab")
+        if a is None or b is None:
+            continue
+        rank = len(a)
+        parts = b.split(heads) if len(theirs) == 3 else [b]
+        for name, part in zip(theirs, parts, strict=True):
+            targets.add(name.rpartition(".")[2])
+            found[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.clone()
+            found[f"{PEFT_PREFIX}{name}.lora_B.weight"] = part.contiguous()
+    if not found or "score.weight" in adapters:
+        raise lm.UserError(
+            "adapters of a reward model have no form in PEFT",
+            "export the merged model, without --format peft",
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(checkpoint["lora"]["base"]),
+        "r": rank,
+        "lora_alpha": checkpoint["lora"]["scale"] * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+    lm.need("safetensors.torch").save_file(
+        found, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def read_adapter(folder: Path, base: Path, out: Path) -> dict:
+    """A checkpoint of the adapters in a folder of PEFT, for the model that they belong to."""
+    config = lm.read_json(folder / "adapter_config.json")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or not lm.is_count(rank) or not lm.is_number(alpha):
+        raise lm.UserError(f"{folder} holds no LoRA adapter", "give one of the type LORA")
+    odd = [
+        key
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+        if config.get(key)
+    ]
+    if odd or config.get("bias", "none") != "none":
+        raise lm.UserError(
+            f"{folder} has {', '.join(odd) or 'biases'}, which adapters here have not",
+            "merge it into its base with PEFT, and import that",
+        )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    whole = lm.load_checkpoint(base)
+    weights = lm.read_tensors(folder / "adapter_model.safetensors")
+    model = lm.ModelSettings(**whole["config"])
+    left, found = set(weights), {}
+    for ours, theirs in adapter_names(model).items():
+        parts = []
+        for name in theirs:
+            keys = [f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in "AB"]
+            if all(key in left for key in keys):
+                parts.append(tuple(weights[key].float() for key in keys))
+                left -= {*keys}
+            else:
+                parts.append(None)
+        if any(parts):
+            a, b = stacked(parts, whole["model"][f"{ours}.weight"], model, len(theirs))
+            found |= {f"{ours}.lora_a": a, f"{ours}.lora_b": b}
+    if left or not found:
+        names = ", ".join(sorted(left)[:3]) or "nothing"
+        raise lm.UserError(
+            f"{folder} adapts what {base} has not: {names}", "give the base that it was made for"
+        )
+    return {
+        "format": lm.CHECKPOINT_FORMAT,
+        "kind": "imported",
+        "step": 0,
+        "samples": 0,
+        "best_val": math.inf,
+        "model": found,
+        "config": whole["config"],
+        "lora": {
+            "base": str(base.resolve()),
+            "relative": os.path.relpath(base, out.parent),
+            "key": lm.model_key(whole),
+            "scale": scale,
+        },
+        "tokenizer": whole["tokenizer"],
+    }
+
+
+def stacked(
+    parts: list[tuple[Tensor, Tensor] | None],
+    weight: Tensor,
+    model: lm.ModelSettings,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Adapters (A, B) of matrices that are ours stacked by rows, as one: their A below each other,
+    and their B where the rows and those of A cross."""
+    heights = [len(weight)]
+    if count == 3:
+        heights = [n * model.head_size for n in (model.n_head, model.kv_heads, model.kv_heads)]
+    blocks = []
+    for part, height in zip(parts, heights, strict=True):
+        blocks.append(part[1] if part else torch.zeros(height, 0))
+    a = torch.cat([part[0] for part in parts if part])
+    return a, torch.block_diag(*blocks)
+
+
+# ==================================================================================================
 # Verification: the folder against the checkpoint, through transformers
 # ==================================================================================================
 
@@ -1329,10 +1459,16 @@ class ConvertSettings:
     reverse: str = lm.setting(
         "", "Hugging Face folder, or GGUF file, of a model to make a checkpoint of"
     )
-    base: str = lm.setting("", "of adapters in --ckpt, the checkpoint that they adapt, if moved")
+    base: str = lm.setting(
+        "", "of adapters, the model that they adapt; of those in --ckpt, if it was moved"
+    )
     tokenizer: str = lm.setting("", "tokenizer.model, where --ckpt or --reverse holds none")
     out: str = lm.setting("", "folder or file to write; with --reverse the checkpoint, CKPT.pt")
-    format: str = lm.setting("hf", "Hugging Face folder, or GGUF file", choices=("hf", "gguf"))
+    format: str = lm.setting(
+        "hf",
+        "Hugging Face folder, GGUF file, or the adapters alone in PEFT's form",
+        choices=("hf", "gguf", "peft"),
+    )
     quant: str = lm.setting(
         "", "numbers of a GGUF file; as the model was trained, if not given", choices=("", *QUANTS)
     )
@@ -1352,8 +1488,11 @@ class ConvertSettings:
             yield "--ckpt and --reverse are both given", "keep one of them"
         if self.reverse and self.rope_theta:
             yield "--rope_theta is for --ckpt alone", "drop it: config.json tells it"
-        if self.reverse and self.base:
-            yield "--base is for --ckpt alone", "drop it"
+        adapters = (Path(self.reverse) / "adapter_config.json").exists()
+        if self.reverse and self.base and not adapters:
+            yield "--base is for adapters", "drop it"
+        if self.reverse and adapters and not self.base:
+            yield "--base is missing", "name the checkpoint or folder that the adapters belong to"
         if self.quant and self.format != "gguf":
             yield "--quant is for --format gguf", "add it, or use --dtype"
         if self.dtype and self.format == "gguf":
@@ -1388,8 +1527,25 @@ def export_gguf(
     lm.say(f"{path}: {arch}, {quant}, {path.stat().st_size / 1e6:.1f} MB; a Modelfile beside it")
 
 
+def export_adapter(settings: ConvertSettings) -> None:
+    path = lm.checkpoint_path(settings.ckpt)
+    checkpoint = lm.read_checkpoint(path)
+    lora = checkpoint.get("lora")
+    if not lora:
+        raise lm.UserError(f"{path} holds no adapters", "drop --format peft")
+    if settings.base:
+        lora = {**lora, "base": settings.base}
+    base = lm.load_checkpoint(lm.find_base(lora, path))
+    with whole_folder(Path(settings.out)) as folder:
+        write_adapter(folder, checkpoint, base)
+    lm.say(f"{settings.out}: the adapters of {path}, for {lora['base']}")
+
+
 def export(settings: ConvertSettings) -> None:
     """Checkpoint → folder."""
+    if settings.format == "peft":
+        export_adapter(settings)
+        return
     saved = lm.load_checkpoint(settings.ckpt, settings.base)
     if settings.rope_theta:
         saved["config"]["rope_theta"] = settings.rope_theta
@@ -1417,6 +1573,11 @@ def import_folder(settings: ConvertSettings) -> None:
     folder, out = Path(settings.reverse), Path(settings.out)
     if out.exists():
         raise lm.UserError(f"{out} exists already", "name another --out")
+    if settings.base:
+        saved = read_adapter(folder, Path(settings.base), out)
+        lm.save_checkpoint(out, saved)
+        lm.say(f"{out}: adapters of {len(saved['model']) // 2} matrices, from {folder}")
+        return
     if folder.suffix == ".gguf" or folder.is_file():
         saved = read_gguf(folder, settings.tokenizer)
         lm.save_checkpoint(out, saved)

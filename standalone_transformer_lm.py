@@ -8237,6 +8237,7 @@ class Writer:
                 self.fault = None if self.lost else fault
                 if not self.fault:
                     self.jobs = [other for other in self.jobs if other is not job]
+                del job, caught, fault  # no memory is held, nor freed when the process ends
                 self.changed.notify_all()
                 if self.fault:
                     self.changed.wait(RETRY_S)
@@ -8278,6 +8279,8 @@ class Writer:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+        if self.thread:  # one that the interpreter's end meets in the midst of C++ ends it badly
+            self.thread.join(10)
 
 
 def link(path: Path, name: Path) -> None:

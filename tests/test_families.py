@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from test_convert import LLAMA, convert, random_ids
+from test_convert import LLAMA, call, convert, random_ids
 from test_hf_tokenizers import save_hf
 from test_lora import chat_rows, write_rows
 
+import convert_to_llama as converter
 import standalone_transformer_lm as lm
 
 transformers = pytest.importorskip("transformers")
@@ -165,3 +166,56 @@ def test_what_is_wrong_with_a_folder_is_a_sentence(made, run, tmp_path, change, 
     (copy / "config.json").write_text(json.dumps(config | change))
     code, _, err = run(["generate", "--ckpt", copy, "--prompt", "The"])
     assert code == 2 and word in err, err
+
+
+# ---- Adapters ----
+
+
+def test_adapters_go_to_peft_and_come_back(made, run, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, hf = made("Qwen2")
+    rows = write_rows(tmp_path / "rows.jsonl", chat_rows(12))
+    flags = "--max_steps 3 --batch_size 2 --device cpu --compile 0 --lr 1e-2 --lora_rank 4".split()
+    code, _, err = run(
+        ["sft", "--ckpt", folder, "--data", rows, "--out_dir", tmp_path / "run", *flags]
+    )
+    assert code == 0, err
+    ours = lm.build_model(lm.load_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    ids = random_ids(ours)
+    convert("--ckpt", tmp_path / "run", "--out", tmp_path / "adapter", "--format", "peft")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        wanted = ours(ids)
+        assert float((hf(ids).logits - wanted).abs().max()) > 1e-2
+        assert float((theirs(ids).logits - wanted).abs().max()) < 1e-3
+    convert("--reverse", tmp_path / "adapter", "--base", folder, "--out", tmp_path / "back.pt")
+    back = lm.build_model(lm.load_checkpoint(tmp_path / "back.pt"), torch.device("cpu"))
+    with torch.no_grad():
+        assert float((back(ids) - wanted).abs().max()) < 1e-3
+
+
+def test_adapters_of_others_come_in(made, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, _ = made("Llama 3")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True
+    )
+    theirs = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    convert("--reverse", tmp_path / "adapter", "--base", folder, "--out", tmp_path / "a.pt")
+    ours = lm.build_model(lm.load_checkpoint(tmp_path / "a.pt"), torch.device("cpu"))
+    ids = random_ids(ours)
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert float((ours(ids) - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    other, _ = made("Mixtral")
+    code, _, err = call(
+        converter.main, *["--reverse", tmp_path / "adapter", "--base", other, "--out", "b.pt"]
+    )
+    assert code == 2 and "adapts what" in err
