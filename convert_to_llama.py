@@ -1,15 +1,17 @@
-"""A checkpoint becomes a Hugging Face folder, and a LLaMA folder becomes a checkpoint.
+"""A checkpoint becomes a Hugging Face folder, a GGUF file or a PEFT adapter, and these come back.
 
     python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out hf
-    python convert_to_llama.py --reverse some_llama_folder --out imported.pt
+    python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out lm.gguf --format gguf --quant q8_0
+    python convert_to_llama.py --reverse some_llama_folder_or_file.gguf --out imported.pt
 
-The folder holds model.safetensors, config.json, generation_config.json, tokenizer.model,
-tokenizer.json and tokenizer_config.json (BOS on, chat template). transformers, vLLM, llama.cpp and
-their like read it; AutoTokenizer needs neither protobuf nor sentencepiece for it. Where
-transformers is installed, the folder is loaded and compared with the checkpoint before it gets its
-name. A conversion that is interrupted or fails leaves no folder.
+The folder holds model.safetensors, config.json, generation_config.json, tokenizer.json and
+tokenizer_config.json (padding on the left, chat template), of a SentencePiece model tokenizer.model
+too, and a model card. transformers, vLLM, llama.cpp and their like read it; AutoTokenizer needs
+neither protobuf nor sentencepiece for it. Where transformers is installed, the folder is loaded and
+compared with the checkpoint before it gets its name. A conversion that is interrupted or fails
+leaves nothing.
 
-The tokens are SentencePiece's own, with one difference that every AutoTokenizer has: text that
+The tokens are this program's own, with one difference that every AutoTokenizer has: text that
 spells a control symbol (`<|user|>`, `</s>`) becomes that symbol, for only so can a chat template
 write one, whereas this program never lets text become a symbol. For text of strangers use
 `tokenizer(text, split_special_tokens=True)`, which gives this program's ids, and, in recent
