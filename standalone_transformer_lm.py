@@ -2775,6 +2775,9 @@ class ChatTemplate:
         skeleton = self.render(turns, [said_at(i) for i in range(len(turns))], asks)
         rendered = self.render(turns, texts, asks)
         parts = re.split("\ue000([0-9]+)\ue001", skeleton)  # template, place, template, place, …
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if not {*map(str, answers)} <= {*parts[1::2]}:
+            raise self.refusal("it leaves out what an assistant says")
         for said in (texts, [text.strip() for text in texts]):
             filled = parts[:1]
             for place, after in zip(parts[1::2], parts[2::2], strict=True):
@@ -2921,13 +2924,15 @@ class HFTokenizer(Tokenizer):
             self.roles = roles
         told = self.texts.get("chat_template.jinja") or config.get("chat_template")
         if isinstance(told, list):  # several of them, by name
-            told = next((one["template"] for one in told if one["name"] == "default"), None)
+            named_ones = [one for one in told if isinstance(one, dict)]
+            told = next((o.get("template") for o in named_ones if o.get("name") == "default"), None)
         self.has_template = isinstance(told, str) and bool(told)
         self.template_text = told if self.has_template else PLAIN_TEMPLATE
 
     def settings(self, name: str) -> dict:
         found = json.loads(self.texts.get(name, "{}"))
         refuse(not isinstance(found, dict), f"{name} is no object")
+        json.dumps(found, ensure_ascii=False).encode()  # a ValueError where it is no Unicode
         return found
 
     def damage(self, fault: Exception) -> UserError:
@@ -9309,8 +9314,6 @@ class Trainer:
             self.mirror = Mirror(run.mirror, self.out, run.keep_last)
         self.writer = Writer(self.mirror.renew if self.mirror else int)
         self.shard_writer: ShardWriter | None = None
-        if run.sharded_ckpt:
-            self.shard_writer = ShardWriter()
         self.ahead = Ahead(self.step_batch)
         self.began = self.saved_at = self.step_at = time.monotonic()
         self.step_s = 0.0  # of the latest step
@@ -9330,6 +9333,8 @@ class Trainer:
         self.compiled = wants_compile(run.compile, total, machine)
         self.sharded = divides(run, machine)
         self.objective, self.wrapped = self.wrap(Objective(job.model, job.loss))
+        if run.sharded_ckpt:
+            self.shard_writer = ShardWriter()
         self.ema: EMA | None = None
         if optim.ema:
             self.ema = EMA(job.model, optim.ema, saved.get("ema"))

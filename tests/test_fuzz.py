@@ -26,6 +26,7 @@ import pytest
 import safetensors
 import torch
 from conftest import NOUNS, TINY, VERBS
+from test_hf_tokenizers import save_hf
 
 import convert_to_llama
 import standalone_transformer_lm as lm
@@ -180,6 +181,9 @@ GRPO = """--prompts 2 --group_size 2 --max_new_tokens 4 --eval_prompts 2 --rewar
 --pattern ^.*e""".split()
 
 
+SHARDS = ["--offload", 1, "--sharded_ckpt", 1]
+
+
 def commands(data, out):
     """The command lines that are tried, by name; `data` holds their input."""
     run, hf = data / "run", data / "hf"
@@ -201,6 +205,17 @@ def commands(data, out):
         "export": ["convert", *to_hf],
         "import": ["convert", "--reverse", hf, "--out", out / "back.pt"],
         "plot": ["plot", run, "--html", 1, "--out", out / "plot.html"],
+        "foreign sft": ["sft", "--data", data / "chats.jsonl", "--ckpt", data / "hf2"]
+        + ["--out_dir", out / "run", *TUNED],
+        "foreign generate": ["generate", "--ckpt", data / "hf2", "--chat", 1, *generate],
+        "foreign prep": ["prep", "--text_path", data / "chats.jsonl", "--out_dir", out / "ids"]
+        + ["--tokenizer", data / "hf2", "--workers", 1],
+        "foreign export": ["convert", "--ckpt", data / "hf2", "--out", out / "hf"],
+        "to gguf": ["convert", *to_hf[:3], out / "m.gguf", "--format", "gguf"],
+        "from gguf": ["convert", "--reverse", data / "m.gguf", "--out", out / "back.pt"],
+        "shards": ["train", *TINY, *SHORT_RUN, "--data_dir", data / "ids", *SHARDS, "--out_dir"]
+        + [data / "shards"],
+        "shards generate": ["generate", "--ckpt", data / "shards" / "ckpt_last.pt", *generate],
     }
 
 
@@ -208,7 +223,7 @@ TARGETS = {
     "checkpoint": (
         mutate_checkpoint,
         "run/ckpt_last.pt",
-        ("resume", "generate", "info", "export", "sft", "grpo"),
+        ("resume", "generate", "info", "export", "to gguf", "sft", "grpo"),
     ),
     "ids": (mutate_ids, "ids/train.bin", ("train",)),
     "meta": (mutate_json, "ids/meta.json", ("train", "resume")),
@@ -218,6 +233,29 @@ TARGETS = {
     "config": (mutate_json, "hf/config.json", ("import",)),
     "index": (mutate_json, "hf/model.safetensors.index.json", ("import",)),
     "weights": (mutate_ids, "hf/model.safetensors", ("import",)),
+    "foreign tokenizer": (
+        mutate_json,
+        "hf2/tokenizer.json",
+        ("foreign sft", "foreign generate", "foreign prep"),
+    ),
+    "template": (
+        mutate_json,
+        "hf2/tokenizer_config.json",
+        ("foreign sft", "foreign generate", "foreign export"),
+    ),
+    "foreign config": (mutate_json, "hf2/config.json", ("foreign generate", "foreign sft")),
+    "gguf": (mutate_ids, "m.gguf", ("from gguf",)),
+    "shard": (
+        mutate_ids,
+        "shards/ckpt_00000004.parts/__0_0.distcp",
+        ("shards", "shards generate"),
+    ),
+    "description": (
+        mutate_ids,
+        "shards/ckpt_00000004.parts/.metadata",
+        ("shards", "shards generate"),
+    ),
+    "beside shards": (mutate_checkpoint, "shards/ckpt_last.pt", ("shards", "shards generate")),
     "metrics": (mutate_rows, "run/metrics.jsonl", ("plot", "resume")),
 }
 
@@ -266,6 +304,13 @@ def make_world(folder):
     assert convert_to_llama.main([*map(str, made["export"][1:])]) == 0
     with safetensors.safe_open(folder / "hf" / "model.safetensors", "pt") as weights:
         names = [*weights.keys()]
+    for name in ("shards", "to gguf"):
+        front = convert_to_llama.main if made[name][0] == "convert" else lm.main
+        skipped = made[name][0] == "convert"
+        assert front([*map(str, made[name][skipped:])]) == 0
+    shutil.copytree(folder / "hf", folder / "hf2")
+    (folder / "hf2" / "tokenizer.model").unlink()
+    save_hf(folder / "hf2", size=330)
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -305,7 +350,7 @@ def attempt(rng, world, box):
     made = commands(box / "in", box / "out")
     target = rng.choice((*TARGETS, "line", "line"))
     if target == "line":
-        name = rng.choice([name for name in made if name not in ("export", "import", "plot")])
+        name = rng.choice([name for name in made if made[name][0] not in ("convert", "plot")])
         argv = mutated_line(rng, made[name])
         told = f"line: {' '.join(argv)}"
     else:
@@ -326,7 +371,7 @@ def attempt(rng, world, box):
     _, status, used = os.wait4(child, 0)
     output = log.read_text(errors="replace") if log.exists() else ""
     code = os.waitstatus_to_exitcode(status)
-    new = {p for p in listing(box) - before if not p.startswith(("out", "in/run"))}
+    new = {p for p in listing(box) - before if not p.startswith(("out", "in/run", "in/shards"))}
     fault = ""
     if code == -signal.SIGALRM:
         fault = "it hangs"

@@ -63,7 +63,7 @@ CHATS = [
 ]
 
 
-def save_hf(folder, kind="chatml", **more):
+def save_hf(folder, kind="chatml", size=400, **more):
     """A folder with a byte-level BPE tokenizer and its configuration."""
     template, specials, bos, eos = KINDS[kind]
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -80,7 +80,7 @@ def save_hf(folder, kind="chatml", **more):
     made.normalizer = tokenizers.normalizers.NFC()
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=specials,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
