@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9,<=2.13.0", "sentencepiece>=0.2.0", "numpy>=1.26", "tqdm>=4.66"]
+# ///
 """Train a language model of your own: one file, from raw text to a model in LLaMA format.
 
 Quick start
@@ -1119,6 +1123,7 @@ class StepSettings:
     batch_size: int = setting(
         0,
         "sequences per micro-batch and device; auto: as many as fit on a GPU, few on a CPU",
+        below=1 << 20,
         zero="auto",
         basic=True,
     )
@@ -1704,7 +1709,7 @@ class GenerateSettings:
     prompt_file: str = setting(
         "", "file of prompts, one per line, or rows of sft to answer", basic=True
     )
-    batch_size: int = setting(64, "completions generated at a time", least=1)
+    batch_size: int = setting(64, "completions generated at a time", least=1, below=1 << 20)
     num_samples: int = setting(1, "completions of each prompt", least=1, below=1 << 20, basic=True)
     stop_at_eos: bool = setting(True, "stop at </s>")
     chat: bool = setting(False, "the prompt is a question to a chat model", basic=True)
@@ -1809,7 +1814,7 @@ class EvalSettings:
     stride: int = setting(
         0, "tokens that each window of ppl predicts; 0: half the context; the context: disjoint"
     )
-    batch_size: int = setting(32, "sequences at a time on a device", least=1)
+    batch_size: int = setting(32, "sequences at a time on a device", least=1, below=1 << 20)
     out_dir: str = setting("eval", "folder for results.json and answers.jsonl", basic=True)
     worst: int = setting(0, "print the N most telling errors of each task", basic=True)
     confusion: bool = setting(False, "print the confusion matrix of classify and sst2")
@@ -3293,6 +3298,11 @@ def source_of(file: Path, document: str) -> Source:
     if suffixes and suffixes[-1] in PACKINGS:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
+    if suffix == ".arrow":
+        raise UserError(
+            f"{file} is in Arrow's form, as save_to_disk of datasets writes it",
+            "write it with to_parquet() or to_json(), and give that",
+        )
     kind = FILE_KINDS.get(suffix, document)
     if kind == "json" and not holds_list(file):
         kind = "jsonl"  # published files of such rows are often called .json

@@ -1126,3 +1126,9 @@ def test_sigterm_leaves_no_half_built_folder(child, corpus, tmp_path):
         code, told = one.end()
         assert code == 128 + signal.SIGTERM and "Traceback" not in told, told
         assert not [*(tmp_path / "data").glob(".building*")]
+
+
+def test_an_arrow_file_says_how_it_comes_in(prep, tmp_path):
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xffx")
+    code, _, err = prep(tmp_path / "data-00000-of-00001.arrow")
+    assert code == 2 and "is in Arrow's form" in err and "to_parquet()" in err

@@ -405,3 +405,12 @@ def test_a_full_disk_loses_one_sharded_checkpoint(child, data_dir, tmp_path):
 def test_shards_without_a_divided_model_are_refused(run, data_dir, tmp_path):
     code, _, err = run([*flags(data_dir, tmp_path / "run", 4), "--sharded_ckpt", 1])
     assert code == 2 and "--sharded_ckpt needs a model that several devices divide" in err
+
+
+def test_one_device_writes_shards_too(run, data_dir, tmp_path, lone):
+    argv = [*flags(data_dir, tmp_path / "run", 8), "--dropout", "0"]
+    code, _, err = run([*argv, "--offload", 1, "--sharded_ckpt", 1])
+    assert code == 0, err
+    found = lm.read_checkpoint(tmp_path / "run" / "ckpt_last.pt", verify=True)
+    del found["parts"], found["parts_digest"]
+    assert_near_checkpoint(found, whole_weights(lone("adamw")))

@@ -20,6 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM, CONVERTER, USER_SCRIPT = (
@@ -526,3 +527,12 @@ def test_checkers_accept_good_code(checker):
 def test_readme_flags_are_found():
     code = f'python {PROGRAM} prep --a b --cd=1 && torchrun --n=8 {PROGRAM} train  --e "--f"\n--g'
     assert list(shown_flags(code)) == [("prep", {"--a", "--cd"}), ("train", {"--e"})]
+
+
+def test_the_lone_file_names_its_requirements():
+    """Inline script metadata (PEP 723), by which `uv run` installs them, says what
+    requirements.txt does."""
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", read(PROGRAM))
+    told = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    assert told["dependencies"] == read("requirements.txt").split()
+    assert told["requires-python"] == ">=3.10"
