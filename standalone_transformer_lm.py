@@ -493,16 +493,42 @@ def in_order(pool: ProcessPoolExecutor, work: Callable, jobs: Iterable, ahead: i
         yield job, future.result()
 
 
-def serve_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
+def serve_parent(end: Callable[[], object] | None = None) -> None:
+    """In a worker: leave Ctrl-C to the parent, and `end`, or exit, when it does, however it
+    ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow() -> None:
         multiprocessing.parent_process().join()
+        if end:
+            end()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def end_session(leader: int) -> None:
+    """End a process that leads a session, and all that it began."""
+    with contextlib.suppress(AttributeError, ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def serve_alone(memory: int) -> None:
+    """serve_parent, as the leader of a session that ends with it, and with so many bytes of memory
+    at most beyond what it has now."""
+    end = functools.partial(end_session, 0)
+    if hasattr(os, "setsid"):
+        os.setsid()
+        importlib.import_module("multiprocessing.util").Finalize(None, end, exitpriority=0)
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        limits = importlib.import_module("resource")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * limits.getpagesize()
+        hard = limits.getrlimit(limits.RLIMIT_AS)[1]
+        most = used + memory
+        if hard in (limits.RLIM_INFINITY, max(hard, most)):
+            limits.setrlimit(limits.RLIMIT_AS, (most, hard))
+    serve_parent(end)
 
 
 def cores_here() -> int:
@@ -11045,8 +11071,12 @@ def math_reward(prompt: str, completion: str, row: dict) -> float:
     return float(bool(given) and verify(math_gold(answer), given, timeout_seconds=None))
 
 
+WORKER_MEMORY = 8 << 30  # bytes that a reward function may use beyond what this program takes
+
+
 class Worker:
-    """A process that makes one call at a time, and is replaced where it dies or takes too long."""
+    """A process that makes one call at a time, and is replaced where it dies or takes too long; its
+    own processes end with it."""
 
     def __init__(self):
         self.pool: ProcessPoolExecutor | None = None
@@ -11054,7 +11084,7 @@ class Worker:
     def start(self) -> None:
         if self.pool is None:
             context = multiprocessing.get_context(start_method())
-            self.pool = ProcessPoolExecutor(1, context, serve_parent)
+            self.pool = ProcessPoolExecutor(1, context, serve_alone, (WORKER_MEMORY,))
             self.pool.submit(os.getpid).result()  # the start takes none of the call's time
 
     def call(self, function: Callable, args: tuple, seconds: float) -> object:
@@ -11073,9 +11103,15 @@ class Worker:
 
     def kill(self) -> None:
         for process in list(self.pool._processes.values()):
+            end_session(process.pid)
             process.kill()
             process.join(1.0)
         self.pool = None
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+            self.pool = None
 
 
 class CallReward:
@@ -11126,8 +11162,7 @@ class CallReward:
 
     def close(self) -> None:
         for worker in self.workers:
-            if worker.pool:
-                worker.pool.shutdown()
+            worker.close()
 
 
 def user_reward(path: str, name: str, seconds: float) -> CallReward:

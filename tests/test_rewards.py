@@ -1016,6 +1016,46 @@ def test_a_process_that_hangs_does_not_stay_behind(mine):
     assert left == {pid for worker in one.workers if worker.pool for pid in worker.pool._processes}
 
 
+GREEDY = """
+import subprocess, sys
+
+def score(prompt, completion, row):
+    if completion == "memory":
+        return len(bytearray(12 << 30)) * 0.0
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    open(row["note"], "a").write(f"{child.pid}\\n")
+    if completion == "hangs":
+        child.wait()
+    return 1.0
+"""
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this is looked up on Linux")
+def test_memory_and_processes_of_a_function_are_bounded(tmp_path, capsys):
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    note = tmp_path / "note"
+    rewards = opened(f"{tmp_path}/greedy.py:score", seconds=2.0)
+    asked = [problem({"note": str(note)}) for _ in range(3)]
+    scores = rewards.score(asked, ["memory", "hangs", "fine"])
+    assert scores[:, 0].tolist() == [0, 0, 1]
+    told = capsys.readouterr().out
+    assert "MemoryError" in told and "took more than" in told
+    shut(rewards)
+    pids = [int(line) for line in note.read_text().split()]
+    until = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(alive, pids))
+
+
 def test_calls_are_made_in_several_processes_and_give_the_same(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(PAUSE)
     texts, found, seconds = ["x" * i for i in range(12)], [], []
