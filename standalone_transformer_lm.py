@@ -8745,6 +8745,22 @@ def restore_run(where: str, out: Path) -> None:
     say(f"warning: {where} cannot be read ({sentence(caught.fault)}); going on with {out}")
 
 
+def note_memory(out: Path, batch_size: int) -> None:
+    """Leave word, for the next start of a run, that micro-batches of this size ran out of memory
+    where the step could not be repeated."""
+    with contextlib.suppress(OSError), atomic_write(out / ".memory", "w") as file:
+        json.dump({"batch_size": batch_size}, file)
+
+
+def noted_memory(out: Path) -> int:
+    """The size of micro-batches that ran out of memory in this folder; 0 where none did."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        size = json.loads((out / ".memory").read_text(encoding="utf-8")).get("batch_size")
+        if type(size) is int and size > 0:
+            return size
+    return 0
+
+
 # ==================================================================================================
 # Metrics: figures of a run to files and services, and the progress line
 # ==================================================================================================
@@ -9873,6 +9889,23 @@ def choose_step(
     return replace(run, batch_size=size, grad_accum_steps=share // size)
 
 
+def fit_noted_memory(run: RunSettings, job: Job, machine: Machine) -> RunSettings:
+    """The run with micro-batches of at most half the size of those that ended an earlier start of
+    it; a step stays what it is."""
+    size = machine.on_main(noted_memory, Path(run.out_dir))
+    if not size or run.batch_size < max(2, size):
+        return run
+    accum = max(1, run.grad_accum_steps)
+    share = run.batch_size if job.stream.per_step else run.batch_size * accum
+    half = max(n for n in divisors(share) if n <= max(1, size // 2))
+    say(
+        f"micro-batches of {half} instead of {run.batch_size} sequences, as memory ran out with "
+        f"{size} (remove {run.out_dir}/.memory to try these again)"
+    )
+    accum = accum if job.stream.per_step else share // half
+    return replace(run, batch_size=half, grad_accum_steps=accum)
+
+
 EVAL_SHARE = 0.05  # of the time of training
 
 EVAL_TOKENS = (1 << 14, 2_000_000)  # fewest and most of an evaluation, where --eval_tokens is auto
@@ -10142,6 +10175,7 @@ def train_once(
     if not run.max_steps:
         samples = job.step_samples(run, machine.world)
         run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
+    run = fit_noted_memory(run, job, machine)
     run = choose_eval_tokens(run, job, machine)
     check_sharding(run, machine)
     if not divides(run, machine):
@@ -10163,6 +10197,16 @@ def train_once(
         trainer.wait_for_writer()
         trainer.metrics.progress.close()
         return 1, wrong.with_traceback(None)  # which held the trainer's memory
+    except (MemoryError, RuntimeError) as fault:  # torch.OutOfMemoryError is one
+        told = out_of_memory(fault)
+        if not told or machine.world == 1 or trainer.run.batch_size < 2:
+            raise
+        note_memory(trainer.out, trainer.run.batch_size)
+        raise UserError(
+            told.faults[0][0],
+            "start all ranks again, or give torchrun --max-restarts: the run goes on from its "
+            "newest checkpoint with micro-batches of half the size",
+        ) from fault
     finally:
         trainer.writer.close()
     if code == 0:

@@ -414,3 +414,31 @@ def test_one_device_writes_shards_too(run, data_dir, tmp_path, lone):
     found = lm.read_checkpoint(tmp_path / "run" / "ckpt_last.pt", verify=True)
     del found["parts"], found["parts_digest"]
     assert_near_checkpoint(found, whole_weights(lone("adamw")))
+
+
+def exhaust_larger(program, most):
+    """Micro-batches of more sequences run out of memory, from the 6th step on, within a layer."""
+    forward, calls = program.Attention.forward, []
+
+    def tight(self, x, context):
+        calls.extend([1] * self.training)
+        if len(calls) > 10 and self.training and len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, context)
+
+    program.Attention.forward = tight
+
+
+def test_memory_that_runs_out_among_shards_halves_the_next_start(child, data_dir, tmp_path, lone):
+    """A rank that runs out of memory between the exchanges of a sharded step ends the start; the
+    next one goes on from the checkpoint with smaller micro-batches, to the same end."""
+    out = tmp_path / "run"
+    argv = [*flags(data_dir, out, 4), "--dropout", "0", "--zero", 3]
+    first = two(child, argv, (exhaust_larger, 2), keep=False)
+    assert first[1][0] == 2 and first[0][0] in (1, 2), first
+    assert "with micro-batches of half the size" in first[1][1]
+    again = two(child, argv, (exhaust_larger, 2), keep=False)
+    assert [code for code, _ in again] == [0, 0], again
+    assert "micro-batches of 2 instead of 4 sequences" in again[0][1]
+    assert "resuming" in again[0][1]
+    assert_near_checkpoint(whole_weights(out), whole_weights(lone("adamw")))
