@@ -95,6 +95,7 @@ import html
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -856,9 +857,12 @@ def read_flags(
             "write one flag a line, as in the args.txt of a run",
         ) from fault
     given = vars(known)
-    found = [*unknown_flags(unknown, groups, elsewhere or {})]
-
     values: dict[str, object] = {}
+    found: list[tuple[str, str]] = []
+    if any(hasattr(group, "words") for group in groups):  # that are flags of another command
+        values["words"] = tuple(unknown)
+    else:
+        found += unknown_flags(unknown, groups, elsewhere or {})
     for f in flags(*groups):
         if f.name in given and f.metadata["expands"]:
             values |= f.metadata["expands"].get(given[f.name], {})
@@ -1931,6 +1935,22 @@ class DemoSettings:
 @with_defaults("path", "grad_accum_steps", "grad_checkpoint", "gpu", "mfu", "tok_per_s")
 class BenchSettings(InfoSettings):
     """What to measure, and to plan."""
+
+
+@dataclass
+class SweepSettings:
+    """What to try, besides the flags of the command: those with several values are combined."""
+
+    command: str = setting(
+        "train",
+        "command whose flags follow",
+        choices=("train", "sft", "dpo", "reward", "grpo"),
+        basic=True,
+    )
+    out_dir: str = setting("runs/sweep", "folder of the runs, a folder each", basic=True)
+    metric: str = setting("", "metric to sort by; default: val/loss, or that of the command")
+    jobs: int = setting(1, "runs at a time, a GPU each", least=1, below=1 << 10, basic=True)
+    words: tuple[str, ...] = setting((), "flags of the command", flag=False)
 
 
 @with_defaults("preset", out_dir="runs/tuned", max_steps=0, eval_interval=100, ckpt_interval=100)
@@ -14942,6 +14962,155 @@ def cmd_info(settings: InfoSettings, model: ModelSettings, optim: OptimSettings)
     return 0
 
 
+SWEPT = {"train": cmd_train, "sft": cmd_sft, "dpo": cmd_dpo, "reward": cmd_reward, "grpo": cmd_grpo}
+
+SWEEP_METRICS = {"grpo": "val/reward"}  # of others val/loss
+
+
+def sweep_axes(command: Callable, words: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words of flags that all runs share, and the values of those that have several."""
+    known = {f"--{f.name}": f for f in flags(*settings_of(command))}
+    known |= {f"--{f.metadata['also']}": f for f in known.values() if f.metadata["also"]}
+    given: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            values = given[name] = [value] if equals else []
+        else:
+            values.append(word)
+    shared, axes = [], {}
+    for name, values in given.items():
+        field_type = known[name].type if name in known else str
+        if len(values) > 1 and field_type != tuple[str, ...]:
+            axes[name.removeprefix("--")] = values
+        elif len(values) == 1 and field_type != tuple[str, ...]:
+            shared.append(f"{name}={values[0]}")
+        else:
+            shared += [name, *values]
+    return shared, axes
+
+
+class Sweep:
+    """The runs of all combinations of some flags, each a process and a folder of its own."""
+
+    def __init__(self, settings: SweepSettings):
+        self.settings = settings
+        self.out = Path(settings.out_dir)
+        command = SWEPT[settings.command]
+        shared, axes = sweep_axes(command, settings.words)
+        if not axes:
+            raise UserError("no flag has several values", "give some, as in --lr 1e-3 3e-3")
+        self.runs: dict[str, list[str]] = {}  # the words of each, by its name
+        for values in itertools.product(*axes.values()):
+            named = dict(zip(axes, values, strict=True))
+            name = ",".join(f"{flag}={value}" for flag, value in named.items())
+            name = re.sub(r"[^\w.,=+-]", "_", name)
+            words = [*shared, *(f"--{flag}={value}" for flag, value in named.items())]
+            self.runs[name] = [*words, f"--out_dir={self.out / name}"]
+        for words in self.runs.values():  # all mistakes, before the first run begins
+            read_command(command, words)
+        self.codes: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.processes: list[subprocess.Popen] = []
+        self.places: queue.SimpleQueue = queue.SimpleQueue()
+        for place in range(settings.jobs):
+            self.places.put(place)
+
+    def start(self, name: str) -> None:
+        """Run one to its end, or on from where it stands."""
+        if self.stopped.is_set():
+            return
+        place = self.places.get()
+        env = dict(os.environ)
+        if self.settings.jobs > 1 and torch.cuda.device_count() > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
+        program = [sys.executable, str(Path(__file__).resolve()), self.settings.command]
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / f"{name}.log", "a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [*program, *self.runs[name]], stdout=log, stderr=subprocess.STDOUT, env=env
+            )
+            self.processes.append(process)
+            code = process.wait()
+        self.codes[name] = code
+        self.places.put(place)
+        if code >= 128 or code < 0:
+            self.stopped.set()
+        what = "done" if code == 0 else f"ended with exit code {code}, see {self.out / name}.log"
+        say(f"{name}: {what}")
+        if code == 0:
+            with self.noted() as done:
+                done[name] = self.runs[name]
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[dict]:
+        """The words of runs that are done, by name, to be changed in the block."""
+        path = self.out / "sweep.json"
+        with self.lock:
+            found = read_json(path) if path.exists() else {}
+            yield found
+            with atomic_write(path, "w") as file:
+                json.dump(found, file, indent=1)
+
+    def run(self) -> int:
+        """Make all runs that are not done; the exit code."""
+        done: dict = {}
+        if (self.out / "sweep.json").exists():
+            done = read_json(self.out / "sweep.json")
+        left = [name for name, words in self.runs.items() if done.get(name) != words]
+        say(f"{len(self.runs)} runs, {len(left)} of them to make")
+        with ThreadPoolExecutor(self.settings.jobs) as threads:
+            futures = [threads.submit(self.start, name) for name in left]
+            try:
+                with sigterm_unwinds():
+                    wait_for_futures(futures)
+            except (KeyboardInterrupt, Terminated):
+                self.stopped.set()
+                for process in self.processes:  # they save what they have
+                    process.terminate()
+                raise
+        for future in futures:
+            future.result()
+        return int(any(self.codes.values()))
+
+    def results(self) -> list[tuple[str, float, int]]:
+        """(name, best value, its step) of the runs that have any, the best first."""
+        command = self.settings.command
+        metric = self.settings.metric or SWEEP_METRICS.get(command, "val/loss")
+        higher = not metric.endswith(("loss", "ppl", "bpb", "error"))
+        found = []
+        for name in self.runs:
+            rows = map(numbers_of, read_log(self.out / name / "metrics.jsonl"))
+            values = [(row[metric], int(row["step"])) for row in rows if {metric, "step"} <= {*row}]
+            values = [value for value in values if math.isfinite(value[0])]
+            if values:
+                found.append((name, *(max if higher else min)(values, key=lambda one: one[0])))
+        return sorted(found, key=lambda one: one[1], reverse=higher)
+
+
+def cmd_sweep(settings: SweepSettings) -> int:
+    sweep = Sweep(settings)
+    code = sweep.run()
+    results = sweep.results()
+    metric = settings.metric or SWEEP_METRICS.get(settings.command, "val/loss")
+    if not results:
+        say(f"no run logged {metric}, of which --metric names another")
+        return code
+    width = max(len(name) for name, *_ in results)
+    say(f"{'run':{width}}  best {metric}    at step")
+    for name, value, step in results:
+        say(f"{name:{width}}  {value:<{len(metric) + 7}.5g}  {step}")
+    runs = open_runs([str(sweep.out / name) for name, *_ in results], "step")
+    if importlib.util.find_spec("matplotlib"):
+        save_plot(runs, "step", sweep.out / "sweep.png")
+        say(f"curves in {sweep.out}/sweep.png")
+    else:
+        say(*terminal_plot(runs, "step"))
+    return code
+
+
 def cmd_plot(settings: PlotSettings) -> int:
     runs = open_runs(settings.runs, settings.against)
     if settings.terminal:
@@ -15205,6 +15374,12 @@ COMMANDS = {
         ),
         ("info", cmd_info, "say what a checkpoint or a data folder is", "runs/lm"),
         ("plot", cmd_plot, "the curves of runs: a picture, text or a report", "runs/lm runs/sft"),
+        (
+            "sweep",
+            cmd_sweep,
+            "every combination of some flags of train, a run each",
+            "@base.txt --lr 1e-3 3e-3 --optimizer muon adamw --out_dir runs/sweep",
+        ),
         ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"),
     )
 }
