@@ -15378,7 +15378,7 @@ COMMANDS = {
             "sweep",
             cmd_sweep,
             "every combination of some flags of train, a run each",
-            "@base.txt --lr 1e-3 3e-3 --optimizer muon adamw --out_dir runs/sweep",
+            "--data_dir data --lr 1e-3 3e-3 --optimizer muon adamw --out_dir runs/sweep",
         ),
         ("bench", cmd_bench, "the fastest flags of train on this machine", "--preset 138m"),
     )
