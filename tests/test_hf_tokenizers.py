@@ -181,7 +181,11 @@ def test_turns_that_are_context_alone_are_not_learned(folders):
 @pytest.mark.parametrize(
     ("template", "word"),
     [
-        ("{{ messages[0]['content'] | upper }}", "rewrites what is said"),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+            "rewrites what is said",
+        ),
+        ("{{ messages[0]['content'] }}<|im_end|>", "leaves out what an assistant says"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no special token ends"),
         ("{% for m in messages %}{{ m['content'] ", "chat template"),
         ("{{ raise_exception('not this') }}", "not this"),
