@@ -74,6 +74,7 @@ end of another rank; 128 + signal after a signal, when the step was finished and
 """
 
 import argparse
+import array
 import ast
 import bisect
 import bz2
@@ -983,6 +984,35 @@ PRESETS = {  # name -> values of settings fields; a flag given beside --preset w
 
 PART = re.compile(r"([\w-]+)=(.+):(\d*\.?\d+)")  # of a mixture
 
+SMALLEST_TOKENIZER = 280  # pieces
+
+BYTES_PER_TOKEN = 4.0  # of text, about, before a tokenizer is there to count
+
+
+def mixture(words: Iterable[str]) -> list[tuple[str, str, float]]:
+    """(name, path, weight) of each NAME=PATH:WEIGHT; the weights sum to 1."""
+    parts = [PART.fullmatch(word).groups() for word in words]
+    total = sum(float(weight) for *_, weight in parts)
+    return [(name, path, float(weight) / total) for name, path, weight in parts]
+
+
+def mixture_faults(flag: str, kind: str, words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Faults of words that are a mixture as soon as one of them has a name."""
+    if not any("=" in word for word in words):
+        return
+    names = set()
+    for word in words:
+        part = PART.fullmatch(word)
+        if not part or float(part[3]) == 0:
+            yield (
+                f"--{flag}: {word} is not NAME={kind}:WEIGHT with a weight above 0",
+                "write each part like web=data/web:0.9",
+            )
+            continue
+        if part[1] in names:
+            yield f"--{flag} has two parts called {part[1]}", "give each part its own name"
+        names.add(part[1])
+
 
 @dataclass
 class PrepSettings:
@@ -990,14 +1020,23 @@ class PrepSettings:
 
     text_path: tuple[str, ...] = setting(
         (),
-        "files, folders or globs of text, .jsonl or .parquet, compressed or not; - is stdin",
+        "files, folders or globs of text, .jsonl or .parquet, compressed or not, here or behind "
+        "hf://datasets/… s3:// gs:// https://, or a mixture, NAME=FILES:WEIGHT; .npy and .bin of "
+        "token ids; - is stdin",
         basic=True,
     )
     out_dir: str = setting(
         "", "folder to write: tokenizer.model, train.bin, val.bin, meta.json", basic=True
     )
     vocab_size: int = setting(
-        32000, "size of the tokenizer to train", least=280, below=1 << 24, basic=True
+        0,
+        "size of the tokenizer to train; auto: by the size of the text, 32,000 at most",
+        below=1 << 24,
+        zero="auto",
+        basic=True,
+    )
+    max_tokens: float = setting(
+        0.0, "end behind so many tokens to train on, as 10e9; 0: take all", basic=True
     )
     val_split: float = setting(
         0.01, "fraction of documents used for validation", below=1.0, basic=True
@@ -1037,11 +1076,25 @@ class PrepSettings:
     merge: bool = setting(False, "join the shards found in --out_dir")
     overwrite: bool = setting(False, "replace the data in --out_dir")
 
+    def domains(self) -> list[tuple[str, tuple[str, ...], float]]:
+        """(name, paths, share) of each part of the corpus; files without a name are one part."""
+        if not any(map(PART.fullmatch, self.text_path)):
+            return [("", self.text_path, 1.0)]
+        return [(name, (path,), weight) for name, path, weight in mixture(self.text_path)]
+
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.out_dir:
             yield "--out_dir is missing", "give the folder to write, --out_dir data"
         if not self.text_path and not self.merge:
             yield "--text_path is missing", "give your text, --text_path docs.txt"
+        if any(map(PART.fullmatch, self.text_path)):
+            yield from mixture_faults("text_path", "FILES", self.text_path)
+        if 0 < self.vocab_size < SMALLEST_TOKENIZER:
+            yield (
+                f"--vocab_size {self.vocab_size} is less than {SMALLEST_TOKENIZER}, which bytes "
+                "and control symbols need",
+                f"use {SMALLEST_TOKENIZER} or more",
+            )
         if self.shard and not self.shard_exists():
             yield f"--shard {self.shard} is not one of 0/n to (n-1)/n", "the first of four is 0/4"
         if self.shard and not self.tokenizer:
@@ -1062,31 +1115,6 @@ class PrepSettings:
             return 0, 1
         part, parts = self.shard.split("/")
         return int(part), int(parts)
-
-
-def mixture(words: Iterable[str]) -> list[tuple[str, str, float]]:
-    """(name, path, weight) of each NAME=PATH:WEIGHT; the weights sum to 1."""
-    parts = [PART.fullmatch(word).groups() for word in words]
-    total = sum(float(weight) for *_, weight in parts)
-    return [(name, path, float(weight) / total) for name, path, weight in parts]
-
-
-def mixture_faults(flag: str, kind: str, words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Faults of words that are a mixture as soon as one of them has a name."""
-    if not any("=" in word for word in words):
-        return
-    names = set()
-    for word in words:
-        part = PART.fullmatch(word)
-        if not part or float(part[3]) == 0:
-            yield (
-                f"--{flag}: {word} is not NAME={kind}:WEIGHT with a weight above 0",
-                "write each part like web=data/web:0.9",
-            )
-            continue
-        if part[1] in names:
-            yield f"--{flag} has two parts called {part[1]}", "give each part its own name"
-        names.add(part[1])
 
 
 @dataclass
@@ -3127,16 +3155,27 @@ class Watched:
             raise
 
 
-def tokenizer_fault(vocab_size: int, fault: Exception) -> UserError:
+class WrongSize(UserError):
+    """A text does not suit a tokenizer's size; `least` and `most` are what it suits, where
+    known."""
+
+    def __init__(self, what: str, fix: str, least: int = 0, most: int = 0):
+        super().__init__(what, fix)
+        self.least = least
+        self.most = most
+
+
+def tokenizer_fault(vocab_size: int, fault: Exception) -> WrongSize:
     """The sentence for what SentencePiece refuses, without its source file names."""
     message = re.sub(r"^.*?\.cc\(\d+\)\s*(\[.*?\])?\s*", "", str(fault)).strip()
-    fix = "give text with words in it, or another size"
+    what = f"--vocab_size {vocab_size} does not suit this text ({message or 'it was refused'})"
     if most := re.search(r"value <= (\d+)", message):
         fix = f"use --vocab_size {most[1]} or less, or give more text"
-    elif least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return WrongSize(what, fix, most=int(most[1]))
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
         fix = f"use --vocab_size {least[1]} or more, or a lower --character_coverage"
-    reason = message or "SentencePiece refused it"
-    return UserError(f"--vocab_size {vocab_size} does not suit this text ({reason})", fix)
+        return WrongSize(what, fix, least=int(least[1]))
+    return WrongSize(what, "give text with words in it, or another size")
 
 
 def train_tokenizer(
@@ -3214,9 +3253,10 @@ def train_bytes(texts: Iterable[str], vocab_size: int, digits: int) -> bytes:
     made.train_from_iterator(texts, trainer)
     found = made.get_vocab_size()
     if found < vocab_size:
-        raise UserError(
+        raise WrongSize(
             f"--vocab_size {vocab_size} does not suit this text, which gives {found} tokens",
             f"use --vocab_size {found} or less, or give more text",
+            most=found,
         )
     made.post_processor = library.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
@@ -3241,6 +3281,8 @@ class WordEncoder(dict):
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
         super().__init__()
         self.one = tokenizer.encode
+        self.decode = tokenizer.decode
+        self.vocab_size = tokenizer.vocab_size
         self.dtype = dtype
         self.bos = tokenizer.bos
         self.closing = [tokenizer.eos] if tokenizer.eos != tokenizer.bos else []
@@ -3271,7 +3313,14 @@ class WordEncoder(dict):
 
 BLOCK = 4 << 20  # bytes read at once; a longer document is still read whole
 
-FILE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+FILE_KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".npy": "ids",
+    ".bin": "ids",
+}
 
 BLANK_LINES = re.compile(r"(?:^|\n)(?:[ \t\r]*\n)+")  # part the documents of --document blank
 
@@ -3295,12 +3344,24 @@ PACKINGS = {
 }
 
 
+class IdForm(typing.NamedTuple):
+    """How a file holds token ids: of which type, behind how many bytes, and between which ids its
+    documents stand."""
+
+    dtype: str
+    skip: int
+    marks: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Source:  # one input file
-    path: Path
-    kind: str  # how documents are found in it: line, blank, file, jsonl or parquet
+    path: Path  # of a URL what follows the protocol
+    kind: str  # how documents are found in it: line, blank, file, jsonl, json, parquet or ids
     shown: str  # its name in messages
-    size: int
+    size: int  # 0 where a server does not say it
+    url: str = ""  # where it is no local file
+    ids: IdForm | None = None  # where it holds token ids
+    part: int = 0  # of a corpus that is mixed from several
 
 
 @dataclass(frozen=True)
@@ -3313,14 +3374,165 @@ class TextBlock:
     read: int  # bytes of the input read up to the block's end
 
 
+def is_data(parts: Sequence[str]) -> bool:
+    """Whether a file of a folder, by the parts of its path there, is visible, and no description
+    of the data."""
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and not ABOUT_DATA.fullmatch(parts[-1])
+
+
 def files_in(folder: Path) -> set[Path]:
     """The visible files of a folder and its folders; what describes a data set is no data."""
     found = set()
     for file in folder.rglob("*"):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and not ABOUT_DATA.fullmatch(file.name):
+        if file.is_file() and is_data(file.relative_to(folder).parts):
             found.add(file)
+    return found
+
+
+REMOTE_TRIES = 6  # of a broken connection, 1, 2, 4, ... seconds apart
+
+IN_VAIN = (FileNotFoundError, PermissionError, UserError)  # to try again
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def url_place(url: str, flag: str) -> tuple[typing.Any, str]:
+    """The file system of fsspec that a URL names, and the path there; UserError where there is
+    none."""
+    core = need("fsspec.core", "fsspec")
+    try:
+        return core.url_to_fs(url)
+    except (ImportError, ValueError) as fault:  # a protocol unknown, or without its package
+        raise UserError(
+            f"{flag} {url} cannot be opened ({sentence(fault)})",
+            "install the package of that protocol: huggingface_hub for hf://, s3fs for s3://, "
+            "gcsfs for gs://, aiohttp for https://",
+        ) from fault
+
+
+def persistently(work: Callable[[], typing.Any], what: str) -> typing.Any:
+    """What `work` returns, tried again where a connection breaks; UserError where it stays so."""
+    for attempt in range(REMOTE_TRIES):
+        if attempt:
+            time.sleep(2.0 ** (attempt - 1))
+        with Caught() as caught:  # each protocol has exceptions of its own
+            return work()
+        if isinstance(caught.fault, IN_VAIN):
+            raise caught.fault
+    raise UserError(
+        f"{what} cannot be read ({sentence(caught.fault)}), after {REMOTE_TRIES} tries",
+        "check the connection and the address, and run the same command again",
+    ) from caught.fault
+
+
+class RemoteFile(io.RawIOBase):
+    """A file behind a URL, read piece by piece; where the connection breaks, it is opened again
+    at the place that was reached."""
+
+    def __init__(self, url: str, size: int):
+        self.url = url
+        self.size = size  # 0: unknown
+        self.place = 0
+        self.in_order = False  # whether the server gives no parts of a file
+        self.file: typing.BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        self.place = begin + offset
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        data = persistently(lambda: self.piece(len(buffer)), self.url)
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+    def piece(self, count: int) -> bytes:
+        """At most `count` bytes from here on; where that fails, the next call opens it anew."""
+        file, self.file = self.file, None
+        if file is None:
+            files, path = url_place(self.url, "the file")
+            file = files.open(path, "rb", block_size=0 if self.in_order else BLOCK)
+        if file.tell() != self.place:
+            self.move(file)
+        try:
+            data = file.read(count)
+        except ValueError as fault:  # fsspec's, of a web server
+            self.in_order = "range requests" in str(fault)
+            raise
+        if not data and self.place < self.size:
+            raise EOFError(f"the connection ended at byte {self.place:,} of {self.size:,}")
+        self.file = file
+        return data
+
+    def move(self, file: typing.BinaryIO) -> None:
+        """Go to this place, in a file that perhaps can be read in order only."""
+        if not self.in_order:
+            file.seek(self.place)
+            return
+        if self.url.partition("?")[0].lower().endswith(".parquet"):
+            raise UserError(
+                f"{self.url}: its server does not give parts of a file, which .parquet needs",
+                "download the file first",
+            )
+        while left := self.place - file.tell():
+            if not file.read(min(BLOCK, left)):
+                raise EOFError("the connection ended")
+
+    def close(self) -> None:
+        if self.file is not None:
+            with Caught():  # what was read is whole
+                self.file.close()
+        super().close()
+
+
+def open_source(source: Source) -> typing.BinaryIO:
+    if source.url:
+        return io.BufferedReader(RemoteFile(source.url, source.size), BLOCK)
+    return open(source.path, "rb")
+
+
+def remote_files(url: str, flag: str) -> dict[str, int]:
+    """URL and size of the files that a URL, the URL of a folder or a glob in it names."""
+    files, root = url_place(url, flag)
+    web = url.startswith("http")
+    magic = "*" in root or "[" in root  # a ? may ask a web server something
+
+    def listed() -> dict[str, dict]:
+        if magic:
+            return files.glob(root, detail=True)
+        if web and root.endswith("/"):
+            return files.find(root, detail=True)
+        about = files.info(root)
+        if about["type"] == "directory":
+            return files.find(root, detail=True)
+        return {root: about}
+
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for path, about in sorted(persistently(listed, f"{flag} {url}").items()):
+            parts = path.removeprefix(root).strip("/").split("/")
+            if magic:
+                wanted = not any(part.startswith(".") for part in parts)
+            else:
+                wanted = path == root or is_data(parts)
+            if about["type"] != "file" or not wanted:
+                continue
+            if web and about.get("size") is None:  # a list of links does not say it
+                about = persistently(functools.partial(files.info, path), path)
+            found[files.unstrip_protocol(path)] = about.get("size") or 0
     return found
 
 
@@ -3330,52 +3542,62 @@ def unpacked(path: Path, raw: typing.BinaryIO) -> typing.BinaryIO:
     return packing(raw) if packing else raw
 
 
-def holds_list(file: Path) -> bool:
+def holds_list(source: Source) -> bool:
     """Whether a file of JSON begins with a list."""
-    with open(file, "rb") as raw, contextlib.suppress(*UNREADABLE):  # reported when it is read
-        start = unpacked(file, raw).read(4096).removeprefix(codecs.BOM_UTF8)
+    with open_source(source) as raw, contextlib.suppress(*UNREADABLE):  # reported when it is read
+        start = unpacked(source.path, raw).read(4096).removeprefix(codecs.BOM_UTF8)
         return start.lstrip().startswith(b"[")
     return False
 
 
-def source_of(file: Path, document: str) -> Source:
+def source_of(file: Path, document: str, url: str = "", size: int = 0) -> Source:
     """A file, and how documents are found in it: by its suffix, or as `document` says."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in PACKINGS:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
+    shown = url or str(file)
     if suffix == ".arrow":
         raise UserError(
-            f"{file} is in Arrow's form, as save_to_disk of datasets writes it",
+            f"{shown} is in Arrow's form, as save_to_disk of datasets writes it",
             "write it with to_parquet() or to_json(), and give that",
         )
-    kind = FILE_KINDS.get(suffix, document)
-    if kind == "json" and not holds_list(file):
-        kind = "jsonl"  # published files of such rows are often called .json
-    return Source(file, kind, str(file), file.stat().st_size)
+    if not url:
+        size = file.stat().st_size
+    source = Source(file, FILE_KINDS.get(suffix, document), shown, size, url)
+    if source.kind == "json" and not holds_list(source):
+        return replace(source, kind="jsonl")  # published files of such rows are often called .json
+    return source
 
 
 def missing_files(path: str, flag: str) -> tuple[str, str]:
     what = f"{flag} {path} does not exist or holds no file"
     if DATASET_NAME.fullmatch(path):
         return what, (
-            "if it is a data set on the Hugging Face Hub, download its files first: "
-            f"hf download --repo-type dataset {path} --local-dir FOLDER"
+            f"if it is a data set on the Hugging Face Hub, give its files: "
+            f"{flag} 'hf://datasets/{path}/**/*.parquet'"
         )
     return what, "check the path"
 
 
 def find_sources(paths: Iterable[str], document: str, flag: str = "--text_path") -> list[Source]:
-    """The files that paths, folders and globs match; UserError names each that matches none."""
+    """The files that paths, folders, globs and URLs match; UserError names each that matches
+    none."""
     found, faults = [], []
     for path in paths:
-        matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-        files: set[Path] = set()
-        for match in map(Path, matches):
-            files |= files_in(match) if match.is_dir() else {match}
-        if not files:
+        before = len(found)
+        if is_url(path):
+            for url, size in remote_files(path, flag).items():
+                place = Path(url.partition("://")[2].partition("?")[0])
+                found.append(source_of(place, document, url, size))
+        else:
+            matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+            files: set[Path] = set()
+            for match in map(Path, matches):
+                files |= files_in(match) if match.is_dir() else {match}
+            found += [source_of(file, document) for file in sorted(files)]
+        if len(found) == before:
             faults.append(missing_files(path, flag))
-        found += [source_of(file, document) for file in sorted(files)]
     raise_all(faults)
     return found
 
@@ -3398,7 +3620,7 @@ def check_text_column(source: Source, schema, text_key: str) -> None:
         types[column.name] = str(kind)
     if types.get(text_key) not in ("string", "large_string", "string_view"):
         raise UserError(
-            f"{source.path} has no column {text_key} of strings",
+            f"{source.shown} has no column {text_key} of strings",
             f"give one with --text_key; its columns are {', '.join(types)}",
         )
 
@@ -3407,13 +3629,14 @@ def read_parquet(source: Source, text_key: str) -> Iterator[TextBlock]:
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     rows = 0
     try:
-        table = parquet.ParquetFile(source.path)
-        check_text_column(source, table.schema_arrow, text_key)
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            first = rows + 1
-            rows += len(batch)
-            read = source.size * rows // max(1, table.metadata.num_rows)
-            yield TextBlock(source, first, batch.column(0).to_pylist(), read)
+        with open_source(source) as file:
+            table = parquet.ParquetFile(file)
+            check_text_column(source, table.schema_arrow, text_key)
+            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+                first = rows + 1
+                rows += len(batch)
+                read = source.size * rows // max(1, table.metadata.num_rows)
+                yield TextBlock(source, first, batch.column(0).to_pylist(), read)
     except (arrow.ArrowException, OSError) as fault:
         raise damaged(source, f"row {rows}", fault) from fault
 
@@ -3430,7 +3653,7 @@ def rest_of_document(file: typing.BinaryIO, data: bytes, kind: str) -> bytes:
 
 def read_json_rows(source: Source) -> TextBlock:
     """The rows of a .json file that is one list; UserError where it is damaged."""
-    with open(source.path, "rb") as raw:
+    with open_source(source) as raw:
         try:
             rows = json.loads(unpacked(source.path, raw).read().decode("utf-8-sig"))
         except UNREADABLE as fault:
@@ -3443,6 +3666,61 @@ def read_json_rows(source: Source) -> TextBlock:
     return TextBlock(source, 1, rows, source.size)
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    if vocab_size <= 65535:
+        return np.dtype("<u2")
+    return np.dtype("<u4")
+
+
+LLM_C = {20240520: "<u2", 20240801: "<u4"}  # the first number of a .bin file of llm.c: its ids
+
+LLM_C_HEADER = 1024  # bytes
+
+
+def id_form(source: Source, tokenizer: Tokenizer) -> IdForm:
+    """How a .npy or .bin file holds ids: as NumPy, llm.c or nanoGPT write them; UserError where it
+    holds something else."""
+    marks = tuple({tokenizer.bos, tokenizer.eos})
+    with open_source(source) as raw:
+        if source.path.suffix.lower() == ".bin":
+            (magic,) = struct.unpack("<i", raw.read(4).ljust(4, b"\0"))
+            if magic in LLM_C:
+                return IdForm(LLM_C[magic], LLM_C_HEADER, marks)
+            return IdForm(token_dtype(tokenizer.vocab_size).str, 0, marks)
+        try:
+            version = np.lib.format.read_magic(raw)
+            read_header = np.lib.format.read_array_header_2_0
+            if version == (1, 0):
+                read_header = np.lib.format.read_array_header_1_0
+            shape, _, dtype = read_header(raw)
+        except ValueError as fault:
+            raise UserError(f"{source.shown} is not a file of NumPy", "check the file") from fault
+        if dtype.kind not in "iu" or len(shape) > 1:
+            raise UserError(
+                f"{source.shown} holds {dtype} of shape {shape}, not token ids in a row",
+                "save a flat array of whole numbers",
+            )
+        return IdForm(dtype.str, raw.tell(), marks)
+
+
+def read_ids(source: Source) -> Iterator[TextBlock]:
+    """Blocks of token ids that end where a document does; `line`: the place of the first id."""
+    dtype, skip, marks = source.ids
+    width = np.dtype(dtype).itemsize
+    first, waiting = 1, b""
+    with open_source(source) as raw:
+        raw.read(skip)
+        while data := raw.read(BLOCK):
+            waiting += data
+            ids = np.frombuffer(waiting, dtype, len(waiting) // width)
+            ends = np.flatnonzero(np.isin(ids, marks))
+            if len(ends):
+                cut = int(ends[-1])
+                yield TextBlock(source, first, waiting[: cut * width], raw.tell())
+                first, waiting = first + cut, waiting[cut * width :]
+        yield TextBlock(source, first, waiting, raw.tell())
+
+
 def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
     """A source's documents, cut at document boundaries into blocks of about BLOCK bytes."""
     if source.kind == "parquet":
@@ -3451,9 +3729,12 @@ def read_blocks(source: Source, text_key: str) -> Iterator[TextBlock]:
     if source.kind == "json":
         yield read_json_rows(source)
         return
+    if source.kind == "ids":
+        yield from read_ids(source)
+        return
     line = 1
     size = -1 if source.kind == "file" else BLOCK
-    with open(source.path, "rb") as raw:
+    with open_source(source) as raw:
         try:
             file = unpacked(source.path, raw)
             while data := file.read(size):
@@ -3568,15 +3849,50 @@ def text_size(source: Source) -> int:
     return 4 * source.size if packed else source.size
 
 
-def sample_documents(sources: list[Source], settings: PrepSettings) -> Iterator[str]:
-    """Documents worth about --sample_mb, picked evenly over all sources by their hash."""
-    budget = settings.sample_mb * 1e6
+SAMPLED_FILES = 64  # of those that are not on this machine
+
+
+def blocks_to_sample(
+    sources: list[Source],
+    settings: PrepSettings,
+    budget: float,
+) -> tuple[float, Iterator[TextBlock]]:
+    """Blocks that a sample is taken of, and about how many bytes of text they hold: all of what is
+    on this machine, and the beginnings of files that are not, which are not read twice."""
+    local = [source for source in sources if not source.url]
+    remote = [source for source in sources if source.url]
+    remote = remote[:: max(1, math.ceil(len(remote) / SAMPLED_FILES))]
+    most = max(BLOCK, int(2 * budget / max(1, len(remote))))
+
+    def blocks() -> Iterator[TextBlock]:
+        yield from shard_blocks(local, settings)
+        before = sum(source.size for source in local)
+        for source in remote:
+            for block in read_blocks(source, settings.text_key):
+                yield replace(block, read=before + block.read)
+                if block.read >= most:
+                    break
+            before += source.size
+
+    beginnings = (min(text_size(source) or most, most) for source in remote)
+    return sum(map(text_size, local)) + sum(beginnings), blocks()
+
+
+def sample_documents(
+    sources: list[Source],
+    settings: PrepSettings,
+    weight: float = 1.0,
+) -> Iterator[str]:
+    """Documents worth about --sample_mb, or a part of it, picked evenly over all sources by their
+    hash."""
+    budget = settings.sample_mb * 1e6 * weight
     left = budget
-    share = budget / max(sum(map(text_size, sources)), 1)
+    size, blocks = blocks_to_sample(sources, settings, budget)
+    share = budget / max(size, 1)
     nearest = (1.0, "")
     progress = Progress("sampling text", sum(source.size for source in sources), "B")
     with contextlib.closing(progress):
-        for block in shard_blocks(sources, settings):
+        for block in blocks:
             progress.update(block.read)
             for text in block_documents(block, settings.text_key, settings.errors):
                 data = text.encode()
@@ -3602,17 +3918,47 @@ def check_first_rows(sources: list[Source], settings: PrepSettings) -> None:
             return
 
 
-def tokenizer_for(sources: list[Source], settings: PrepSettings) -> bytes:
-    texts = sample_documents(sources, settings)
-    if settings.tokenizer_type == "bytebpe":
-        return train_bytes(texts, settings.vocab_size, settings.digits)
-    return train_tokenizer(texts, settings.vocab_size, settings.character_coverage)
+def tokenizer_for(
+    parts: list[list[Source]],
+    shares: list[float],
+    vocab_size: int,
+    settings: PrepSettings,
+) -> bytes:
+    """A tokenizer trained on a sample of the corpus, of its parts by their shares; where no flag
+    says its size, of one that the text suits."""
+    texts = itertools.chain.from_iterable(
+        sample_documents(sources, settings, share)
+        for sources, share in zip(parts, shares, strict=True)
+    )
+    try:
+        if settings.tokenizer_type == "bytebpe":
+            return train_bytes(texts, vocab_size, settings.digits)
+        return train_tokenizer(texts, vocab_size, settings.character_coverage)
+    except WrongSize as fault:
+        better = fault.most
+        if fault.least:  # its characters alone
+            better = 1 << fault.least.bit_length()
+        if settings.vocab_size or not better or better == vocab_size:
+            raise
+        return tokenizer_for(parts, shares, better, settings)
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    if vocab_size <= 65535:
-        return np.dtype("<u2")
-    return np.dtype("<u4")
+SMALLEST_VOCAB, LARGEST_VOCAB = 512, 32000  # that prep chooses
+
+
+def fitting_vocab(size: float) -> int:
+    """A tokenizer's size for so many bytes of text: a power of two near 1.3 times their root, so
+    4,096 for 10 MB and 32,000 from 600 MB on, where a piece is seen often enough to be learned."""
+    root = 1.3 * math.sqrt(max(1.0, size))
+    return min(LARGEST_VOCAB, max(SMALLEST_VOCAB, 1 << round(math.log2(root))))
+
+
+def corpus_size(parts: list[list[Source]], settings: PrepSettings) -> float:
+    """Bytes of text that are going to be encoded, about."""
+    size = sum(text_size(source) for sources in parts for source in sources)
+    if settings.max_tokens:
+        size = min(size or math.inf, BYTES_PER_TOKEN * settings.max_tokens)
+    return size
 
 
 @functools.lru_cache(maxsize=1)
@@ -3621,40 +3967,209 @@ def word_encoder(spm: str) -> WordEncoder:
     return WordEncoder(tokenizer, token_dtype(tokenizer.vocab_size))
 
 
-def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str, dict]:
-    """A block's documents, `packed` as <s> ids </s>, or as </s> ids where there is no <s>; and
-    COUNTS: in train or val by content."""
-    encoder = word_encoder(spm)
-    splits = {name: {"packed": bytearray(), **dict.fromkeys(COUNTS, 0)} for name in SPLITS}
-    bos, eos = encoder.pack([encoder.bos]), encoder.pack(encoder.closing)
+def id_documents(block: TextBlock, encoder: WordEncoder) -> Iterator[tuple[bytes, bytes]]:
+    """Text and packed ids of each document of a block of ids; UserError where one is no id of the
+    tokenizer."""
+    form, shown = block.source.ids, block.source.shown
+    if len(block.data) % np.dtype(form.dtype).itemsize:
+        raise UserError(f"{shown} ends in the middle of an id", "copy or write it again")
+    ids = np.frombuffer(block.data, form.dtype)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < encoder.vocab_size:
+        wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise UserError(
+            f"{shown} holds the id {wrong}, which is none of the tokenizer's "
+            f"{encoder.vocab_size:,}",
+            "name the tokenizer that the file was written with, --tokenizer FILE",
+        )
+    for part in np.split(ids, np.flatnonzero(np.isin(ids, form.marks))):
+        part = part[~np.isin(part, form.marks)]
+        if len(part):
+            yield encoder.decode(part.tolist()).encode(), encoder.pack(part)
+
+
+def packed_documents(
+    block: TextBlock,
+    encoder: WordEncoder,
+    settings: PrepSettings,
+) -> Iterator[tuple[bytes, bytes]]:
+    """Text and packed ids of each document of a block."""
+    if block.source.kind == "ids":
+        yield from id_documents(block, encoder)
+        return
     for text in block_documents(block, settings.text_key, settings.errors):
-        data = text.encode()
-        packed = bos + encoder.encode(text) + eos
-        name = "val" if content_hash(data) < settings.val_split else "train"
-        split = splits[name]
-        split["packed"] += packed
-        split["tokens"] += len(packed) // encoder.dtype.itemsize
-        split["documents"] += 1
-        split["bytes"] += len(data)
+        yield text.encode(), encoder.encode(text)
+
+
+class Packed:
+    """Documents as ids in a row: their bytes, and where each ends."""
+
+    def __init__(self):
+        self.ids = bytearray()
+        self.ends = array.array("q")  # of each document, in `ids`
+        self.texts = array.array("q")  # bytes of each document's text
+
+    def add(self, ids: bytes, text: int) -> None:
+        self.ids += ids
+        self.ends.append(len(self.ids))
+        self.texts.append(text)
+
+    def first(self, count: int) -> "Packed":
+        """Its first documents."""
+        part = Packed()
+        part.ends, part.texts = self.ends[:count], self.texts[:count]
+        part.ids = self.ids[: part.ends[-1] if count else 0]
+        return part
+
+    def documents(self) -> Iterator["Packed"]:
+        """Each for itself."""
+        begin = 0
+        for end, text in zip(self.ends, self.texts, strict=True):
+            one = Packed()
+            one.add(self.ids[begin:end], text)
+            yield one
+            begin = end
+
+
+def encode_block(block: TextBlock, spm: str, settings: PrepSettings) -> dict[str, Packed]:
+    """A block's documents as <s> ids </s>, or as </s> ids where there is no <s>, in train or val
+    by content."""
+    encoder = word_encoder(spm)
+    splits = {name: Packed() for name in SPLITS}
+    bos, eos = encoder.pack([encoder.bos]), encoder.pack(encoder.closing)
+    for text, ids in packed_documents(block, encoder, settings):
+        name = "val" if content_hash(text) < settings.val_split else "train"
+        splits[name].add(bos + ids + eos, len(text))
     return splits
 
 
-def encode_sources(sources: list[Source], settings: PrepSettings, out: Path) -> dict[str, dict]:
-    """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory."""
+class DataWriter:
+    """Writes the splits of a data folder and counts what is in them, up to `most` tokens to train
+    on, where that is not 0, and the document they end in."""
+
+    def __init__(self, files: dict[str, typing.BinaryIO], width: int, most: int):
+        self.files = files
+        self.width = width  # bytes of an id
+        self.most = most
+        self.totals = {name: dict.fromkeys(COUNTS, 0) for name in SPLITS}
+
+    @property
+    def full(self) -> bool:
+        return 0 < self.most <= self.totals["train"]["tokens"]
+
+    def write(self, name: str, packed: Packed) -> None:
+        counts = self.totals[name]
+        if self.most:
+            room = (self.most - self.totals["train"]["tokens"]) * self.width
+            if room <= 0:
+                return
+            if name == "train":
+                packed = packed.first(bisect.bisect_left(packed.ends, room) + 1)
+        self.files[name].write(packed.ids)
+        counts["tokens"] += len(packed.ids) // self.width
+        counts["documents"] += len(packed.ends)
+        counts["bytes"] += sum(packed.texts)
+
+
+def lowest(taken: Sequence[float], shares: Sequence[float]) -> int:
+    """The part of which the least was taken, by its share."""
+    return min(range(len(shares)), key=lambda i: taken[i] / shares[i])
+
+
+class Weave:
+    """Writes the documents of a corpus's parts so that their tokens stand in the parts' shares at
+    every place."""
+
+    def __init__(self, writer: DataWriter, shares: list[float]):
+        self.writer = writer
+        self.shares = shares
+        self.taken = [0] * len(shares)  # tokens
+        self.waiting: list[deque[Packed]] = [deque() for _ in shares]
+
+    def write(self, part: int, packed: Packed) -> None:
+        self.waiting[part].extend(packed.documents())
+        while True:
+            next_one = lowest(self.taken, self.shares)
+            if not self.waiting[next_one] or self.writer.full:
+                return
+            one = self.waiting[next_one].popleft()
+            self.writer.write("train", one)
+            self.taken[next_one] += len(one.ids) // self.writer.width
+
+
+READ_BEYOND = 1.25  # of what a part of a corpus seems to need: its tokens a byte are estimated
+
+
+def block_size(block: TextBlock) -> int:
+    if isinstance(block.data, bytes):
+        return len(block.data)
+    return sum(len(str(row)) for row in block.data)
+
+
+def blocks_in_shares(
+    parts: list[list[Source]],
+    shares: list[float],
+    work: Callable[[TextBlock], dict[str, Packed]],
+    settings: PrepSettings,
+) -> Iterator[TextBlock]:
+    """The blocks of a corpus's parts in turn, so that about their shares are read of each, until
+    the first has no more; tokens a byte of each are taken from its first block."""
+    streams, rates = [], []
+    for sources in parts:
+        stream = shard_blocks(sources, settings)
+        first = next(stream, None)
+        rates.append(1.0)
+        if first is not None:
+            ids = work(first)["train"].ids
+            rates[-1] = max(1, len(ids)) / max(1, block_size(first))
+            stream = itertools.chain([first], stream)
+        streams.append(stream)
+    taken, enough = [0.0] * len(parts), math.inf
+    while True:
+        part = lowest(taken, shares)
+        if taken[part] / shares[part] >= enough:
+            return
+        block = next(streams[part], None)
+        if block is None:
+            enough = min(enough, READ_BEYOND * taken[part] / shares[part])
+            taken[part] = math.inf
+            continue
+        taken[part] += rates[part] * block_size(block)
+        yield block
+
+
+def encode_sources(
+    parts: list[list[Source]],
+    shares: list[float],
+    settings: PrepSettings,
+    out: Path,
+) -> tuple[dict[str, dict], list[int]]:
+    """Encode everything into out/train.bin and out/val.bin on all cores, in flat memory: the
+    COUNTS of each split, and the tokens of each part of a corpus that has several."""
     workers = settings.workers or cores_here()
     work = functools.partial(encode_block, spm=str(out), settings=settings)
-    totals = {name: dict.fromkeys(COUNTS, 0) for name in SPLITS}
-    progress = Progress("encoding", sum(s.size for s in sources), "B")
+    read = [0] * len(parts)
+    progress = Progress("encoding", sum(s.size for sources in parts for s in sources), "B")
     with worker_pool(workers) as pool, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(out / f"{name}.bin")) for name in SPLITS}
-        for block, splits in in_order(pool, work, shard_blocks(sources, settings), 2 * workers):
-            for name, split in splits.items():
-                files[name].write(split["packed"])
-                for key in COUNTS:
-                    totals[name][key] += split[key]
-            progress.update(block.read, f"{short(totals['train']['tokens'])} tokens")
+        width = token_dtype(load_tokenizer(out).vocab_size).itemsize
+        writer = DataWriter(files, width, math.ceil(settings.max_tokens / settings.part()[1]))
+        weave = Weave(writer, shares)
+        blocks = shard_blocks(parts[0], settings)
+        if len(parts) > 1:
+            blocks = blocks_in_shares(parts, shares, work, settings)
+        for block, splits in in_order(pool, work, blocks, 2 * workers):
+            part = block.source.part
+            writer.write("val", splits["val"])
+            if len(parts) > 1:
+                weave.write(part, splits["train"])
+            else:
+                writer.write("train", splits["train"])
+            read[part] = block.read
+            progress.update(sum(read), f"{short(writer.totals['train']['tokens'])} tokens")
+            if writer.full:
+                break
     progress.close("encoded")
-    return totals
+    return writer.totals, weave.taken
 
 
 def format_of(tokenizer: Tokenizer) -> dict:
@@ -3879,24 +4394,72 @@ def copy_pipes(settings: PrepSettings, out: Path) -> list[Source]:
     return sources
 
 
+def corpus(settings: PrepSettings, out: Path) -> tuple[list[str], list[list[Source]], list[float]]:
+    """Names, files and shares of the corpus's parts; one part without a name is the usual."""
+    names, parts, shares = [], [], []
+    for i, (name, paths, share) in enumerate(settings.domains()):
+        files = [path for path in paths if not is_pipe(path)]
+        sources = find_sources(files, settings.document) + copy_pipes(settings, out)
+        names.append(name)
+        parts.append([replace(source, part=i) for source in sources])
+        shares.append(share)
+    return names, parts, shares
+
+
+def with_id_forms(sources: list[Source], settings: PrepSettings) -> list[Source]:
+    """The sources, of which those of token ids know their form; UserError where their tokenizer is
+    not named."""
+    known = []
+    for source in sources:
+        if source.kind == "ids":
+            if not settings.tokenizer:
+                raise UserError(
+                    f"{source.shown} holds token ids",
+                    "name the tokenizer that they are of, --tokenizer FILE",
+                )
+            source = replace(source, ids=id_form(source, load_tokenizer(settings.tokenizer)))
+        known.append(source)
+    return known
+
+
+def say_shares(names: list[str], tokens: list[int], shares: list[float], ended: bool) -> None:
+    """What became of a mixture."""
+    total = max(1, sum(tokens))
+    told = (f"{name} {short(n)} ({n / total:.1%})" for name, n in zip(names, tokens, strict=True))
+    say(f"tokens of {', '.join(told)}")
+    if ended:
+        scarce = names[lowest(tokens, shares)]
+        say(f"{scarce} is used up: more of the others would change the shares")
+
+
 def build_data(settings: PrepSettings, out: Path) -> dict:
     """Text -> tokenizer.model, train.bin, val.bin and meta.json in `out`; returns the meta."""
-    files = [path for path in settings.text_path if not is_pipe(path)]
-    sources = find_sources(files, settings.document) + copy_pipes(settings, out)
-    check_first_rows(sources, settings)
+    names, parts, shares = corpus(settings, out)
+    parts = [with_id_forms(sources, settings) for sources in parts]
+    for sources in parts:
+        check_first_rows(sources, settings)
     if settings.tokenizer:
         tokenizer = load_tokenizer(settings.tokenizer)
     else:
-        say(f"training a tokenizer of {settings.vocab_size} pieces")
+        vocab_size = settings.vocab_size
+        if not vocab_size:
+            vocab_size = fitting_vocab(corpus_size(parts, settings))
+        say(f"training a tokenizer of {vocab_size:,} pieces")
         with worker_pool(1) as pool:  # its memory is freed with it
-            tokenizer = make_tokenizer(pool.submit(tokenizer_for, sources, settings).result())
+            work = pool.submit(tokenizer_for, parts, shares, vocab_size, settings)
+            tokenizer = make_tokenizer(work.result())
+        if tokenizer.vocab_size != vocab_size:
+            say(f"this text suits one of {tokenizer.vocab_size:,} pieces, which it has now")
     write_tokenizer(tokenizer, out)
 
-    splits = encode_sources(sources, settings, out)
+    splits, tokens = encode_sources(parts, shares, settings, out)
     if not splits["train"]["documents"] and not settings.shard:
         raise UserError(
             "the training split has no document", "give more text, or a smaller --val_split"
         )
+    if len(parts) > 1:
+        full = 0 < settings.max_tokens <= splits["train"]["tokens"] * settings.part()[1]
+        say_shares(names, tokens, shares, not full)
     return write_meta(out, tokenizer, splits, settings.val_split)
 
 
@@ -4550,7 +5113,8 @@ def row_command(row: object) -> str:
 def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
     """(line, text still to be parsed) of a .jsonl, or (row, object) of a .json or .parquet."""
     if source.kind == "parquet":
-        yield from enumerate(need("pyarrow.parquet").read_table(source.path).to_pylist(), 1)
+        with open_source(source) as file:
+            yield from enumerate(need("pyarrow.parquet").read_table(file).to_pylist(), 1)
     elif source.kind == "json":
         yield from enumerate(read_json_rows(source).data, 1)
     else:
@@ -4561,7 +5125,7 @@ def numbered_rows(source: Source) -> Iterator[tuple[int, object]]:
 def row_sources(paths: Iterable[str], flag: str) -> list[Source]:
     sources = find_sources(paths, "jsonl", flag=flag)
     for source in sources:
-        if {".csv", ".tsv"} & {suffix.lower() for suffix in source.path.suffixes}:
+        if {".csv", ".tsv", ".npy", ".bin"} & {suffix.lower() for suffix in source.path.suffixes}:
             raise UserError(
                 f"{source.shown}: rows are read from .jsonl, .json and .parquet only",
                 "convert it with pandas: read_csv(FILE).to_json(OUT, orient='records', lines=True)",
