@@ -457,6 +457,12 @@ class Progress:
             self.last_line = time.monotonic()
             say_aside(self.line(note))
 
+    def expect(self, total: float) -> None:
+        """The total has become another."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.total = total
+
     def line(self, note: str = "") -> str:
         """The figures as text: `encoding: 2M of 10M (20%) B, 12s left  5K tokens`."""
         text = f"{self.what}: {short(self.done)}"
@@ -946,7 +952,13 @@ def same_on_resume(*groups) -> list[str]:
 
 PURE = {"n_kv_head": 4, "qk_norm": True, "seq_len": 2048, "vocab_size": 50304}
 
+SMALL = {"tie": False, "seq_len": 256}
+
 PRESETS = {  # name -> values of settings fields; a flag given beside --preset wins
+    "1m": {**SMALL, "n_layer": 5, "d_model": 128, "n_head": 4, "ffn_hidden": 384},
+    "5m": {**SMALL, "n_layer": 6, "d_model": 256, "n_head": 4, "ffn_hidden": 704},
+    "15m": {**SMALL, "n_layer": 8, "d_model": 384, "n_head": 6, "ffn_hidden": 1024},
+    "50m": {**SMALL, "n_layer": 12, "d_model": 576, "n_head": 9, "ffn_hidden": 1536},
     "138m": {"n_layer": 12, "d_model": 768, "n_head": 12, "ffn_mult": 4.0},
     "350m": {"n_layer": 24, "d_model": 1024, "n_head": 16, "ffn_mult": 4.0},
     "700m": {"n_layer": 32, "d_model": 1280, "n_head": 20, "ffn_mult": 4.0},
@@ -1128,6 +1140,12 @@ class DataSettings:
     )
     tokens: float = setting(0.0, "tokens to train on, instead of --max_steps, as 10e9", basic=True)
     epochs: float = setting(0.0, "passes over the data, instead of --max_steps", basic=True)
+    init: str = setting(
+        "auto",
+        "what embedding and head begin with: numbers drawn at random, or what the text says "
+        "follows each token; auto: that, where --tie 0 lets them differ",
+        choices=("auto", "normal", "bigram"),
+    )
 
     def domains(self) -> list[tuple[str, str, float]]:
         """(name, folder, weight) of each part; weights sum to 1; one folder alone has no name."""
@@ -1177,7 +1195,13 @@ class InferenceSettings(DeviceSettings):
 class StepSettings:
     """Size and cost of a step."""
 
-    preset: str = setting("", "published model size", expands=PRESETS, repeated=False, basic=True)
+    preset: str = setting(
+        "",
+        "model size; in train by default what data, time and device suggest",
+        expands=PRESETS,
+        repeated=False,
+        basic=True,
+    )
     batch_size: int = setting(
         0,
         "sequences per micro-batch and device; auto: as many as fit on a GPU, few on a CPU",
@@ -1219,6 +1243,11 @@ class StepSettings:
     def micro_batch(self) -> int:
         """Sequences that surely fit, where --batch_size is automatic."""
         return self.batch_size or self.usual_batch
+
+
+SPAN = re.compile(r"(\d+\.?\d*|\.\d+)\s*([smhd]?)")  # of time
+
+SPAN_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass
@@ -1265,6 +1294,13 @@ class RunSettings(StepSettings):
         "on from there",
         basic=True,
     )
+    time: str = setting(
+        "",
+        "train for so long, as 20m or 8h, instead of --max_steps: the learning rate has come down "
+        "when the time is over; a number alone is of hours",
+        basic=True,
+        also="hours",
+    )
     max_hours: float = setting(
         0.0, "stop and save after so many hours, as at a SIGTERM; 0: off", repeated=False
     )
@@ -1279,12 +1315,37 @@ class RunSettings(StepSettings):
         0, "profile N steps: write a trace and print the 10 slowest operations", repeated=False
     )
 
+    @property
+    def budget(self) -> float:
+        """Seconds of --time, or 0."""
+        known = SPAN.fullmatch(self.time)
+        if not known:
+            return 0.0
+        return float(known[1]) * SPAN_UNITS[known[2] or "h"]
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.time and not self.budget:
+            yield f"--time {self.time} is no time", "write it as 90s, 20m or 8h"
+        if self.budget and self.max_steps not in (0, type(self).max_steps):
+            yield f"--time and --max_steps {self.max_steps} are both given", "keep one of them"
+
 
 @dataclass
 class OptimSettings:
     """Optimizer and schedule."""
 
-    lr: float = setting(6e-4, "peak learning rate", basic=True)
+    lr: float = setting(
+        0.0,
+        "peak learning rate; auto: by the model's size",
+        zero="auto",
+        basic=True,
+    )
+    embed_lr: float = setting(
+        0.0, "the embeddings' own; auto: in proportion to --lr, by size", zero="auto"
+    )
+    head_lr: float = setting(
+        0.0, "the output head's own; auto: in proportion to --lr, by size", zero="auto"
+    )
     min_lr: float = setting(0.1, "final learning rate of cosine and wsd, as a fraction of --lr")
     optimizer: str = setting(
         "muon",
@@ -1299,7 +1360,9 @@ class OptimSettings:
         choices=("cosine", "wsd", "wsd_sqrt", "constant", "inverse_sqrt"),
         basic=True,
     )
-    warmup_steps: int = setting(100, "steps of linear warm-up", basic=True)
+    warmup_steps: int = setting(
+        0, "steps of linear warm-up; auto: a twentieth of the run, 100 at most", zero="auto"
+    )
     decay_share: float = setting(
         0.2, "fraction of --max_steps over which wsd decays the learning rate", below=1.0
     )
@@ -1988,22 +2051,15 @@ class TuneRun(RunSettings):
 
 @with_defaults(
     "z_loss",
-    lr=1e-4,
     optimizer="adamw",
     schedule="cosine",
-    warmup_steps=10,
     weight_decay=0.0,
 )
 class TuneOptim(OptimSettings):
     """Optimizer and schedule."""
 
 
-@with_defaults(lr=1e-5)
-class DpoOptim(TuneOptim):
-    """Optimizer and schedule."""
-
-
-@with_defaults(lr=1e-5, schedule="constant")
+@with_defaults(schedule="constant")
 class GrpoOptim(TuneOptim):
     """Optimizer and schedule."""
 
@@ -2159,6 +2215,11 @@ class Machine:
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def spread(self, tensor: Tensor) -> None:
+        """Give a tensor the numbers that it has on rank 0."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
 
     def on_main(self, work: Callable, *args):
         """The result of work(*args), done on rank 0 alone, or its failure, on every rank."""
@@ -5845,6 +5906,11 @@ class Layer(nn.Module):
         return x + self.drop(y), aux_loss
 
 
+def is_residual_output(name: str) -> bool:
+    """Whether a weight of that name writes into the residual stream."""
+    return name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3"))
+
+
 class Transformer(nn.Module):
     """A LLaMA-style decoder. `config.vocab_size` must be set."""
 
@@ -5894,7 +5960,7 @@ class Transformer(nn.Module):
                 nn.init.ones_(weight)
             else:
                 drawn = torch.randn(weight.shape, generator=generator).clamp_(-bound, bound) * std
-                if name.endswith(("attn.proj.weight", "mlp.w3.weight", "mlp.w3")):
+                if is_residual_output(name):
                     drawn = drawn / depth
                 weight.copy_(drawn)
 
@@ -6061,6 +6127,98 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.logits(self.hidden(ids, cache))
+
+
+BIGRAM_TOKENS = 1 << 24  # of the text, whose pairs are counted
+
+BIGRAM_PRIOR = 50.0  # occurrences of a token that its followers' frequencies in all text count for
+
+BIGRAM_ROUNDS = 1  # of subspace iteration
+
+BIGRAM_SPARE = 16  # directions more than are kept
+
+
+class Bigrams:
+    """log p(next | token) of a text as a matrix (V, V) in little memory: sparse where a pair was
+    seen, elsewhere of the next token's own frequency (a Dirichlet prior); each row less its mean,
+    which no softmax sees."""
+
+    def __init__(self, ids: Tensor, vocab_size: int):
+        counts = torch.bincount(ids, minlength=vocab_size).float() + 1
+        self.share = counts / counts.sum()
+        pairs, seen = (ids[:-1] * vocab_size + ids[1:]).unique(return_counts=True)
+        rows, columns = pairs // vocab_size, pairs % vocab_size
+        ratios = (seen / (BIGRAM_PRIOR * self.share[columns])).log1p()
+        places = torch.stack((rows, columns))
+        size = (vocab_size, vocab_size)
+        self.seen = torch.sparse_coo_tensor(places, ratios, size, check_invariants=False).coalesce()
+        self.seen_turned = self.seen.t().coalesce()
+        self.log_share = self.share.log()
+        self.mean = self.times_seen(self.seen, self.share) + self.share @ self.log_share
+
+    @staticmethod
+    def times_seen(matrix: Tensor, vector: Tensor) -> Tensor:
+        return torch.sparse.mm(matrix, vector.unsqueeze(1)).squeeze(1)
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix times x (V, k)."""
+        sums = x.sum(0)
+        return torch.sparse.mm(self.seen, x) + self.log_share @ x - self.mean.outer(sums)
+
+    def turned_times(self, x: Tensor) -> Tensor:
+        """The transposed matrix times x (V, k)."""
+        sums = x.sum(0)
+        return torch.sparse.mm(self.seen_turned, x) + self.log_share.outer(sums) - self.mean @ x
+
+    def factors(self, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """X and W (V, rank) whose X W^T is near the matrix, most so for frequent tokens: a singular
+        value decomposition of the matrix weighted by the roots of their frequencies, by subspace
+        iteration (Halko et al. 2011, algorithms 4.4 and 5.1)."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        weight = self.share.sqrt().unsqueeze(1)
+        width = min(rank + BIGRAM_SPARE, len(weight))
+        begin = torch.randn(len(weight), width, generator=generator).to(weight)
+        basis = torch.linalg.qr(weight * self.times(weight * begin)).Q
+        for _ in range(BIGRAM_ROUNDS):
+            basis = torch.linalg.qr(weight * self.turned_times(weight * basis)).Q
+            basis = torch.linalg.qr(weight * self.times(weight * basis)).Q
+        left, sizes, right = torch.linalg.svd(
+            (weight * self.turned_times(weight * basis)).T, full_matrices=False
+        )
+        x = basis @ left[:, :rank] * sizes[:rank]
+        return x / weight, right[:rank].T / weight
+
+
+@torch.no_grad()
+def begin_with_bigrams(model: Transformer, ids: Tensor, seed: int) -> None:
+    """Have a new model predict what in a text follows each token, before it is trained: embedding
+    and head are factors of the text's Bigrams, what the layers add begins at 0.
+
+    The final norm makes all rows of one length, so that a dimension that the head does not read
+    fills them up; no coordinate is special, as a random rotation mixes them. The head must have
+    weights of its own.
+    """
+    vocab_size, width = model.tok_emb.weight.shape
+    rank = min(width - 1, vocab_size)
+    ids = ids.to(model.device)
+    x, head = Bigrams(ids, vocab_size).factors(rank, seed)
+    lengths = x.norm(dim=1, keepdim=True)
+    most = lengths.quantile(0.999)  # beyond: the rarest tokens
+    x = x * (most / lengths).clamp(max=1.0)
+    rest = (most.square() - x.square().sum(1, keepdim=True)).clamp(min=0.0).sqrt()
+    fill = width - rank
+    x = torch.cat((x, rest / math.sqrt(fill) * torch.ones_like(x[:, :1]).expand(-1, fill)), 1)
+    head = F.pad(head, (0, fill))
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.to(x)
+    scale = math.sqrt(width) / most
+    model.lm_head.weight.copy_(head @ turn / scale)
+    if model.config.embed_scale:
+        scale = scale / math.sqrt(width)
+    model.tok_emb.weight.copy_(x @ turn * scale)
+    for name, weight in model.named_parameters():
+        if is_residual_output(name):
+            weight.zero_()
 
 
 FP8_LEAST = 1024  # rows and columns of a matrix, below which 8 bits cost more than they save
@@ -7401,9 +7559,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_kind(name: str, weight: nn.Parameter) -> str:
-    """qkv, hidden (other matrices of the layers), head (with the routers), or no_decay."""
-    if weight.dim() < 2 or name.endswith(("tok_emb.weight", "sinks")):
-        return "no_decay"
+    """qkv, hidden (other matrices of the layers), head (with the routers), embedding, or vector."""
+    if name.endswith(("tok_emb.weight", "sinks")):
+        return "embedding"
+    if weight.dim() < 2:
+        return "vector"
     if "blocks." not in name or name.endswith("router.weight"):
         return "head"
     if name.endswith("qkv.weight"):
@@ -7413,11 +7573,86 @@ def parameter_kind(name: str, weight: nn.Parameter) -> str:
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trained parameters by their kind."""
-    kinds: dict[str, list[nn.Parameter]] = {"qkv": [], "hidden": [], "head": [], "no_decay": []}
+    kinds: dict[str, list[nn.Parameter]] = {
+        "qkv": [],
+        "hidden": [],
+        "head": [],
+        "embedding": [],
+        "vector": [],
+    }
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             kinds[parameter_kind(name, weight)].append(weight)
     return kinds
+
+
+def muon_rate(width: int, scale: str) -> float:
+    """Muon's peak learning rate for a model of that width: 0.02 for updates of spectral norm 1, as
+    nanochat and modded-nanogpt have it at 768 to 1,280, which is 0.1 / sqrt(width) where updates
+    have AdamW's size; sweeps at widths 64 to 384 agree (benchmarks/RESULTS.md)."""
+    if scale == "shape":
+        return 0.02
+    return 0.1 / math.sqrt(width)
+
+
+def adamw_rate(parameters: float, tokens: float) -> float:
+    """AdamW's peak learning rate for the pretraining of so many parameters, without embedding and
+    head, on so many tokens (Li et al. 2025, "Predictable Scale", eq. 1): 2.2e-3 for 124M on 2.5B,
+    where SmolLM2-135M has 3e-3 and a tuned GPT-2 124M 1.8e-3."""
+    return 1.79 * parameters**-0.713 * tokens**0.307
+
+
+BEGIN_RATES = {  # of embedding and head, in parts of the matrices', by what they begin with
+    "bigram": (0.5, 0.02),
+    "normal": (1.0, 1.0),
+    "tied": (1.0, 1.0),
+}
+
+
+LARGEST_RATE = 5e-3  # of tuning
+
+WARMUP = 0.05, 100  # of the steps, and steps at most, where no flag says it
+
+
+def tuning_rate(width: int, kind: str, adapters: bool) -> float:
+    """AdamW's peak learning rate for training a model further: 2e-5 at a width of 4,096 in sft, as
+    Llama 2's and Zephyr's authors have it, and 3e-3 at 128 (benchmarks/RESULTS.md); preferences
+    and rewards a tenth of that; adapters ten times as much (Schulman et al. 2025, "LoRA without
+    regret")."""
+    rate = 3e-3 * (128 / width) ** 1.45
+    if kind not in ("sft", "train"):
+        rate /= 10
+    return min(LARGEST_RATE, 10 * rate if adapters else rate)
+
+
+def with_rates(
+    settings: OptimSettings,
+    config: ModelSettings,
+    kind: str,
+    tokens: float,
+    steps: int,
+    adapters: bool = False,
+    init: str = "tied",
+) -> OptimSettings:
+    """The settings with learning rates and a warm-up for what no flag gave. `kind`: the trainer;
+    tokens, steps: of the run; `init`: a key of BEGIN_RATES."""
+    share, most = WARMUP
+    parts = (1.0, 1.0)
+    if kind == "train":
+        rate = adamw_rate(parameter_counts(config)["blocks"], tokens)
+        if settings.optimizer == "muon":
+            rate = muon_rate(config.d_model, settings.muon_scale)
+        parts = BEGIN_RATES[init]
+    else:
+        rate = tuning_rate(config.d_model, kind, adapters)
+    lr = settings.lr or rate
+    return replace(
+        settings,
+        lr=lr,
+        embed_lr=settings.embed_lr or parts[0] * lr,
+        head_lr=settings.head_lr or parts[1] * lr,
+        warmup_steps=settings.warmup_steps or max(1, min(most, round(share * steps))),
+    )
 
 
 def make_optimizers(
@@ -7426,17 +7661,21 @@ def make_optimizers(
     machine: Machine,
     compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest; a group's peak learning rate
+    is its "peak"."""
     kinds = split_parameters(model)
     muon = settings.optimizer == "muon"
-    decayed = kinds["head"]
-    if not muon:
-        decayed = decayed + kinds["qkv"] + kinds["hidden"]
+    decay = settings.weight_decay
+    head, embedding = settings.head_lr or settings.lr, settings.embed_lr or settings.lr
 
     optimizers: list[torch.optim.Optimizer] = []
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": kinds["no_decay"], "weight_decay": 0.0},
+    groups = [{"params": kinds["head"], "weight_decay": decay, "peak": head}]
+    if not muon:
+        matrices = kinds["qkv"] + kinds["hidden"]
+        groups.append({"params": matrices, "weight_decay": decay, "peak": settings.lr})
+    groups += [
+        {"params": kinds["embedding"], "weight_decay": 0.0, "peak": embedding},
+        {"params": kinds["vector"], "weight_decay": 0.0, "peak": settings.lr},
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
@@ -7446,11 +7685,12 @@ def make_optimizers(
     if muon:
         attn = model.blocks[0].attn
         rows = tuple(count * attn.D for count in (attn.H, attn.K, attn.K))
-        matrices = [{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}]
+        peak = settings.muon_lr or settings.lr
+        groups = [{"params": kinds["qkv"], "rows": rows}, {"params": kinds["hidden"]}]
         optimizers.append(
             Muon(
-                [group for group in matrices if group["params"]],
-                settings.muon_lr or settings.lr,
+                [{**group, "peak": peak} for group in groups if group["params"]],
+                peak,
                 settings.weight_decay,
                 settings.muon_momentum,
                 settings.muon_scale,
@@ -7531,9 +7771,8 @@ def set_step(
     scale = lr_scale(step, settings, max_steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = scale * settings.lr
+            group["lr"] = scale * group["peak"]
             if isinstance(optimizer, Muon):
-                group["lr"] = scale * (settings.muon_lr or settings.lr)
                 group["momentum"] = muon_momentum(step, settings)
     return scale * settings.lr
 
@@ -9755,6 +9994,8 @@ class Job:
     lora: dict | None = None
     best: str = "val/loss"
     maximise: bool = False
+    begin: Callable[[], None] | None = None  # done to the model of a new run
+    init: str = "tied"  # of BEGIN_RATES
 
     def step_samples(self, run: RunSettings, world: int) -> int:
         return self.stream.per_step or run.batch_size * run.grad_accum_steps * world
@@ -9880,6 +10121,8 @@ def load_optimizers(
 
 FIRST_CKPT_S = 60.0  # after a start, where --ckpt_minutes is on
 
+ESTIMATE_AFTER_S = 5.0  # of steps, from which the time of the others is told
+
 ROLLBACKS_MOST = 3  # of one start; a run that needs more has another fault than its data
 
 
@@ -9914,6 +10157,9 @@ def stall_watch() -> Iterator[None]:
 def write_args(out: Path, text: str) -> None:
     with atomic_write(out / "args.txt", "w") as file:
         file.write(text)
+
+
+EVAL_SPEED = 3  # tokens that are evaluated in the time of one that is trained on
 
 
 class Trainer:
@@ -9953,6 +10199,10 @@ class Trainer:
         self.ahead = Ahead(self.step_batch)
         self.began = self.saved_at = self.step_at = time.monotonic()
         self.step_s = 0.0  # of the latest step
+        self.first: tuple[int, float] | None = None  # step and time where the pace is counted from
+        self.agreed = 0  # steps of this start
+        self.eval_s = 0.0  # of the latest evaluation
+        self.estimated = False  # whether the time of the run was told
         self.ever_saved = False  # in this start
         self.short_of_memory = False  # since the last step, on this rank
         self.exchanging = False  # gradients with other ranks
@@ -9975,6 +10225,7 @@ class Trainer:
         if optim.ema:
             self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.optimizers = make_optimizers(job.model, optim, machine, self.compiled)
+        self.decaying = 0 < int(decay_begin(optim, run.max_steps)) <= self.step
         if saved:
             load_optimizers(self.optimizers, saved["optim"])
         self.metrics = Metrics(self.out, run, machine, flops, saved.get("gauges", {}), job.names)
@@ -10052,11 +10303,41 @@ class Trainer:
             with contextlib.suppress(io.UnsupportedOperation, RuntimeError):
                 faulthandler.dump_traceback_later(self.run.stall_minutes * 60, exit=True)
         mine = self.wishes(stop)
-        found = self.machine.all_reduce_sum(*mine, *numbers)
+        planned = self.planned_steps(now) if self.machine.main else 0
+        found = self.machine.all_reduce_sum(*mine, planned, *numbers)
         wishes = Wishes(*(total > 0 for total in found[: len(mine)]))
         if wishes.smaller:
             self.use_smaller_batches()
-        return wishes, found[len(mine) :]
+        if self.run.budget:
+            self.run = replace(self.run, max_steps=int(found[len(mine)]))
+            self.metrics.progress.expect(self.run.max_steps)
+        return wishes, found[len(mine) + 1 :]
+
+    def planned_steps(self, now: float) -> int:
+        """The steps of the run: where it has a --time, as many as it has room for at the pace of
+        this start's steps but the first, which compiles."""
+        run, self.agreed = self.run, self.agreed + 1
+        if self.agreed == 2:
+            self.first = self.step, now
+        if not self.first or self.step == self.first[0]:
+            return max(run.max_steps, self.step + 2) if run.budget else run.max_steps
+        pace = (now - self.first[1]) / (self.step - self.first[0])
+        steps = run.max_steps
+        if run.budget:
+            last = self.eval_s
+            if not last:
+                last = pace * run.eval_tokens / EVAL_SPEED / max(1, self.step_tokens)
+            left = run.budget - self.metrics.elapsed() - last
+            steps = self.step + max(1, int(left / pace))
+        if not self.estimated and now - self.first[1] > ESTIMATE_AFTER_S:
+            self.estimated = True
+            left = duration(pace * (steps - self.step))
+            say_aside(f"about {left} for {steps - self.step:,} more steps")
+        return steps
+
+    @property
+    def step_tokens(self) -> float:
+        return self.step_samples * self.job.sample_tokens
 
     def use_smaller_batches(self) -> None:
         """Halve the micro-batches of the steps to come, on all ranks; a step stays what it is."""
@@ -10221,6 +10502,7 @@ class Trainer:
 
     def evaluate(self, keep_best: bool = True) -> dict[str, float]:
         """Validation metrics; unless `keep_best` is off, a new best is saved at once."""
+        began = time.monotonic()
         with self.metrics.aside(), self.averaged():
             row = self.measure_model()
             if keep_best and self.job.best in row and self.is_best(row[self.job.best]):
@@ -10229,6 +10511,7 @@ class Trainer:
                     self.save_best()
                 else:
                     self.best_is_new = True  # and is saved when the step is over
+        self.eval_s = time.monotonic() - began
         if self.machine.main and not self.metrics.progress.bar and row:
             figures = " ".join(f"{key} {value:.4f}" for key, value in row.items())
             say_aside(f"step {self.step}: {figures}")
@@ -10317,9 +10600,11 @@ class Trainer:
     def before_decay(self) -> bool:
         """Whether the next step is the first whose learning rate begins to fall, under wsd."""
         step, steps = self.schedule_place()
-        if not self.optim.schedule.startswith("wsd"):
+        begin = int(decay_begin(self.optim, steps))
+        if not self.optim.schedule.startswith("wsd") or not 0 < begin <= step < steps:
             return False
-        return 0 < step == int(decay_begin(self.optim, steps)) < steps
+        first, self.decaying = not self.decaying, True
+        return first
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
@@ -10414,12 +10699,24 @@ STEP_TOKENS = (  # (parameters, tokens of a step from there on): small models le
 
 MICRO_TOKENS = 1 << 17  # of a micro-batch: more does not train faster
 
+CPU_STEP = 1 << 10, 1 << 16  # fewest and most tokens: Muon takes as long for any
+
 MEMORY_USED = 0.85  # of a device's memory, by plan
 
 
 def step_tokens(parameters: int) -> int:
     """Tokens of an optimizer step that a model of such a size learns well from."""
     return max(tokens for least, tokens in STEP_TOKENS if parameters >= least)
+
+
+CPU_MICRO_TOKENS = 1 << 13
+
+
+def step_tokens_for(tokens: float) -> float:
+    """Tokens of a step for a run on so many (Li et al. 2025, "Predictable Scale", eq. 2), where
+    a device does not need more to be busy: a CPU."""
+    least, most = CPU_STEP
+    return max(least, min(most, 0.58 * tokens**0.571))
 
 
 def device_memory(device: torch.device) -> int:
@@ -10443,15 +10740,59 @@ def largest_batch(job: Job, machine: Machine, run: RunSettings, optim: OptimSett
     return size
 
 
+def measured_speed(job: Job, machine: Machine) -> float:
+    """Tokens a second that all ranks train on, about: on a CPU measured, elsewhere by what the
+    device can do; 0 where a sample is made only in its step."""
+    if job.stream.per_step:
+        return 0.0
+    if machine.device.type != "cpu":
+        peak = peak_flops(machine.device) or 1e14
+        return 0.3 * peak * machine.world / flops_per_token(job.model.config)
+    model = job.model.train()
+    places = np.arange(min(4, job.stream.count))
+    tensors = job.stream.collate(job.stream.items(places))
+    seconds = math.inf
+    for _ in range(2):
+        began = time.monotonic()
+        with machine.autocast():
+            losses = job.loss(model, *tensors).reshape(-1)
+        losses[0].backward()
+        model.zero_grad(set_to_none=True)
+        seconds = min(seconds, time.monotonic() - began)
+    return machine.all_reduce_sum(tensors[0].numel() / max(seconds, 1e-9))[0]
+
+
+def steps_of(
+    run: RunSettings,
+    job: Job,
+    machine: Machine,
+    saved: dict | None,
+    tokens: float,
+) -> int:
+    """The steps of a run: as given, or for so many tokens; of a --time that is over, those that
+    were done."""
+    samples = job.step_samples(run, machine.world)
+    if run.budget:
+        done = saved["args"] if saved else {}
+        if saved and done.get("time") == run.time and done.get("planned_steps") == saved["step"]:
+            return saved["step"]
+        begin, spent = (saved["step"], saved["gauges"]["seconds"]) if saved else (0, 0.0)
+        steps = tokens / (samples * job.sample_tokens) * max(0.0, 1 - spent / run.budget)
+        return begin + max(1, round(steps))
+    return run.max_steps or max(1, math.ceil(round(tokens / job.sample_tokens / samples, 6)))
+
+
 def choose_step(
     run: RunSettings,
     job: Job,
     machine: Machine,
     optim: OptimSettings,
     samples: int,
+    tokens: float = 0.0,
 ) -> RunSettings:
     """The run with the sizes of its step: where --batch_size is automatic, what the device holds,
-    accumulated to `samples`, or where that is 0 to a size that suits the model."""
+    accumulated to `samples`, or where that is 0 to a size that suits the model; on a CPU one that
+    suits a run of so many `tokens`, where that is known."""
     accum, cuda = run.grad_accum_steps, on_cuda(machine.device)
     if run.batch_size:
         return replace(run, grad_accum_steps=accum or 1)
@@ -10465,6 +10806,9 @@ def choose_step(
         share = max(1, round(wanted / (job.model.config.seq_len * machine.world)))
         size = min(size, 1 << (share.bit_length() - 1))
         share = -(-share // size) * size
+    elif not samples and tokens and job.kind == "train":
+        share = max(1, round(step_tokens_for(tokens) / (job.sample_tokens * machine.world)))
+        size = min(share, max(size, CPU_MICRO_TOKENS // job.model.config.seq_len))
     elif not samples:
         share = run.usual_batch
     else:
@@ -10492,6 +10836,7 @@ def fit_noted_memory(run: RunSettings, job: Job, machine: Machine) -> RunSetting
 
 EVAL_SHARE = 0.05  # of the time of training
 
+
 EVAL_TOKENS = (1 << 14, 2_000_000)  # fewest and most of an evaluation, where --eval_tokens is auto
 
 
@@ -10503,7 +10848,8 @@ def choose_eval_tokens(run: RunSettings, job: Job, machine: Machine) -> RunSetti
     steps = min(run.eval_interval, run.max_steps)
     trained = steps * job.step_samples(run, machine.world) * job.sample_tokens
     least, most = EVAL_TOKENS
-    return replace(run, eval_tokens=max(least, min(most, round(3 * EVAL_SHARE * trained))))
+    wanted = round(EVAL_SPEED * EVAL_SHARE * trained)
+    return replace(run, eval_tokens=max(least, min(most, wanted)))
 
 
 def check_fields(saved: dict, types: dict[str, object], name: str = "") -> None:
@@ -10620,12 +10966,26 @@ def described_sharding(run: RunSettings, machine: Machine) -> str:
     return words
 
 
+def described_rates(optim: OptimSettings, config: ModelSettings) -> str:
+    """The learning rates, where not all of them were given."""
+    told = f"learning rate: {optim.lr:.2g}"
+    if optim.optimizer == "muon" and optim.muon_lr:
+        told += f", Muon's {optim.muon_lr:.2g}"
+    if optim.embed_lr != optim.lr:
+        told += f", embeddings' {optim.embed_lr:.2g}"
+    if not config.tie and optim.head_lr != optim.lr:
+        told += f", head's {optim.head_lr:.2g}"
+    return f"{told}, by the model's size (--lr)"
+
+
 def describe_run(
     job: Job,
     machine: Machine,
     run: RunSettings,
     given: RunSettings,
     saved: dict | None,
+    optim: OptimSettings,
+    optim_given: OptimSettings,
 ) -> None:
     """Say what is trained, where, and on how much; `given` are the settings before defaults that
     depend on model and machine."""
@@ -10648,6 +11008,10 @@ def describe_run(
         f"{short(step_tokens * run.max_steps)} in the run ({epochs:.2g} epochs)",
         *chosen_sizes(job, machine, run, given),
     )
+    if run.budget:
+        say(f"time: {duration(run.budget)}, for about {run.max_steps:,} steps")
+    if not (optim_given.lr and optim_given.embed_lr and optim_given.head_lr):
+        say(described_rates(optim, config))
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
 
@@ -10749,16 +11113,28 @@ def train_once(
         told = f"{back.told}: going back to step {saved['step']}, and on with sample {back.samples}"
         Events(Path(run.out_dir), machine).add(back.before, "back", told, to=saved["step"])
         saved["samples"] = back.samples
-    given, samples = run, 0
+    given, samples, optim_given = run, 0, optim
     if saved and not job.stream.per_step:
         if run.batch_size:
             run = keep_step_size(run, saved, machine.world)
         elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
             samples = saved["args"]["step_samples"]
-    run = choose_step(run, job, machine, optim, samples)
-    if not run.max_steps:
-        samples = job.step_samples(run, machine.world)
-        run = replace(run, max_steps=max(1, math.ceil(epochs * job.stream.count / samples)))
+    tokens = 0.0
+    if run.budget:
+        tokens = run.budget * measured_speed(job, machine)
+    elif not run.max_steps:
+        tokens = epochs * job.stream.tokens
+    run = choose_step(run, job, machine, optim, samples, tokens)
+    run = replace(run, max_steps=steps_of(run, job, machine, saved, tokens))
+    optim = with_rates(
+        optim,
+        job.model.config,
+        job.kind,
+        job.step_samples(run, machine.world) * job.sample_tokens * run.max_steps,
+        run.max_steps,
+        adapters=job.lora is not None,
+        init=job.init,
+    )
     run = fit_noted_memory(run, job, machine)
     run = choose_eval_tokens(run, job, machine)
     check_sharding(run, machine)
@@ -10769,7 +11145,9 @@ def train_once(
         use_fp8(job.model, machine)
     machine.on_main(begin_run, Path(run.out_dir), args_text)
     if not back:
-        describe_run(job, machine, run, given, saved)
+        describe_run(job, machine, run, given, saved, optim, optim_given)
+    if job.begin and not saved:
+        job.begin()
     if saved and not back:
         say_schedule(saved, run, optim)
     trainer = make(job, machine, run, optim, args, saved)
@@ -13485,7 +13863,8 @@ class Critic:
     def __init__(self, trainer: Trainer, model: Transformer, settings: ValueSettings, saved: dict):
         self.trainer = trainer
         self.model = model
-        self.optim = replace(trainer.optim, lr=settings.value_lr or 2 * trainer.optim.lr)
+        lr = settings.value_lr or 2 * trainer.optim.lr
+        self.optim = replace(trainer.optim, lr=lr, embed_lr=lr, head_lr=lr)
         loss = functools.partial(value_loss, clip=settings.value_clip)
         objective = Objective(model, loss)
         _, self.wrapped = trainer.wrap(objective)
@@ -15215,6 +15594,73 @@ def cmd_prep(settings: PrepSettings) -> int:
     return 0
 
 
+def begin_with_text(
+    network: Transformer,
+    domains: list[tuple[str, TokenFolder, float]],
+    seed: int,
+    machine: Machine,
+) -> None:
+    """begin_with_bigrams, on a sample of all domains by their weights, the same on all ranks."""
+
+    def begin() -> None:
+        parts = []
+        for _, folder, weight in domains:
+            most = int(weight * BIGRAM_TOKENS)
+            every = max(1, math.ceil(len(folder.train) / max(1, most)))
+            for start in range(0, len(folder.train), PROBED * every):
+                parts.append(folder.train[start : start + PROBED].astype(np.int64))
+        begin_with_bigrams(network, torch.from_numpy(np.concatenate(parts)), seed)
+
+    machine.on_main(begin)
+    for weight in network.parameters():
+        machine.spread(weight.data)
+
+
+CHOSEN_PRESETS = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "50m": 50e6, "138m": 1e8}  # without the ends
+
+ASSUMED_SECONDS = {"cpu": 1200.0}  # of a run whose time is not given; elsewhere an hour
+
+REPEATS = 10.0  # passes over a text, behind which more of them teach a larger model more
+
+
+def fitting_preset(tokens: float, seconds: float, device: torch.device) -> str:
+    """The preset for a text of so many tokens and so long a run: the model that reads 20 tokens a
+    parameter in that time (Hoffmann et al. 2022), or a larger one where it would read them all
+    over REPEATS times, but none of more than ten parameters a token."""
+    speed = ASSUMED_FLOPS.get((device.type, torch.float32)) or 0.3 * (peak_flops(device) or 1e14)
+    flops = speed * (seconds or ASSUMED_SECONDS.get(device.type, 3600.0))
+    wanted = max(math.sqrt(flops / 120), flops / (6 * REPEATS * tokens))
+    wanted = min(wanted, 10.0 * tokens)
+    return min(CHOSEN_PRESETS, key=lambda name: abs(math.log(CHOSEN_PRESETS[name] / wanted)))
+
+
+SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "ffn_mult", "ffn_hidden")
+
+
+def fitted(
+    run: RunSettings,
+    model: ModelSettings,
+    tokens: int,
+    machine: Machine,
+) -> tuple[RunSettings, ModelSettings]:
+    """The settings with a model that suits the text, the time and the device, where no flag gives
+    its shape; of a run that is there already, its own model."""
+    if run.preset or any(getattr(model, name) != getattr(ModelSettings, name) for name in SHAPE):
+        return run, model
+    newest = machine.on_main(newest_whole, Path(run.out_dir), run.resume)
+    if newest:
+        config = read_checkpoint(newest, sharded=True)["config"]
+        known = {f.name for f in flags(ModelSettings)} & {*config}
+        return run, replace(model, **{name: config[name] for name in known})
+    name = fitting_preset(tokens, run.budget, machine.device)
+    shape = {
+        key: value
+        for key, value in PRESETS[name].items()
+        if getattr(model, key) == getattr(ModelSettings, key)
+    }
+    return replace(run, preset=name), replace(model, **shape)
+
+
 def cmd_train(
     run: RunSettings,
     data: DataSettings,
@@ -15224,19 +15670,27 @@ def cmd_train(
 ) -> int:
     machine, domains = open_machine(device), open_domains(data)
     tokenizer = domains[0][1].tokenizer
+    run, model = fitted(run, model, sum(len(folder.train) for _, folder, _ in domains), machine)
     config = replace(model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos)
     network = Transformer(config)
     network.init_weights(device.seed)
     windows = [Windows(folder.train, config.seq_len, device.seed) for _, folder, _ in domains]
     stream = mixed(windows, [weight for *_, weight in domains])
     epochs = data.epochs or data.tokens / stream.tokens
-    if epochs and run.max_steps not in (0, RunSettings.max_steps):
-        raise UserError(
-            f"--max_steps {run.max_steps} and --tokens or --epochs are both given",
-            "keep one of them",
-        )
+    given = f"--max_steps {run.max_steps}" * (run.max_steps not in (0, RunSettings.max_steps))
+    given = given or f"--time {run.time}" * bool(run.time)
+    if epochs and given:
+        raise UserError(f"{given} and --tokens or --epochs are both given", "keep one of them")
     if epochs:
         run = replace(run, max_steps=0)
+    init = data.init
+    if init == "auto":
+        init = "normal" if config.tie else "bigram"
+    if init == "bigram" and config.tie:
+        raise UserError("--init bigram needs a head of its own", "add --tie 0")
+    begin = None
+    if init == "bigram":
+        begin = functools.partial(begin_with_text, network, domains, device.seed, machine)
     job = Job(
         "train",
         network,
@@ -15246,6 +15700,8 @@ def cmd_train(
             module, domains, run.batch_size, machine, config.seq_len, run.eval_tokens
         ),
         tokenizer,
+        begin=begin,
+        init="tied" if config.tie else init,
     )
     groups = (run, data, model, optim, device)
     return train_job(job, machine, run, optim, groups, {}, epochs or 1.0)
@@ -15287,7 +15743,7 @@ def cmd_dpo(
     tune: TuneSettings,
     dpo: DpoSettings,
     lora: LoraSettings,
-    optim: DpoOptim,
+    optim: TuneOptim,
     device: DeviceSettings,
 ) -> int:
     tuning = Tuning("dpo", run, tune, lora, optim, device, dpo)
@@ -15305,7 +15761,7 @@ def cmd_reward(
     tune: TuneSettings,
     reward: RewardSettings,
     lora: LoraSettings,
-    optim: DpoOptim,
+    optim: TuneOptim,
     device: DeviceSettings,
 ) -> int:
     if reward.score:

@@ -280,7 +280,7 @@ def test_frozen_weights_are_untouched_by_a_step():
     lm.attach_lora(model, lm.LoraSettings(lora_rank=2), seed=5)
     optimizers = lm.make_optimizers(
         model,
-        lm.OptimSettings(optimizer="muon", weight_decay=0.5),
+        lm.OptimSettings(lr=0.01, optimizer="muon", weight_decay=0.5),
         lm.Machine(torch.device("cpu"), torch.float32),
     )
     for _ in range(3):

@@ -177,6 +177,8 @@ def test_steps_equal_a_float64_adamw():
     weights = dict(model.named_parameters())
     want = {n: [weights[n].detach().double().clone(), 0.0, 0.0] for n in names}
     for t, lr in enumerate(rates, start=1):
+        for group in optimizer.param_groups:
+            group["peak"] = lr
         assert lm.set_step([optimizer], dataclasses.replace(s, lr=lr), t, 3) == lr
         for weight in weights.values():
             weight.grad = torch.randn_like(weight)
@@ -198,7 +200,7 @@ def test_set_step_reaches_every_group(muon_lr, wanted):
     made = lm.make_optimizers(build(tie=False), s, ONE)
     assert lm.set_step(made, s, 0, 100) == 0.125
     rates = [[g["lr"] for g in one.param_groups] for one in made]
-    assert rates == [[0.125, 0.125], [pytest.approx(wanted)] * 2]
+    assert rates == [[0.125] * 3, [pytest.approx(wanted)] * 2]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
