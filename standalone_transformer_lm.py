@@ -15574,6 +15574,29 @@ def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
     say(figures)
 
 
+CHOSEN_PRESETS = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "50m": 50e6, "138m": 1e8}  # without the ends
+
+
+ASSUMED_SECONDS = {"cpu": 1200.0}  # of a run whose time is not given
+
+
+ASSUMED_HOUR = 3600.0  # the same on other devices
+
+
+REPEATS = 10.0  # passes over a text, behind which more of them teach a larger model more
+
+
+def fitting_preset(tokens: float, seconds: float, device: torch.device) -> str:
+    """The preset for a text of so many tokens and so long a run: the model that reads 20 tokens a
+    parameter in that time (Hoffmann et al. 2022), or a larger one where it would read them all
+    over REPEATS times, but none of more than ten parameters a token."""
+    speed = ASSUMED_FLOPS.get((device.type, torch.float32)) or 0.3 * (peak_flops(device) or 1e14)
+    flops = speed * (seconds or ASSUMED_SECONDS.get(device.type, ASSUMED_HOUR))
+    wanted = max(math.sqrt(flops / 120), flops / (6 * REPEATS * tokens))
+    wanted = min(wanted, 10.0 * tokens)
+    return min(CHOSEN_PRESETS, key=lambda name: abs(math.log(CHOSEN_PRESETS[name] / wanted)))
+
+
 def cmd_prep(settings: PrepSettings) -> int:
     began = time.monotonic()
     meta = prepare(settings)
@@ -15586,10 +15609,17 @@ def cmd_prep(settings: PrepSettings) -> int:
             f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
             f"{counts['bytes']:,} bytes ({ratio:.2f} per token)"
         )
+    tokens = max(1, meta["splits"]["train"]["tokens"])
+    device = pick_device("auto")
+    span = ASSUMED_SECONDS.get(device.type, ASSUMED_HOUR)
+    preset = fitting_preset(tokens, span, device)
     say(
         f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
         f"{total / 1e6 / seconds:.1f} MB/s",
-        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)}",
+        f"next: python {PROGRAM} train --data_dir {shlex.quote(settings.out_dir)} "
+        f"--preset {preset} --time {span / 60:.0f}m",
+        f"(the size that suits {short(tokens)} tokens and so long on this machine's {device.type}; "
+        "give the time that you have)",
     )
     return 0
 
@@ -15614,24 +15644,6 @@ def begin_with_text(
     machine.on_main(begin)
     for weight in network.parameters():
         machine.spread(weight.data)
-
-
-CHOSEN_PRESETS = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "50m": 50e6, "138m": 1e8}  # without the ends
-
-ASSUMED_SECONDS = {"cpu": 1200.0}  # of a run whose time is not given; elsewhere an hour
-
-REPEATS = 10.0  # passes over a text, behind which more of them teach a larger model more
-
-
-def fitting_preset(tokens: float, seconds: float, device: torch.device) -> str:
-    """The preset for a text of so many tokens and so long a run: the model that reads 20 tokens a
-    parameter in that time (Hoffmann et al. 2022), or a larger one where it would read them all
-    over REPEATS times, but none of more than ten parameters a token."""
-    speed = ASSUMED_FLOPS.get((device.type, torch.float32)) or 0.3 * (peak_flops(device) or 1e14)
-    flops = speed * (seconds or ASSUMED_SECONDS.get(device.type, 3600.0))
-    wanted = max(math.sqrt(flops / 120), flops / (6 * REPEATS * tokens))
-    wanted = min(wanted, 10.0 * tokens)
-    return min(CHOSEN_PRESETS, key=lambda name: abs(math.log(CHOSEN_PRESETS[name] / wanted)))
 
 
 SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "ffn_mult", "ffn_hidden")

@@ -257,7 +257,7 @@ def test_the_schedule_ends_when_the_time_does(run, data_dir, tmp_path):
     took = time.monotonic() - began
     assert code == 0, err
     rows = [row for row in timed_rows(tmp_path / "a") if "train/lr" in row]
-    assert 4 < rows[-1]["time"] < 8 and took < 20
+    assert 3 < rows[-1]["time"] < 8 and took < 25
     peak = max(row["train/lr"] for row in rows)
     assert rows[-1]["train/lr"] < 0.35 * peak  # it has come down
     decaying = [
@@ -274,7 +274,7 @@ def test_the_schedule_ends_when_the_time_does(run, data_dir, tmp_path):
     code, out, err = train(run, data_dir, tmp_path / "a", "--hours", "9s", "--log_interval", 1)
     assert code == 0, err
     rows = timed_rows(tmp_path / "a")
-    assert rows[-1]["step"] > steps and 7 < rows[-1]["time"] < 12
+    assert rows[-1]["step"] > steps and 6 < rows[-1]["time"] < 12
 
 
 def test_small_runs_have_small_steps():
