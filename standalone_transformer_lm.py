@@ -6189,6 +6189,9 @@ class Bigrams:
         return x / weight, right[:rank].T / weight
 
 
+UNSEEN_SHARE = 0.3  # of a row's length that is drawn at random where its token is not in the text
+
+
 @torch.no_grad()
 def begin_with_bigrams(model: Transformer, ids: Tensor, seed: int) -> None:
     """Have a new model predict what in a text follows each token, before it is trained: embedding
@@ -6201,15 +6204,18 @@ def begin_with_bigrams(model: Transformer, ids: Tensor, seed: int) -> None:
     vocab_size, width = model.tok_emb.weight.shape
     rank = min(width - 1, vocab_size)
     ids = ids.to(model.device)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     x, head = Bigrams(ids, vocab_size).factors(rank, seed)
     lengths = x.norm(dim=1, keepdim=True)
     most = lengths.quantile(0.999)  # beyond: the rarest tokens
     x = x * (most / lengths).clamp(max=1.0)
+    unseen = torch.bincount(ids, minlength=vocab_size) == 0  # as the marks of a chat: told apart
+    drawn = torch.randn(x.shape, generator=generator).to(x) / math.sqrt(rank)
+    x = torch.where(unseen.unsqueeze(1), UNSEEN_SHARE * most * drawn, x)
     rest = (most.square() - x.square().sum(1, keepdim=True)).clamp(min=0.0).sqrt()
     fill = width - rank
     x = torch.cat((x, rest / math.sqrt(fill) * torch.ones_like(x[:, :1]).expand(-1, fill)), 1)
     head = F.pad(head, (0, fill))
-    generator = torch.Generator().manual_seed(seed % 2**63)
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.to(x)
     scale = math.sqrt(width) / most
     model.lm_head.weight.copy_(head @ turn / scale)
@@ -7625,9 +7631,24 @@ def tuning_rate(width: int, kind: str, adapters: bool) -> float:
     return min(LARGEST_RATE, 10 * rate if adapters else rate)
 
 
+LARGE_ENDS = 0.2  # root mean square of weights, which few published embeddings reach
+
+USUAL_ENDS = 0.04
+
+
+def end_factor(weight: Tensor) -> float:
+    """By how much an embedding or head learns faster when a model is trained further: where its
+    numbers are large, as those of `begin_with_bigrams`, a rate moves them less."""
+    size = float(weight.detach().float().square().mean().sqrt())
+    return size / USUAL_ENDS if size > LARGE_ENDS else 1.0
+
+
+CHOSEN_RATES = ("lr", "embed_lr", "head_lr", "warmup_steps")  # where no flag gives them
+
+
 def with_rates(
     settings: OptimSettings,
-    config: ModelSettings,
+    model: Transformer,
     kind: str,
     tokens: float,
     steps: int,
@@ -7637,7 +7658,7 @@ def with_rates(
     """The settings with learning rates and a warm-up for what no flag gave. `kind`: the trainer;
     tokens, steps: of the run; `init`: a key of BEGIN_RATES."""
     share, most = WARMUP
-    parts = (1.0, 1.0)
+    config = model.config
     if kind == "train":
         rate = adamw_rate(parameter_counts(config)["blocks"], tokens)
         if settings.optimizer == "muon":
@@ -7645,6 +7666,7 @@ def with_rates(
         parts = BEGIN_RATES[init]
     else:
         rate = tuning_rate(config.d_model, kind, adapters)
+        parts = end_factor(model.tok_emb.weight), end_factor(model.lm_head.weight)
     lr = settings.lr or rate
     return replace(
         settings,
@@ -7653,6 +7675,16 @@ def with_rates(
         head_lr=settings.head_lr or parts[1] * lr,
         warmup_steps=settings.warmup_steps or max(1, min(most, round(share * steps))),
     )
+
+
+def kept_rates(optim: OptimSettings, given: OptimSettings, saved: dict | None) -> OptimSettings:
+    """The rates that a run has begun with, where the flags of them are what they were."""
+    args = saved["args"] if saved else {}
+    known = args.get("rates")
+    same = all(args.get(name) == getattr(given, name) for name in (*CHOSEN_RATES, "optimizer"))
+    if not same or not isinstance(known, list) or len(known) != len(CHOSEN_RATES):
+        return optim
+    return replace(optim, **dict(zip(CHOSEN_RATES, known, strict=True)))
 
 
 def make_optimizers(
@@ -10274,6 +10306,7 @@ class Trainer:
                 **self.args,
                 "step_samples": self.step_samples,
                 "planned_steps": self.run.max_steps,
+                "rates": [getattr(self.optim, name) for name in CHOSEN_RATES],
             },
             "gauges": self.metrics.state(),
             "tokenizer": self.job.tokenizer.data,
@@ -10967,15 +11000,14 @@ def described_sharding(run: RunSettings, machine: Machine) -> str:
 
 
 def described_rates(optim: OptimSettings, config: ModelSettings) -> str:
-    """The learning rates, where not all of them were given."""
-    told = f"learning rate: {optim.lr:.2g}"
+    told = f"{optim.lr:.2g}"
     if optim.optimizer == "muon" and optim.muon_lr:
         told += f", Muon's {optim.muon_lr:.2g}"
     if optim.embed_lr != optim.lr:
         told += f", embeddings' {optim.embed_lr:.2g}"
     if not config.tie and optim.head_lr != optim.lr:
         told += f", head's {optim.head_lr:.2g}"
-    return f"{told}, by the model's size (--lr)"
+    return told
 
 
 def describe_run(
@@ -11010,8 +11042,10 @@ def describe_run(
     )
     if run.budget:
         say(f"time: {duration(run.budget)}, for about {run.max_steps:,} steps")
-    if not (optim_given.lr and optim_given.embed_lr and optim_given.head_lr):
-        say(described_rates(optim, config))
+    if not optim_given.lr:
+        say(f"learning rate: {described_rates(optim, config)}, by the model's size (--lr)")
+    elif {optim.embed_lr, optim.head_lr} != {optim.lr}:
+        say(f"learning rate: {described_rates(optim, config)}")
     if saved:
         say(f"resuming {run.out_dir} after step {saved['step']}")
 
@@ -11128,13 +11162,14 @@ def train_once(
     run = replace(run, max_steps=steps_of(run, job, machine, saved, tokens))
     optim = with_rates(
         optim,
-        job.model.config,
+        job.model,
         job.kind,
         job.step_samples(run, machine.world) * job.sample_tokens * run.max_steps,
         run.max_steps,
         adapters=job.lora is not None,
         init=job.init,
     )
+    optim = kept_rates(optim, optim_given, saved)
     run = fit_noted_memory(run, job, machine)
     run = choose_eval_tokens(run, job, machine)
     check_sharding(run, machine)
@@ -16290,15 +16325,15 @@ def demo_pretraining(out: str, sizes: DemoSizes) -> None:
     shape = (
         f"--n_layer {sizes.layers} --d_model {sizes.width} --n_head 4 --ffn_mult 3 --seq_len 256"
     )
-    for about, name, steps in (
-        ("After a single step it writes:", "begun", 1),
-        ("After its training:", "run", sizes.steps),
+    for about, name, steps, init in (
+        ("Begun at random, after a single step it writes:", "begun", 1, " --init normal"),
+        ("After its training:", "run", sizes.steps, ""),
     ):
         demo_step(
             cmd_train,
-            f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {sizes.batch} "
-            f"--lr 0.002 --warmup_steps {sizes.steps // 10} "
-            f"--eval_interval {max(1, sizes.steps // 4)} {shape} --compile 0 --max_steps {steps}",
+            f"--data_dir {out}/data --out_dir {out}/{name} --batch_size {sizes.batch} --tie 0 "
+            f"--eval_interval {max(1, sizes.steps // 4)} {shape}{init} --compile 0 "
+            f"--max_steps {steps}",
         )
         say("", about)
         demo_step(cmd_generate, f"--ckpt {out}/{name} --prompt 'Return a' --max_new_tokens 60")

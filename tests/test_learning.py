@@ -134,7 +134,9 @@ def rates(kind="train", width=256, layers=4, tokens=1e8, **more):
         n_layer=layers, d_model=width, n_head=width // 64 or 1, vocab_size=4096, tie=False
     )
     where = {key: more.pop(key) for key in ("adapters", "init") if key in more}
-    return lm.with_rates(lm.OptimSettings(**more), config, kind, tokens, 1000, **where)
+    model = lm.Transformer(config)
+    model.init_weights(1)
+    return lm.with_rates(lm.OptimSettings(**more), model, kind, tokens, 1000, **where)
 
 
 def test_muons_rate_is_that_of_published_runs():
@@ -181,9 +183,29 @@ def test_a_flag_wins_and_the_others_follow_in_proportion():
 
 
 def test_the_warm_up_is_a_share_of_the_run():
-    config = lm.ModelSettings(vocab_size=512)
+    model = lm.Transformer(lm.ModelSettings(vocab_size=512, n_layer=1, d_model=64, n_head=2))
     for steps, wanted in ((10, 1), (60, 3), (1000, 50), (10**6, 100)):
-        assert lm.with_rates(lm.OptimSettings(), config, "sft", 1e6, steps).warmup_steps == wanted
+        assert lm.with_rates(lm.OptimSettings(), model, "sft", 1e6, steps).warmup_steps == wanted
+
+
+def test_large_embeddings_learn_faster_in_tuning():
+    small, large = rates("sft"), lm.end_factor(torch.full((9, 9), 1.0))
+    assert small.lr == small.embed_lr == small.head_lr
+    assert large == pytest.approx(25) and lm.end_factor(torch.full((9, 9), -0.1)) == 1
+
+
+def test_a_run_keeps_the_rates_that_it_has_begun_with(run, data_dir, tmp_path):
+    flags = "--optimizer", "adamw", "--log_interval", 1, "--epochs"
+    begun = train(run, data_dir, tmp_path / "a", *flags, 0.1)
+    assert begun[0] == 0, begun[2]
+    code, _, err = train(run, data_dir, tmp_path / "a", *flags, 0.2)
+    assert code == 0, err
+    rows = [row["train/lr"] for row in log_rows(tmp_path / "a") if "train/lr" in row]
+    peaks = [read_pt(tmp_path / "a" / "ckpt_last.pt")["args"]["rates"][0]] * len(rows)
+    assert max(rows) == pytest.approx(peaks[0])
+    code, _, err = train(run, data_dir, tmp_path / "a", *flags, 0.3, "--lr", 1e-3)
+    assert code == 0, err
+    assert read_pt(tmp_path / "a" / "ckpt_last.pt")["args"]["rates"][:3] == [1e-3] * 3
 
 
 def test_each_group_has_its_rate():
