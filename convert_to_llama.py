@@ -1453,6 +1453,9 @@ def verify_import(folder: Path, model: lm.Transformer, tokenizer: lm.Tokenizer) 
 EXAMPLE = "python convert_to_llama.py --ckpt runs/lm/ckpt_best.pt --out hf"
 
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
 @dataclass
 class ConvertSettings:
     """What to convert."""
@@ -1482,8 +1485,15 @@ class ConvertSettings:
         "base of the rotary frequencies, for a checkpoint that tells a wrong one; 0 keeps it",
         least=0.0,
     )
+    push: str = lm.setting(
+        "", "repository on the Hugging Face Hub to upload it to, USER/NAME; a new one is private"
+    )
 
     def faults(self) -> Iterator[tuple[str, str]]:
+        if self.push and not REPOSITORY.fullmatch(self.push):
+            yield f"--push {self.push} is no repository", "write it as USER/NAME"
+        if self.push and self.reverse:
+            yield "--push is for --ckpt alone", "drop it"
         if not self.ckpt and not self.reverse:
             yield "--ckpt is missing", "name a checkpoint, --ckpt runs/lm/ckpt_best.pt"
         if self.ckpt and self.reverse:
@@ -1593,8 +1603,31 @@ def import_folder(settings: ConvertSettings) -> None:
     lm.say(f"{out}: {result}")
 
 
+def push(repository: str, out: Path) -> None:
+    """Upload a folder, or a GGUF file and its Modelfile; UserError where the Hub refuses."""
+    hub = lm.need("huggingface_hub")
+    with lm.Caught() as caught:  # the package has many exceptions of its own
+        api = hub.HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        if out.is_dir():
+            api.upload_folder(repo_id=repository, folder_path=str(out))
+        else:
+            for file in (out, out.with_name("Modelfile")):
+                api.upload_file(
+                    path_or_fileobj=str(file), path_in_repo=file.name, repo_id=repository
+                )
+    if caught.fault:
+        raise lm.UserError(
+            f"{out} is written, but {repository} did not take it ({lm.sentence(caught.fault)})",
+            f"log in with `hf auth login` or set HF_TOKEN, then: hf upload {repository} {out}",
+        ) from caught.fault
+    lm.say(f"uploaded to https://huggingface.co/{repository}")
+
+
 def convert(settings: ConvertSettings) -> int:
     (import_folder if settings.reverse else export)(settings)
+    if settings.push:
+        push(settings.push, Path(settings.out))
     return 0
 
 

@@ -949,3 +949,48 @@ def test_adapters_are_exported_with_a_base_that_was_moved(ckpt, model, tokenizer
     merged = lm.build_model(lm.load_checkpoint(adapters, ckpt), torch.device("cpu"))
     assert difference(tmp_path / "hf", merged) <= TOLERANCE
     assert difference(tmp_path / "hf", model) > 100 * TOLERANCE
+
+
+# ---- Upload ----
+
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi."""
+
+    def __init__(self, refuses=False):
+        self.refuses = refuses
+        self.done = []
+
+    def create_repo(self, name, private, exist_ok):
+        if self.refuses:
+            raise RuntimeError("401 Client Error\nmore lines")
+        self.done.append((name, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path):
+        self.done.append((repo_id, sorted(os.listdir(folder_path))))
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        assert os.path.exists(path_or_fileobj)
+        self.done.append((repo_id, path_in_repo))
+
+
+def test_push_uploads_what_was_written(ckpt, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    told = convert("--ckpt", ckpt, "--out", tmp_path / "hf", "--push", "me/model")
+    assert "https://huggingface.co/me/model" in told
+    assert hub.done == [
+        ("me/model", True, True),
+        ("me/model", sorted(os.listdir(tmp_path / "hf"))),
+    ]
+
+
+def test_a_hub_that_refuses_costs_no_export(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(refuses=True))
+    argv = ["--ckpt", str(ckpt), "--out", str(tmp_path / "hf"), "--push"]
+    assert converter.main([*argv, "me/model"]) == 2
+    told = capsys.readouterr().err
+    assert "401 Client Error" in told and "hf auth login" in told and "more lines" not in told
+    assert (tmp_path / "hf" / "config.json").exists()
+    assert converter.main([*argv, "model"]) == 2
+    assert "USER/NAME" in capsys.readouterr().err
