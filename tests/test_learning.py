@@ -182,6 +182,13 @@ def test_a_flag_wins_and_the_others_follow_in_proportion():
     )
 
 
+def test_the_ends_learn_slowly_in_a_short_run_that_begins_with_its_text():
+    found = [lm.end_rates("bigram", steps) for steps in (50, 150, 1000, 10**6)]
+    assert found == sorted(found) and found[-1] == found[-2] == (2.0, 0.5)
+    assert found[0] == pytest.approx((0.25, 0.0075), rel=0.05)
+    assert lm.end_rates("normal", 50) == (1.0, 1.0)
+
+
 def test_the_warm_up_is_a_share_of_the_run():
     model = lm.Transformer(lm.ModelSettings(vocab_size=512, n_layer=1, d_model=64, n_head=2))
     for steps, wanted in ((10, 1), (60, 3), (1000, 50), (10**6, 100)):
@@ -359,3 +366,11 @@ def test_train_chooses_a_preset_and_keeps_it(run, data_dir, tmp_path, monkeypatc
     )
     assert code == 0, err
     assert read_pt(tmp_path / "b" / "ckpt_last.pt")["config"]["d_model"] == 32
+
+
+def test_a_written_0_is_no_warm_up(run, data_dir, tmp_path):
+    flags = "--max_steps", 3, "--warmup_steps", 0, "--log_interval", 1, "--lr", 1e-3
+    code, _, err = train(run, data_dir, tmp_path / "a", *flags, "--schedule", "constant")
+    assert code == 0, err
+    assert [row["train/lr"] for row in log_rows(tmp_path / "a")[:3]] == [1e-3] * 3
+    complaint(train(run, data_dir, tmp_path / "b", "--lr", 0), "--lr 0 is too small", "auto")

@@ -246,6 +246,9 @@ def test_wandb_gets_every_row_at_its_step(train, tmp_path, monkeypatch):
     assert train("--wandb", "project")[0] == 0
     assert logged == [(step, step) for step in range(1, 13)]
     assert asked[0]["project"] == "project" and asked[0]["id"] == asked[1]["id"]
+    told = asked[0]["config"]  # of every group: run, data, model, optimiser, device
+    assert {"max_steps", "data_dir", "n_layer", "vocab_size", "lr", "seed"} <= {*told}
+    assert told["lr"] > 0 and told["max_steps"] == 8
 
 
 def test_a_text_with_line_separators_of_unicode_survives_a_resume(tmp_path):

@@ -26,7 +26,7 @@ CLIPS = {
 BY_VALUE = ("ppo", "vapo")
 GRPO = """--prompts 4 --group_size 3 --max_new_tokens 12 --batch_size 5 --temperature 0.8
 --reward exact --eval_prompts 2 --max_steps 2 --value_warmup 0 --dtype fp32 --device cpu
---threads 1 --compile 0""".split()
+--threads 1 --compile 0 --warmup_steps 10""".split()
 # What the ratios of a case's tokens are; gspo's are a sequence's, with tokens far to either side.
 RATIOS = (0.62, 1.9, 0.83, 1.24, 1.0, 1.17, 6.5, 0.77)
 SEQUENCE_RATIOS = (1.002, 0.9995, 0.9994, 1.0006, 1.00035, 1.00045, 0.99965, 0.99975)
