@@ -81,7 +81,8 @@ def test_presets_are_all_buildable_and_count_what_the_readme_says():
         d, width, D = config.d_model, config.ffn_width, config.head_size
         layer = d * D * (config.n_head + 2 * config.kv_heads) + d * D * config.n_head
         layer += 3 * d * width + 2 * d + (2 * D if config.qk_norm else 0)
-        total = config.vocab_size * d + config.n_layer * layer + d + config.n_sink * d
+        ends = config.vocab_size * d * (1 if config.tie else 2)
+        total = ends + config.n_layer * layer + d + config.n_sink * d
         assert lm.parameter_counts(config)["total"] == total, name
 
 
