@@ -1004,8 +1004,6 @@ PART = re.compile(r"([\w-]+)=(.+):(\d*\.?\d+)")  # of a mixture
 
 SMALLEST_TOKENIZER = 280  # pieces
 
-BYTES_PER_TOKEN = 4.0  # of text, about, before a tokenizer is there to count
-
 
 def mixture(words: Iterable[str]) -> list[tuple[str, str, float]]:
     """(name, path, weight) of each NAME=PATH:WEIGHT; the weights sum to 1."""
@@ -4023,6 +4021,9 @@ def fitting_vocab(size: float) -> int:
     return min(LARGEST_VOCAB, max(SMALLEST_VOCAB, 1 << round(math.log2(root))))
 
 
+BYTES_PER_TOKEN = 4.0  # of text, about, before a tokenizer is there to count
+
+
 def corpus_size(parts: list[list[Source]], settings: PrepSettings) -> float:
     """Bytes of text that are going to be encoded, about."""
     size = sum(text_size(source) for sources in parts for source in sources)
@@ -4452,15 +4453,15 @@ def open_pipe(path: str) -> typing.BinaryIO:
     return open(path, "rb")
 
 
-def copy_pipes(settings: PrepSettings, out: Path) -> list[Source]:
+def copy_pipes(paths: Iterable[str], document: str, out: Path) -> list[Source]:
     """stdin and named pipes as files in `out`, because they are read twice."""
     sources = []
-    for i, path in enumerate(filter(is_pipe, settings.text_path)):
-        file = out / f"pipe-{i}"
+    for path in filter(is_pipe, paths):
+        file = out / f"pipe-{len([*out.glob('pipe-*')])}"
         shown = "stdin" if path == "-" else path
         with open_pipe(path) as pipe, open(file, "wb") as copy:
             shutil.copyfileobj(pipe, copy)
-        sources.append(Source(file, settings.document, shown, file.stat().st_size))
+        sources.append(Source(file, document, shown, file.stat().st_size))
     return sources
 
 
@@ -4469,7 +4470,8 @@ def corpus(settings: PrepSettings, out: Path) -> tuple[list[str], list[list[Sour
     names, parts, shares = [], [], []
     for i, (name, paths, share) in enumerate(settings.domains()):
         files = [path for path in paths if not is_pipe(path)]
-        sources = find_sources(files, settings.document) + copy_pipes(settings, out)
+        sources = find_sources(files, settings.document)
+        sources += copy_pipes(paths, settings.document, out)
         names.append(name)
         parts.append([replace(source, part=i) for source in sources])
         shares.append(share)
@@ -7610,11 +7612,13 @@ def muon_rate(width: int, scale: str) -> float:
     return 0.1 / math.sqrt(width)
 
 
-def adamw_rate(parameters: float, tokens: float) -> float:
+def adamw_rate(width: int, parameters: float, tokens: float) -> float:
     """AdamW's peak learning rate for the pretraining of so many parameters, without embedding and
-    head, on so many tokens (Li et al. 2025, "Predictable Scale", eq. 1): 2.2e-3 for 124M on 2.5B,
-    where SmolLM2-135M has 3e-3 and a tuned GPT-2 124M 1.8e-3."""
-    return 1.79 * parameters**-0.713 * tokens**0.307
+    head, on so many tokens (Li et al. 2025, "Predictable Scale", eq. 1), which grows with the
+    tokens beyond what has been tried: at most 3e-3 at a width of 576, as SmolLM2-135M has it, and
+    in inverse proportion to the width (Yang et al. 2022), so 8.4e-4 at 2,048, where SmolLM-1.7B has
+    5e-4. No width below 256 was swept."""
+    return min(1.79 * parameters**-0.713 * tokens**0.307, 3e-3 * 576 / width)
 
 
 def end_rates(init: str, steps: int) -> tuple[float, float]:
@@ -7638,9 +7642,11 @@ def tuning_rate(width: int, kind: str, adapters: bool) -> float:
     and rewards a tenth of that; adapters ten times as much (Schulman et al. 2025, "LoRA without
     regret")."""
     rate = 3e-3 * (128 / width) ** 1.45
-    if kind not in ("sft", "train"):
+    if kind != "sft":
         rate /= 10
-    return min(LARGEST_RATE, 10 * rate if adapters else rate)
+    if adapters:
+        rate *= 10
+    return min(LARGEST_RATE, rate)
 
 
 LARGE_ENDS = 0.2  # root mean square of weights, which few published embeddings reach
@@ -7652,7 +7658,9 @@ def end_factor(weight: Tensor) -> float:
     """By how much an embedding or head learns faster when a model is trained further: where its
     numbers are large, as those of `begin_with_bigrams`, a rate moves them less."""
     size = float(weight.detach().float().square().mean().sqrt())
-    return size / USUAL_ENDS if size > LARGE_ENDS else 1.0
+    if size <= LARGE_ENDS:
+        return 1.0
+    return size / USUAL_ENDS
 
 
 CHOSEN_RATES = ("lr", "embed_lr", "head_lr", "warmup_steps")  # where no flag gives them
@@ -7672,7 +7680,7 @@ def with_rates(
     share, most = WARMUP
     config = model.config
     if kind == "train":
-        rate = adamw_rate(parameter_counts(config)["blocks"], tokens)
+        rate = adamw_rate(config.d_model, parameter_counts(config)["blocks"], tokens)
         if settings.optimizer == "muon":
             rate = muon_rate(config.d_model, settings.muon_scale)
         parts = end_rates(init, steps)
@@ -9428,14 +9436,7 @@ class UrlPlace:
     """The same in a bucket or on a server, through fsspec."""
 
     def __init__(self, url: str):
-        files = need("fsspec.core", "fsspec")
-        try:
-            self.files, self.root = files.url_to_fs(url)
-        except (ImportError, ValueError) as fault:  # a protocol unknown, or without its package
-            raise UserError(
-                f"--mirror {url} cannot be opened ({sentence(fault)})",
-                "install the package of that protocol, as s3fs, gcsfs or huggingface_hub",
-            ) from fault
+        self.files, self.root = url_place(url, "--mirror")
 
     def names(self, folder: str = "") -> list[str]:
         self.files.invalidate_cache()
@@ -9797,6 +9798,10 @@ class FaultWatch:
             if not one.finite:
                 found.append(StepFault(one, "skipped", math.inf))
                 continue
+            if (
+                one.norm == 0
+            ):  # as in grpo where all rewards are alike: it teaches and tells nothing
+                continue
             if len(self.before) >= SPIKE_LEAST:
                 losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
                 z = max(robust_z(one.loss, losses), robust_z(one.norm, norms))
@@ -9856,7 +9861,7 @@ class Metrics:
         if machine.main:
             for log in (self.log, self.samples_log):
                 cut_log(log.path, self.step or -1)
-            self.sinks = open_sinks(run, out, self.step, args or asdict(run))
+            self.sinks = open_sinks(run, out, self.step, args or {})
 
     def add(
         self,
@@ -10175,6 +10180,8 @@ FIRST_CKPT_S = 60.0  # after a start, where --ckpt_minutes is on
 
 ESTIMATE_AFTER_S = 5.0  # of steps, from which the time of the others is told
 
+PACED_STEPS = 3  # whose pace a plan follows
+
 ROLLBACKS_MOST = 3  # of one start; a run that needs more has another fault than its data
 
 
@@ -10251,8 +10258,8 @@ class Trainer:
         self.ahead = Ahead(self.step_batch)
         self.began = self.saved_at = self.step_at = time.monotonic()
         self.step_s = 0.0  # of the latest step
+        self.begin_step = self.step  # of this start
         self.first: tuple[int, float] | None = None  # step and time where the pace is counted from
-        self.agreed = 0  # steps of this start
         self.eval_s = 0.0  # of the latest evaluation
         self.estimated = False  # whether the time of the run was told
         self.ever_saved = False  # in this start
@@ -10277,7 +10284,7 @@ class Trainer:
         if optim.ema:
             self.ema = EMA(job.model, optim.ema, saved.get("ema"))
         self.optimizers = make_optimizers(job.model, optim, machine, self.compiled)
-        self.decaying = 0 < int(decay_begin(optim, run.max_steps)) <= self.step
+        self.falling = False  # whether the learning rate is, by wsd
         if saved:
             load_optimizers(self.optimizers, saved["optim"])
         self.metrics = Metrics(
@@ -10364,7 +10371,10 @@ class Trainer:
             with contextlib.suppress(io.UnsupportedOperation, RuntimeError):
                 faulthandler.dump_traceback_later(self.run.stall_minutes * 60, exit=True)
         mine = self.wishes(stop)
-        planned = self.planned_steps(now) if self.machine.main else 0
+        planned = 0
+        if self.machine.main:
+            planned = self.planned_steps(now)
+            self.tell_time_left(now, planned)
         found = self.machine.all_reduce_sum(*mine, planned, *numbers)
         wishes = Wishes(*(total > 0 for total in found[: len(mine)]))
         if wishes.smaller:
@@ -10374,27 +10384,39 @@ class Trainer:
             self.metrics.progress.expect(self.run.max_steps)
         return wishes, found[len(mine) + 1 :]
 
+    def pace(self, now: float) -> float:
+        """Seconds a step of this start took, but for the first, which compiles; 0 until a few are
+        done, or a good part of the --time is over."""
+        if not self.first:
+            if self.step > self.begin_step:
+                self.first = self.step, now
+            return 0.0
+        steps, seconds = self.step - self.first[0], now - self.first[1]
+        if steps < 1 or (steps < PACED_STEPS and seconds < 0.05 * self.run.budget):
+            return 0.0
+        return seconds / steps
+
     def planned_steps(self, now: float) -> int:
-        """The steps of the run: where it has a --time, as many as it has room for at the pace of
-        this start's steps but the first, which compiles."""
-        run, self.agreed = self.run, self.agreed + 1
-        if self.agreed == 2:
-            self.first = self.step, now
-        if not self.first or self.step == self.first[0]:
-            return max(run.max_steps, self.step + 2) if run.budget else run.max_steps
-        pace = (now - self.first[1]) / (self.step - self.first[0])
-        steps = run.max_steps
-        if run.budget:
-            last = self.eval_s
-            if not last:
-                last = pace * run.eval_tokens / EVAL_SPEED / max(1, self.step_tokens)
-            left = run.budget - self.metrics.elapsed() - last
-            steps = self.step + max(1, int(left / pace))
-        if not self.estimated and now - self.first[1] > ESTIMATE_AFTER_S:
-            self.estimated = True
-            left = duration(pace * (steps - self.step))
-            say_aside(f"about {left} for {steps - self.step:,} more steps")
-        return steps
+        """The steps of the run: where it has a --time, as many as it has room for."""
+        run, pace = self.run, self.pace(now)
+        if not run.budget:
+            return run.max_steps
+        if not pace:
+            return max(run.max_steps, self.step + PACED_STEPS)
+        last = self.eval_s
+        if not last:
+            last = pace * run.eval_tokens / EVAL_SPEED / max(1, self.step_tokens)
+        left = run.budget - self.metrics.elapsed() - last
+        return self.step + max(1, int(left / pace))
+
+    def tell_time_left(self, now: float, steps: int) -> None:
+        """Once, as soon as the first steps have shown it."""
+        pace = self.pace(now)
+        if self.estimated or not pace or now - self.first[1] < ESTIMATE_AFTER_S:
+            return
+        self.estimated = True
+        left = steps - self.step
+        say_aside(f"about {duration(pace * left)} for {left:,} more steps")
 
     @property
     def step_tokens(self) -> float:
@@ -10658,18 +10680,22 @@ class Trainer:
             self.saved_at = time.monotonic()
             self.ever_saved = True
 
-    def before_decay(self) -> bool:
-        """Whether the next step is the first whose learning rate begins to fall, under wsd."""
+    def past_decay_begin(self) -> bool:
+        """Whether the learning rate falls from this step on, under wsd."""
         step, steps = self.schedule_place()
         begin = int(decay_begin(self.optim, steps))
-        if not self.optim.schedule.startswith("wsd") or not 0 < begin <= step < steps:
-            return False
-        first, self.decaying = not self.decaying, True
-        return first
+        return self.optim.schedule.startswith("wsd") and 0 < begin <= step < steps
+
+    def before_decay(self) -> bool:
+        """Whether the next step is the first whose learning rate falls, under wsd; to be asked
+        once a step."""
+        before, self.falling = self.falling, self.past_decay_begin()
+        return self.falling and not before
 
     def fit(self) -> int:
         """Train to max_steps or to a signal; the exit code."""
         self.fitting = True
+        self.falling = self.past_decay_begin()  # of a run that was stopped behind it
         self.objective.train()
         with (
             Signals() as signals,
@@ -10832,15 +10858,16 @@ def steps_of(
 ) -> int:
     """The steps of a run: as given, or for so many tokens; of a --time that is over, those that
     were done."""
-    samples = job.step_samples(run, machine.world)
-    if run.budget:
-        done = saved["args"] if saved else {}
-        if saved and done.get("time") == run.time and done.get("planned_steps") == saved["step"]:
-            return saved["step"]
-        begin, spent = (saved["step"], saved["gauges"]["seconds"]) if saved else (0, 0.0)
-        steps = tokens / (samples * job.sample_tokens) * max(0.0, 1 - spent / run.budget)
-        return begin + max(1, round(steps))
-    return run.max_steps or max(1, math.ceil(round(tokens / job.sample_tokens / samples, 6)))
+    steps = tokens / job.sample_tokens / job.step_samples(run, machine.world)
+    if not run.budget:
+        return run.max_steps or max(1, math.ceil(round(steps, 6)))
+    if not saved:
+        return max(1, round(steps) or run.max_steps)
+    args, done = saved["args"], saved["step"]
+    if args.get("time") == run.time and args.get("planned_steps") == done:
+        return done
+    left = max(0.0, 1 - saved["gauges"]["seconds"] / run.budget)
+    return done + max(1, round(steps * left))
 
 
 def choose_step(
@@ -11016,6 +11043,29 @@ def chosen_sizes(job: Job, machine: Machine, run: RunSettings, given: RunSetting
         )
 
 
+def begin_with_text(
+    network: Transformer,
+    domains: list[tuple[str, TokenFolder, float]],
+    seed: int,
+    machine: Machine,
+) -> None:
+    """begin_with_bigrams, on a sample of all domains by their weights, the same on all ranks."""
+
+    def begin() -> None:
+        parts = []
+        for _, folder, weight in domains:
+            most = max(1, int(weight * BIGRAM_TOKENS))
+            piece = min(PROBED, most)
+            every = math.ceil(len(folder.train) / most)
+            for start in range(0, len(folder.train), piece * every):
+                parts.append(folder.train[start : start + piece].astype(np.int64))
+        begin_with_bigrams(network, torch.from_numpy(np.concatenate(parts)), seed)
+
+    machine.on_main(begin)
+    for weight in network.parameters():
+        machine.spread(weight.data)
+
+
 def described_sharding(run: RunSettings, machine: Machine) -> str:
     words = ""
     if divides(run, machine):
@@ -11069,7 +11119,7 @@ def describe_run(
         *chosen_sizes(job, machine, run, given),
     )
     if run.budget:
-        say(f"time: {duration(run.budget)}, for about {run.max_steps:,} steps")
+        say(f"time: {duration(run.budget)}")
     if not optim_given.lr:
         say(f"learning rate: {described_rates(optim, config)}, by the model's size (--lr)")
     elif {optim.embed_lr, optim.head_lr} != {optim.lr}:
@@ -11154,6 +11204,49 @@ def broken_run(back: RollBack, more: str = "") -> UserError:
     )
 
 
+def sized_run(
+    run: RunSettings,
+    job: Job,
+    machine: Machine,
+    optim: OptimSettings,
+    saved: dict | None,
+    epochs: float,
+) -> RunSettings:
+    """The run with the size of its step, that of a resumed run if it can be, and their number."""
+    samples, tokens = 0, 0.0
+    if saved and not job.stream.per_step:
+        if run.batch_size:
+            run = keep_step_size(run, saved, machine.world)
+        elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
+            samples = saved["args"]["step_samples"]
+    if run.budget:
+        tokens = run.budget * measured_speed(job, machine)
+    elif not run.max_steps:
+        tokens = epochs * job.stream.tokens
+    run = choose_step(run, job, machine, optim, samples, tokens)
+    return replace(run, max_steps=steps_of(run, job, machine, saved, tokens))
+
+
+def rates_of_run(
+    run: RunSettings,
+    job: Job,
+    machine: Machine,
+    optim: OptimSettings,
+    saved: dict | None,
+) -> OptimSettings:
+    """The settings with all rates: by size, or as a resumed run has begun."""
+    chosen = with_rates(
+        optim,
+        job.model,
+        job.kind,
+        job.step_samples(run, machine.world) * job.sample_tokens * run.max_steps,
+        run.max_steps,
+        adapters=job.lora is not None,
+        init=job.init,
+    )
+    return kept_rates(chosen, optim, saved)
+
+
 def train_once(
     job: Job,
     machine: Machine,
@@ -11175,29 +11268,9 @@ def train_once(
         told = f"{back.told}: going back to step {saved['step']}, and on with sample {back.samples}"
         Events(Path(run.out_dir), machine).add(back.before, "back", told, to=saved["step"])
         saved["samples"] = back.samples
-    given, samples, optim_given = run, 0, optim
-    if saved and not job.stream.per_step:
-        if run.batch_size:
-            run = keep_step_size(run, saved, machine.world)
-        elif saved["args"]["grad_accum_steps"] == run.grad_accum_steps:
-            samples = saved["args"]["step_samples"]
-    tokens = 0.0
-    if run.budget:
-        tokens = run.budget * measured_speed(job, machine)
-    elif not run.max_steps:
-        tokens = epochs * job.stream.tokens
-    run = choose_step(run, job, machine, optim, samples, tokens)
-    run = replace(run, max_steps=steps_of(run, job, machine, saved, tokens))
-    optim = with_rates(
-        optim,
-        job.model,
-        job.kind,
-        job.step_samples(run, machine.world) * job.sample_tokens * run.max_steps,
-        run.max_steps,
-        adapters=job.lora is not None,
-        init=job.init,
-    )
-    optim = kept_rates(optim, optim_given, saved)
+    given, optim_given = run, optim
+    run = sized_run(run, job, machine, optim, saved, epochs)
+    optim = rates_of_run(run, job, machine, optim, saved)
     run = fit_noted_memory(run, job, machine)
     run = choose_eval_tokens(run, job, machine)
     check_sharding(run, machine)
@@ -14688,6 +14761,57 @@ def describe_data(path: Path) -> Iterator[str]:
     yield f"begins: {tokenizer.decode(folder.train[:60])!r}"
 
 
+CHOSEN_PRESETS = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "50m": 50e6, "138m": 1e8}  # without the ends
+
+
+REPEATS = 10.0  # passes over a text, behind which more of them teach a larger model more
+
+
+def usual_seconds(device: torch.device) -> float:
+    """How long a run takes whose time is not given."""
+    if device.type == "cpu":
+        return 1200.0
+    return 3600.0
+
+
+def fitting_preset(tokens: float, seconds: float, device: torch.device) -> str:
+    """The preset for a text of so many tokens and so long a run: the model that reads 20 tokens a
+    parameter in that time (Hoffmann et al. 2022), or a larger one where it would read them all
+    over REPEATS times, but none of more than ten parameters a token."""
+    speed = ASSUMED_FLOPS.get((device.type, torch.float32)) or 0.3 * (peak_flops(device) or 1e14)
+    flops = speed * (seconds or usual_seconds(device))
+    wanted = max(math.sqrt(flops / 120), flops / (6 * REPEATS * tokens))
+    wanted = min(wanted, 10.0 * tokens)
+    return min(CHOSEN_PRESETS, key=lambda name: abs(math.log(CHOSEN_PRESETS[name] / wanted)))
+
+
+SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "ffn_mult", "ffn_hidden")
+
+
+def fitted(
+    run: RunSettings,
+    model: ModelSettings,
+    tokens: int,
+    machine: Machine,
+) -> tuple[RunSettings, ModelSettings]:
+    """The settings with a model that suits the text, the time and the device, where no flag gives
+    its shape; of a run that is there already, its own model."""
+    if run.preset or any(getattr(model, name) != getattr(ModelSettings, name) for name in SHAPE):
+        return run, model
+    newest = machine.on_main(newest_whole, Path(run.out_dir), run.resume)
+    if newest:
+        config = read_checkpoint(newest, sharded=True)["config"]
+        known = {f.name for f in flags(ModelSettings)} & {*config}
+        return run, replace(model, **{name: config[name] for name in known})
+    name = fitting_preset(tokens, run.budget, machine.device)
+    shape = {
+        key: value
+        for key, value in PRESETS[name].items()
+        if getattr(model, key) == getattr(ModelSettings, key)
+    }
+    return replace(run, preset=name), replace(model, **shape)
+
+
 def describe_checkpoint(path: Path) -> Iterator[str]:
     saved = load_checkpoint(path)
     config = ModelSettings(**saved["config"])
@@ -15637,29 +15761,6 @@ def write_samples(settings: GenerateSettings, rows: list[dict]) -> None:
     say(figures)
 
 
-CHOSEN_PRESETS = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "50m": 50e6, "138m": 1e8}  # without the ends
-
-
-ASSUMED_SECONDS = {"cpu": 1200.0}  # of a run whose time is not given
-
-
-ASSUMED_HOUR = 3600.0  # the same on other devices
-
-
-REPEATS = 10.0  # passes over a text, behind which more of them teach a larger model more
-
-
-def fitting_preset(tokens: float, seconds: float, device: torch.device) -> str:
-    """The preset for a text of so many tokens and so long a run: the model that reads 20 tokens a
-    parameter in that time (Hoffmann et al. 2022), or a larger one where it would read them all
-    over REPEATS times, but none of more than ten parameters a token."""
-    speed = ASSUMED_FLOPS.get((device.type, torch.float32)) or 0.3 * (peak_flops(device) or 1e14)
-    flops = speed * (seconds or ASSUMED_SECONDS.get(device.type, ASSUMED_HOUR))
-    wanted = max(math.sqrt(flops / 120), flops / (6 * REPEATS * tokens))
-    wanted = min(wanted, 10.0 * tokens)
-    return min(CHOSEN_PRESETS, key=lambda name: abs(math.log(CHOSEN_PRESETS[name] / wanted)))
-
-
 def cmd_prep(settings: PrepSettings) -> int:
     began = time.monotonic()
     meta = prepare(settings)
@@ -15674,7 +15775,7 @@ def cmd_prep(settings: PrepSettings) -> int:
         )
     tokens = max(1, meta["splits"]["train"]["tokens"])
     device = pick_device("auto")
-    span = ASSUMED_SECONDS.get(device.type, ASSUMED_HOUR)
+    span = usual_seconds(device)
     preset = fitting_preset(tokens, span, device)
     say(
         f"{settings.out_dir}: vocabulary of {meta['vocab_size']:,}, {duration(seconds)}, "
@@ -15685,55 +15786,6 @@ def cmd_prep(settings: PrepSettings) -> int:
         "give the time that you have)",
     )
     return 0
-
-
-def begin_with_text(
-    network: Transformer,
-    domains: list[tuple[str, TokenFolder, float]],
-    seed: int,
-    machine: Machine,
-) -> None:
-    """begin_with_bigrams, on a sample of all domains by their weights, the same on all ranks."""
-
-    def begin() -> None:
-        parts = []
-        for _, folder, weight in domains:
-            most = int(weight * BIGRAM_TOKENS)
-            every = max(1, math.ceil(len(folder.train) / max(1, most)))
-            for start in range(0, len(folder.train), PROBED * every):
-                parts.append(folder.train[start : start + PROBED].astype(np.int64))
-        begin_with_bigrams(network, torch.from_numpy(np.concatenate(parts)), seed)
-
-    machine.on_main(begin)
-    for weight in network.parameters():
-        machine.spread(weight.data)
-
-
-SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "ffn_mult", "ffn_hidden")
-
-
-def fitted(
-    run: RunSettings,
-    model: ModelSettings,
-    tokens: int,
-    machine: Machine,
-) -> tuple[RunSettings, ModelSettings]:
-    """The settings with a model that suits the text, the time and the device, where no flag gives
-    its shape; of a run that is there already, its own model."""
-    if run.preset or any(getattr(model, name) != getattr(ModelSettings, name) for name in SHAPE):
-        return run, model
-    newest = machine.on_main(newest_whole, Path(run.out_dir), run.resume)
-    if newest:
-        config = read_checkpoint(newest, sharded=True)["config"]
-        known = {f.name for f in flags(ModelSettings)} & {*config}
-        return run, replace(model, **{name: config[name] for name in known})
-    name = fitting_preset(tokens, run.budget, machine.device)
-    shape = {
-        key: value
-        for key, value in PRESETS[name].items()
-        if getattr(model, key) == getattr(ModelSettings, key)
-    }
-    return replace(run, preset=name), replace(model, **shape)
 
 
 def cmd_train(

@@ -1,10 +1,11 @@
-"""Wall-clock to nanoGPT's validation loss: its train.py beside this program with --time alone.
+r"""Wall-clock to nanoGPT's validation loss: its train.py beside this program with --time alone.
 
-    python benchmarks/learning.py NANOGPT DATA SCRATCH [--seeds 3] [--rates 1e-3 3e-3 6e-3]
+    python benchmarks/learning.py NANOGPT DATA SCRATCH [--seeds 3] [--rates 1e-3 3e-3 6e-3] \
+        [--parts 12 10 8]
 
 NANOGPT: a checkout of github.com/karpathy/nanoGPT; DATA: a folder written by prep. Both train the
 same shape on the same token ids in fp32 on the CPU: nanoGPT for 300 iterations of 4,096 tokens, at
-each rate with the first seed and at the best one with all; this program for a twelfth of the
+each rate with the first seed and at the best one with all; this program for these parts of the
 seconds that nanoGPT's iterations took, at its own rates. Both are evaluated by the same code on all
 of the validation split. Seconds are of training, without starting Python and without evaluation.
 """
@@ -122,6 +123,7 @@ def main():
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3])
+    parser.add_argument("--parts", type=float, nargs="+", default=[12, 10, 8])
     args = parser.parse_args()
     folder = lm.TokenFolder(args.data)
     args.scratch.mkdir(parents=True, exist_ok=True)
@@ -135,15 +137,16 @@ def main():
         if (best, seed) not in found:
             found[best, seed] = nanogpt(args.nanogpt, folder, args.scratch / "nanogpt", best, seed)
         loss, seconds = found[best, seed]
-        span = seconds / 12
-        began = time.monotonic()
-        mine, took, steps, tokens = ours(args.data, folder, args.scratch / "ours", span, seed)
-        print(
-            f"seed {seed}: nanoGPT at {best:g} {loss:.4f} in {seconds:.1f} s; ours {mine:.4f} in "
-            f"{took:.1f} s (of {span:.1f}; {time.monotonic() - began:.1f} with starting and "
-            f"stopping), {steps} steps, {tokens:,} tokens",
-            flush=True,
-        )
+        print(f"seed {seed}: nanoGPT at {best:g} {loss:.4f} in {seconds:.1f} s", flush=True)
+        for part in args.parts:
+            span = seconds / part
+            began = time.monotonic()
+            mine, took, steps, tokens = ours(args.data, folder, args.scratch / "ours", span, seed)
+            print(
+                f"  1/{part:g}: ours {mine:.4f} in {took:.1f} s, with starting and stopping "
+                f"{time.monotonic() - began:.1f} s; {steps} steps, {tokens:,} tokens",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -147,6 +147,16 @@ def test_deviations_are_robust():
     assert not watch.too_many(100)
 
 
+def test_steps_without_a_gradient_make_no_spike_of_the_others():
+    watch = lm.FaultWatch()
+    rows = []
+    for step in range(400):  # as grpo on a hard task: one step in ten has something to learn from
+        learns = step % 10 == 9
+        rows.append(lm.StepFigures(step, step, 1, 0.1 * learns, (0.5 + step % 3 / 10) * learns))
+    assert not watch.look(rows)
+    assert watch.look([lm.StepFigures(400, 400, 1, 0.1, 500.0)])
+
+
 def test_nan_on_one_rank_skips_the_step_on_both(child, data_dir, tmp_path):
     out = tmp_path / "out"
     flags = argv(data_dir, out, *STEADY, "--batch_size", 4, "--optimizer", "muon")

@@ -151,13 +151,13 @@ def test_muons_rate_is_that_of_published_runs():
 
 
 def test_adamws_rate_is_near_published_ones():
-    # parameters without the ends, tokens, published peak
-    for parameters, tokens, published in (
-        (85e6, 10e9, 3e-3),  # SmolLM2-135M on longer runs, and cramming papers
-        (85e6, 2.5e9, 1.8e-3),  # a tuned GPT-2 124M
-        (1.2e9, 100e9, 1e-3),
+    # width, parameters without the ends, tokens, published peak
+    for width, parameters, tokens, published in (
+        (576, 106e6, 2e12, 3e-3),  # SmolLM2-135M
+        (2048, 1.6e9, 1e12, 5e-4),  # SmolLM-1.7B
+        (768, 85e6, 2.5e9, 1.8e-3),  # modded-nanogpt's AdamW baseline, GPT-2 124M
     ):
-        assert published / 2 < lm.adamw_rate(parameters, tokens) < published * 2
+        assert published / 2 < lm.adamw_rate(width, parameters, tokens) < published * 2
 
 
 def test_tuning_rates_are_near_published_ones():
@@ -304,6 +304,39 @@ def test_the_schedule_ends_when_the_time_does(run, data_dir, tmp_path):
     assert code == 0, err
     rows = timed_rows(tmp_path / "a")
     assert rows[-1]["step"] > steps and 6 < rows[-1]["time"] < 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward", "grpo"])
+def test_every_trainer_ends_with_its_time(run, trained, tmp_path, command):
+    pairs = [
+        {
+            "prompt": f"say {i}",
+            "response": f"{i}",
+            "chosen": f"{i}",
+            "rejected": "no",
+            "answer": "3",
+        }
+        for i in range(40)
+    ]
+    kept = {
+        "sft": ("prompt", "response"),
+        "dpo": ("prompt", "chosen", "rejected"),
+        "reward": ("prompt", "chosen", "rejected"),
+        "grpo": ("prompt", "answer"),
+    }[command]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({k: row[k] for k in kept}) + "\n" for row in pairs))
+    out = tmp_path / "run"
+    argv = [command, "--ckpt", trained, "--data", rows, "--out_dir", out, "--time", "5s"]
+    argv += ["--device", "cpu", "--compile", "0", "--log_interval", "1"][
+        : 4 if command == "grpo" else 6
+    ]
+    if command == "grpo":
+        argv += ["--prompts", "2", "--group_size", "2", "--max_new_tokens", "4"]
+    code, told, err = run([str(word) for word in argv])
+    assert code == 0, err
+    assert 2 < timed_rows(out)[-1]["time"] < 9
 
 
 def test_small_runs_have_small_steps():

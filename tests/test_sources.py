@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import json
+import os
 import re
 import struct
 import threading
@@ -303,6 +304,15 @@ def test_a_mixture_ends_at_max_tokens_and_says_what_it_took(prep, tmp_path, two)
     assert 3000 <= len(ids_of(tmp_path / "data")) < 3200
     _, out, _ = prep(*two, out="whole")
     assert "b is used up" in out
+
+
+def test_a_part_of_a_mixture_may_come_through_a_pipe(prep, tmp_path, two):
+    data = prepared(prep, tmp_path, *two)
+    os.mkfifo(tmp_path / "pipe")
+    text = (tmp_path / "b.txt").read_bytes()
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(text,), daemon=True).start()
+    piped = prepared(prep, tmp_path, two[0], f"b={tmp_path}/pipe:1", out="piped")
+    assert ids_of(piped) == ids_of(data)
 
 
 def test_faults_of_a_mixture_are_told(prep, tmp_path, two):
