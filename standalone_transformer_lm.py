@@ -9749,9 +9749,13 @@ SPIKE_Z = 8.0  # robust deviations above the median, from which a figure is a sp
 
 SPIKE_FLOOR = 0.05  # of the median: a deviation is at least so large
 
-FAULT_WINDOW = 100  # steps in which faults are counted together
+SPIKE_RISE = 0.1  # of the loss: what rises by less harms no model, however small its loss was
 
-FAULTS_MOST = 5  # of these; with more the run goes back to a checkpoint
+FAULT_WINDOW = 100  # steps in which skipped steps are counted together
+
+SPIKE_FAULT_WINDOW = 20  # the same for spikes of the loss: what is lost does not come back at once
+
+FAULTS_MOST = 5  # in one of these windows; with more the run goes back to a checkpoint
 
 
 class StepFigures(typing.NamedTuple):
@@ -9769,11 +9773,16 @@ class StepFigures(typing.NamedTuple):
 
 
 class StepFault(typing.NamedTuple):
-    """A step that was skipped, or a spike, and by how many deviations it stands out."""
+    """A step that was skipped, or a spike, and by how many deviations it stands out.
+
+    `window` is the number of steps for which it counts towards going back: 0 for a spike of the
+    gradient alone, which clipping has made harmless.
+    """
 
     figures: StepFigures
     kind: str
     z: float
+    window: int
 
 
 def robust_z(value: float, before: list[float]) -> float:
@@ -9789,33 +9798,39 @@ class FaultWatch:
 
     def __init__(self):
         self.before: deque[StepFigures] = deque(maxlen=SPIKE_WINDOW)
-        self.faults: deque[StepFault] = deque()
+        self.faults: list[StepFault] = []
 
     def look(self, steps: Iterable[StepFigures]) -> list[StepFault]:
         """The faults among further steps."""
         found = []
         for one in steps:
             if not one.finite:
-                found.append(StepFault(one, "skipped", math.inf))
-                continue
-            if (
-                one.norm == 0
-            ):  # as in grpo where all rewards are alike: it teaches and tells nothing
-                continue
-            if len(self.before) >= SPIKE_LEAST:
-                losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
-                z = max(robust_z(one.loss, losses), robust_z(one.norm, norms))
-                if z > SPIKE_Z:
-                    found.append(StepFault(one, "spike", z))
-                    continue  # it is no measure for others
-            self.before.append(one)
-        self.faults += found
+                found.append(StepFault(one, "skipped", math.inf, FAULT_WINDOW))
+            elif one.norm == 0:
+                continue  # as in grpo where all rewards are alike: it teaches and tells nothing
+            elif spike := self.spike(one):
+                found.append(spike)  # it is no measure for others
+            else:
+                self.before.append(one)
+        self.faults += [fault for fault in found if fault.window]
         return found
+
+    def spike(self, one: StepFigures) -> StepFault | None:
+        """What is wrong with a step, measured by those before it."""
+        if len(self.before) < SPIKE_LEAST:
+            return None
+        losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
+        z, rise = robust_z(one.loss, losses), one.loss - float(np.median(losses))
+        if z > SPIKE_Z and rise > SPIKE_RISE:
+            return StepFault(one, "spike", max(z, robust_z(one.norm, norms)), SPIKE_FAULT_WINDOW)
+        z = robust_z(one.norm, norms)
+        if z > SPIKE_Z:
+            return StepFault(one, "spike", z, 0)
+        return None
 
     def too_many(self, step: int) -> StepFault | None:
         """The first of more than FAULTS_MOST in the last steps, or None."""
-        while self.faults and self.faults[0].figures.step <= step - FAULT_WINDOW:
-            self.faults.popleft()
+        self.faults = [fault for fault in self.faults if fault.figures.step > step - fault.window]
         if len(self.faults) > FAULTS_MOST:
             return self.faults[0]
         return None
@@ -10484,8 +10499,7 @@ class Trainer:
                 first.figures.step - 1,
                 self.samples,
                 f"the loss or its gradient is NaN or infinite, or far from those before, in "
-                f"{len(self.watch.faults)} of the last {min(self.step, FAULT_WINDOW)} steps, "
-                f"first at step {first.figures.step}",
+                f"{len(self.watch.faults)} of the steps {first.figures.step}–{self.step}",
             )
 
     def step_batch(self, first: int) -> StepBatch:

@@ -157,6 +157,43 @@ def test_steps_without_a_gradient_make_no_spike_of_the_others():
     assert watch.look([lm.StepFigures(400, 400, 1, 0.1, 500.0)])
 
 
+def far_off(step, loss=2.0, norm=0.5):
+    return lm.StepFigures(step, 8 * step, 8, loss, norm)
+
+
+@pytest.mark.parametrize(
+    ("bad", "back"),
+    [
+        ({"norm": 50.0}, None),  # clipped: the loss stays as it was
+        ({"loss": 9.0}, None),  # every tenth step, as on a few rows learned by heart
+        ({"loss": math.nan}, 100),
+    ],
+)
+def test_single_spikes_end_no_run(bad, back):
+    watch = lm.FaultWatch()
+    steps = [far_off(step, 2.0 + step % 3 / 100) for step in range(100)]
+    assert not watch.look(steps)
+    found = watch.look(far_off(step, **bad) for step in range(100, 190, 10))
+    assert len(found) == 9
+    first = watch.too_many(190)
+    assert first == back or first.figures.step == back
+
+
+def test_a_loss_that_stays_high_goes_back():
+    watch = lm.FaultWatch()
+    watch.look(far_off(step) for step in range(100))
+    watch.look(far_off(step, 3.0) for step in range(100, 106))
+    assert watch.too_many(106).figures.step == 100
+    assert watch.too_many(121) is None
+
+
+def test_small_losses_may_rise_by_little():
+    watch = lm.FaultWatch()
+    watch.look(far_off(step, 0.001 + step % 3 / 1e4) for step in range(100))
+    assert not watch.look([far_off(100, 0.05)])
+    assert watch.look([far_off(101, 0.5)])
+
+
 def test_nan_on_one_rank_skips_the_step_on_both(child, data_dir, tmp_path):
     out = tmp_path / "out"
     flags = argv(data_dir, out, *STEADY, "--batch_size", 4, "--optimizer", "muon")
