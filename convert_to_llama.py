@@ -645,8 +645,8 @@ def byte_level(use_regex: bool) -> dict:
     }
 
 
-def split_words(digits: str) -> dict:
-    pattern = {"Regex": lm.BYTE_WORDS.replace("NUMBER", digits)}
+def split_words(digits: int) -> dict:
+    pattern = {"Regex": lm.byte_words(digits)}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, byte_level(False)]}
 
@@ -660,8 +660,8 @@ WORD_SPLITTERS = {  # llama.cpp's name: (how tokenizer.json says it, whether it 
         },
         False,
     ),
-    "llama-bpe": (split_words("{1,3}"), True),
-    "qwen2": (split_words(""), False),
+    "llama-bpe": (split_words(3), True),
+    "qwen2": (split_words(1), False),
 }
 
 
@@ -1478,7 +1478,10 @@ class ConvertSettings:
         "", "numbers of a GGUF file; as the model was trained, if not given", choices=("", *QUANTS)
     )
     dtype: str = lm.setting(
-        "", "numbers of the weights; as the model was trained, if not given", choices=("", *DTYPES)
+        "",
+        "numbers of the weights; as the model was trained, if not given; with --reverse those of "
+        "the checkpoint, fp32 if not given",
+        choices=("", *DTYPES),
     )
     rope_theta: float = lm.setting(
         0.0,
@@ -1509,6 +1512,8 @@ class ConvertSettings:
             yield "--quant is for --format gguf", "add it, or use --dtype"
         if self.dtype and self.format == "gguf":
             yield "--dtype is for Hugging Face folders", "use --quant"
+        if self.dtype and self.base and self.reverse:
+            yield "--dtype is not for adapters, which stay fp32", "drop it"
         if self.reverse and not self.out:
             yield "--out is missing", "name a file, --out imported.pt"
         elif not self.out:
@@ -1580,6 +1585,12 @@ def export(settings: ConvertSettings) -> None:
     lm.say(f"{settings.out}: {architecture}, {result}")
 
 
+def in_dtype(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in `dtype`; one that has two names stays one."""
+    kept = {weight: weight.to(dtype) for weight in weights.values()}
+    return {name: kept[weight] for name, weight in weights.items()}
+
+
 def import_folder(settings: ConvertSettings) -> None:
     """Folder → checkpoint."""
     folder, out = Path(settings.reverse), Path(settings.out)
@@ -1592,13 +1603,12 @@ def import_folder(settings: ConvertSettings) -> None:
         return
     if folder.suffix == ".gguf" or folder.is_file():
         saved = read_gguf(folder, settings.tokenizer)
-        lm.save_checkpoint(out, saved)
-        lm.say(f"{out}: {lm.ModelSettings(**saved['config']).n_layer} layers, from {folder}")
-        return
-    saved = lm.import_model(folder, settings.tokenizer)
-    tokenizer = lm.tokenizer_of(saved, "", folder)
-    model = lm.build_model(saved, torch.device("cpu"))
-    result = verify_import(folder, model, tokenizer)
+        result = f"{lm.ModelSettings(**saved['config']).n_layer} layers, from {folder}"
+    else:
+        saved = lm.import_model(folder, settings.tokenizer)
+        tokenizer = lm.tokenizer_of(saved, "", folder)
+        result = verify_import(folder, lm.build_model(saved, torch.device("cpu")), tokenizer)
+    saved["model"] = in_dtype(saved["model"], DTYPES[settings.dtype or "fp32"])
     lm.save_checkpoint(out, saved)
     lm.say(f"{out}: {result}")
 

@@ -76,6 +76,7 @@ end of another rank; 128 + signal after a signal, when the step was finished and
 import argparse
 import array
 import ast
+import base64
 import bisect
 import bz2
 import codecs
@@ -3119,6 +3120,164 @@ class HFTokenizer(Tokenizer):
         return self.hf.decode([int(i) for i in ids if i < self.vocab_size])
 
 
+def byte_words(digits: int) -> str:
+    """The texts that a byte-level BPE joins, as Qwen2 has them, with up to so many digits."""
+    number = "" if digits == 1 else f"{{1,{digits}}}"
+    return (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{number}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+def byte_level(model: typing.Any, words: str) -> typing.Any:
+    """A tokenizer of the package tokenizers with that BPE over bytes, within those words."""
+    library = need("tokenizers")
+    steps = library.pre_tokenizers
+    made = library.Tokenizer(model)
+    made.pre_tokenizer = steps.Sequence(
+        [
+            steps.Split(library.Regex(words), "isolated"),
+            steps.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = library.decoders.ByteLevel()
+    return made
+
+
+def hf_bytes(made: typing.Any, named: dict[str, str]) -> bytes:
+    """The bytes of an HFTokenizer from one of the package tokenizers, with its bos, eos and pad;
+    a text begins with bos, where there is one."""
+    if bos := named.get("bos"):
+        made.post_processor = need("tokenizers").processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+        )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {f"{key}_token": token for key, token in named.items()}
+    files = {
+        "tokenizer.json": made.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config),
+    }
+    return json.dumps(files, ensure_ascii=False).encode()
+
+
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
+
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+CASED_WORDS = (  # of GPT-4o, which parts CamelCase
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TiktokenForm(typing.NamedTuple):
+    """What a file of ranks does not say: the words within which it joins, and special tokens."""
+
+    name: str
+    words: str
+    specials: dict[int, str]  # by id
+    named: dict[str, str]  # which of them is eos, and bos where a text begins with it
+    ignore_merges: bool = True  # a word that is a token needs none, as tiktoken has it
+
+
+LLAMA3_SPECIALS = {
+    128000: "<|begin_of_text|>",
+    128001: "<|end_of_text|>",
+    128006: "<|start_header_id|>",
+    128007: "<|end_header_id|>",
+    128008: "<|eom_id|>",
+    128009: "<|eot_id|>",
+    128255: "<|reserved_128255|>",
+}
+
+END_OF_TEXT = "<|endoftext|>"
+
+TIKTOKEN_FORMS = {  # by the highest rank: as tiktoken, and the models of that name, have them
+    50255: TiktokenForm("GPT-2", GPT2_WORDS, {50256: END_OF_TEXT}, {"eos": END_OF_TEXT}),
+    50280: TiktokenForm("p50k_base", GPT2_WORDS, {50256: END_OF_TEXT}, {"eos": END_OF_TEXT}),
+    100255: TiktokenForm(
+        "cl100k_base",
+        byte_words(3),
+        {
+            100257: END_OF_TEXT,
+            100258: "<|fim_prefix|>",
+            100259: "<|fim_middle|>",
+            100260: "<|fim_suffix|>",
+            100276: "<|endofprompt|>",
+        },
+        {"eos": END_OF_TEXT},
+    ),
+    127999: TiktokenForm(
+        "Llama 3",
+        byte_words(3),
+        LLAMA3_SPECIALS,
+        {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"},
+    ),
+    151642: TiktokenForm(
+        "Qwen",
+        byte_words(1),
+        {151643: END_OF_TEXT, 151644: "<|im_start|>", 151645: "<|im_end|>"},
+        {"eos": END_OF_TEXT},
+        ignore_merges=False,  # as its tokenizer.json says
+    ),
+    199997: TiktokenForm(
+        "o200k_base",
+        CASED_WORDS,
+        {199999: END_OF_TEXT, 200018: "<|endofprompt|>"},
+        {"eos": END_OF_TEXT},
+    ),
+}
+
+
+def byte_characters() -> list[str]:
+    """The character that a byte-level BPE writes for each byte (Radford et al. 2019)."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
+
+
+def from_tiktoken(data: bytes, name: str) -> bytes:
+    """The bytes of an HFTokenizer with the ids of a file of tiktoken, lines of a token in base64
+    and its rank. UserError where it is damaged."""
+    try:
+        lines = (line.split() for line in data.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as fault:
+        raise UserError(
+            f"{name} is no file of tiktoken, or is damaged ({sentence(fault)})",
+            "download it again",
+        ) from fault
+    most = max(ranks.values())
+    if len({*ranks.values()}) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
+        raise UserError(f"{name} lacks bytes, or has a rank twice", "download it again")
+    if most > CONTEXT_LIMIT:
+        raise UserError(f"{name} is damaged (it has a rank {most})", "download it again")
+    unknown = TiktokenForm("", byte_words(3), {most + 1: END_OF_TEXT}, {"eos": END_OF_TEXT})
+    form = TIKTOKEN_FORMS.get(most, unknown)
+    if form is unknown:
+        say(f"note: {name} is of no known model: words are cut as GPT-4 does")
+    written = byte_characters()
+    spelled = {token: "".join(written[byte] for byte in token) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    holes = {*range(max(most, *form.specials) + 1)} - {*ranks.values()}
+    specials = {i: form.specials.get(i, f"<|reserved_{i}|>") for i in sorted(holes)}
+    vocab |= {token: i for i, token in specials.items()}
+    merges = []  # every two tokens that make a third, which tiktoken may join
+    for token in sorted(ranks, key=ranks.__getitem__):
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+        known = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in known]
+    bpe = need("tokenizers").models.BPE
+    model = bpe(vocab=vocab, merges=merges, ignore_merges=form.ignore_merges)
+    made = byte_level(model, form.words)
+    made.add_special_tokens([*specials.values()])
+    return hf_bytes(made, form.named)
+
+
 def make_tokenizer(data: bytes, name: str = "tokenizer") -> Tokenizer:
     """The tokenizer of a checkpoint's bytes, SentencePiece's or Hugging Face's."""
     if data[:1] == b"{":
@@ -3130,6 +3289,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file; of a tokenizer.json, what the files beside it say belongs to it."""
     try:
         data = path.read_bytes()
+        if TIKTOKEN_LINE.match(data):
+            return HFTokenizer(from_tiktoken(data, str(path)), str(path))
         if path.suffix != ".json":
             return Tokenizer(data, str(path))
         texts = {"tokenizer.json": data.decode()}
@@ -3164,7 +3325,7 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
     if found.roles or not fast:
         return found
     other = read_tokenizer(text)
-    return other if other.has_template else found
+    return other if other.has_template or isinstance(found, HFTokenizer) else found
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -3288,12 +3449,6 @@ def train_tokenizer(
     return model.getvalue()
 
 
-BYTE_WORDS = (  # what a byte-level BPE joins, as Qwen2 has it; N is how it takes digits
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 def train_bytes(texts: Iterable[str], vocab_size: int, digits: int) -> bytes:
     """The bytes of a byte-level BPE in Hugging Face's form, which joins up to so many digits and
     has the symbols of this program's chats. UserError where the size does not suit the text."""
@@ -3304,18 +3459,11 @@ def train_bytes(texts: Iterable[str], vocab_size: int, digits: int) -> bytes:
             f"--vocab_size {vocab_size} is too small for bytes and symbols",
             f"use {256 + len(specials) + 1} or more",
         )
-    number = "" if digits == 1 else f"{{1,{digits}}}"
-    words = library.Regex(BYTE_WORDS.replace("NUMBER", number))
-    steps = library.pre_tokenizers
-    made = library.Tokenizer(library.models.BPE())
-    made.pre_tokenizer = steps.Sequence(
-        [steps.Split(words, "isolated"), steps.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    made.decoder = library.decoders.ByteLevel()
+    made = byte_level(library.models.BPE(), byte_words(digits))
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=specials,
-        initial_alphabet=steps.ByteLevel.alphabet(),
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
@@ -3326,20 +3474,7 @@ def train_bytes(texts: Iterable[str], vocab_size: int, digits: int) -> bytes:
             f"use --vocab_size {found} or less, or give more text",
             most=found,
         )
-    made.post_processor = library.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
-    )
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-    }
-    files = {
-        "tokenizer.json": made.to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(config),
-    }
-    return json.dumps(files, ensure_ascii=False).encode()
+    return hf_bytes(made, {"bos": "<s>", "eos": "</s>", "pad": "<pad>"})
 
 
 class WordEncoder(dict):
@@ -6277,6 +6412,31 @@ def parameter_counts(config: ModelSettings) -> dict[str, int]:
     }
 
 
+def multiplied(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
+    """The weights that autocast casts each time they are read: their modules and names there."""
+    for name, module in model.named_modules():
+        kept = name in ("score", "lm_head" if model.fp32_head else "")
+        if isinstance(module, MoE):
+            yield from ((module, matrix) for matrix in ("w1", "w2", "w3"))
+        elif isinstance(module, nn.Linear) and not kept and not name.endswith("router"):
+            yield from ((module, matrix) for matrix, _ in module.named_parameters(recurse=False))
+
+
+def lower(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Keep a module's weight in `dtype`; it can be trained no more."""
+    weight = getattr(module, name).detach().to(dtype)
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def lower_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model, which from here on is only read, with the weights of its matmuls in `dtype`: under
+    autocast it computes the same, and casts none of them again for every token."""
+    if dtype != torch.float32:
+        for module, name in [*multiplied(model)]:
+            lower(module, name, dtype)
+    return model
+
+
 def flops_per_token(config: ModelSettings) -> int:
     """Training FLOPs a token: 6 for each multiplied weight, 12 H D S for a layer's attention.
 
@@ -6318,8 +6478,11 @@ class LoraLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + change * self.scale
 
 
-def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
-    """Freeze the model and give the named matrices adapters, which change nothing yet."""
+def attach_lora(
+    model: Transformer, settings: LoraSettings, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Freeze the model and give the named matrices adapters, which change nothing yet. What is
+    frozen is kept in `dtype`, in which autocast would read it: that is the same, in less memory."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora"))
     parts = [part for block in model.blocks for part in (block.attn, block.mlp)]
@@ -6334,6 +6497,9 @@ def attach_lora(model: Transformer, settings: LoraSettings, seed: int) -> None:
             f"--lora_targets {settings.lora_targets}: this model has no such matrix",
             "experts take no adapter; use --lora_targets qkv,proj",
         )
+    for module, name in [*multiplied(model)]:
+        if module is not model.lm_head:  # which may be the embedding, read in fp32
+            lower(module, name, dtype)
     for part, name in found:
         setattr(part, name, LoraLinear(getattr(part, name), settings, generator))
     if model.score is not None:
@@ -6353,7 +6519,7 @@ def merge_lora(
     merged = weights | {name: w for name, w in adapter.items() if ".lora_" not in name}
     for stem in (name.removesuffix("lora_b") for name in adapter if name.endswith(".lora_b")):
         change = adapter[f"{stem}lora_b"].float() @ adapter[f"{stem}lora_a"].float()
-        merged[f"{stem}weight"] = weights[f"{stem}weight"] + scale * change
+        merged[f"{stem}weight"] = weights[f"{stem}weight"].float() + scale * change
     return merged
 
 
@@ -6368,26 +6534,6 @@ LEAST_END = 256  # of the keys that a compiled step sees; further ends are power
 LEAST_ROWS = 8  # of a compiled batch of more than one, whose sizes are powers of two
 
 LOOK_EVERY = 8  # ids drawn on a GPU before any is looked at, which waits for it
-
-
-def multiplied(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
-    """The weights that autocast casts each time they are read: their modules and names there."""
-    for name, module in model.named_modules():
-        kept = name in ("score", "lm_head" if model.fp32_head else "")
-        if isinstance(module, MoE):
-            yield from ((module, matrix) for matrix in ("w1", "w2", "w3"))
-        elif isinstance(module, nn.Linear) and not kept and not name.endswith("router"):
-            yield from ((module, matrix) for matrix, _ in module.named_parameters(recurse=False))
-
-
-def lower_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model, which from here on is only read, with the weights of its matmuls in `dtype`: under
-    autocast it computes the same, and casts none of them again for every token."""
-    if dtype != torch.float32:
-        for module, name in [*multiplied(model)]:
-            lower = getattr(module, name).detach().to(dtype)
-            setattr(module, name, nn.Parameter(lower, requires_grad=False))
-    return model
 
 
 @torch.no_grad()
@@ -8396,7 +8542,8 @@ def check_names(weights: dict[str, Tensor], wanted: set[str], tie: bool) -> None
 
 
 def from_family(weights: dict[str, Tensor], model: ModelSettings, family: Family) -> dict:
-    """The reverse, in fp32. Raises UserError for weights that are not the config's."""
+    """The reverse, in the numbers of the file. Raises UserError for weights that are not the
+    config's."""
     layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
     if model.n_layer > len(layers) + 1:
         raise UserError(
@@ -8408,7 +8555,7 @@ def from_family(weights: dict[str, Tensor], model: ModelSettings, family: Family
     ours = {}
     try:
         for name, theirs in names.items():
-            parts = [weights[part].float() for part in theirs]
+            parts = [weights[part] for part in theirs]
             if name.endswith(("mlp.w1", "mlp.w2", "mlp.w3")):  # a tensor (E, in, out) of experts
                 ours[name] = torch.stack([part.T for part in parts])
             else:
@@ -8917,7 +9064,8 @@ def model_key(checkpoint: dict) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(checkpoint["model"].items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        numbers = weight.detach().cpu().float().contiguous().flatten()  # in whatever it is kept
+        digest.update(numbers.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -9047,7 +9195,11 @@ def build_model(
     model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.tie:
         model.lm_head.weight = model.tok_emb.weight
-    model = lower_weights(model.float(), dtype)
+    lower_weights(model, dtype)  # first: what a file has in this dtype is not copied
+    lowered = {getattr(*place) for place in multiplied(model) if dtype != torch.float32}
+    for weight in model.parameters():
+        if weight not in lowered:
+            weight.data = weight.data.float()
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -10342,6 +10494,7 @@ class Trainer:
         return {
             "format": CHECKPOINT_FORMAT,
             "kind": self.job.kind,
+            "dtype": str(self.machine.dtype).removeprefix("torch."),
             "step": self.step,
             "samples": self.samples,
             "best_val": self.best_val,
@@ -11628,7 +11781,7 @@ class Candidate:
                 logits = self.model.logits(hidden[chosen[0], chosen[1]]).float()  # (n, V)
                 best = logits.argmax(1)
                 right = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-                logps.append(right.double().cpu())
+                logps.append(right.cpu().double())  # MPS has no float64
                 greedy.append((best == wanted).cpu())
         return zip(torch.cat(logps).split(counts), torch.cat(greedy).split(counts), strict=True)
 
@@ -14529,7 +14682,7 @@ def check_rollouts(
 
 def save_merged(out: Path) -> None:
     """merged.pt: the run's best model with its adapters merged into the base."""
-    kept = ("format", "kind", "step", "samples", "best_val", "model", "config", "tokenizer")
+    kept = "format kind dtype step samples best_val model config tokenizer".split()
     merged = {key: value for key, value in load_checkpoint(out).items() if key in kept}
     save_checkpoint(out / "merged.pt", merged)
 
@@ -14675,7 +14828,8 @@ class Tuning:
         run, machine = self.run, self.machine
         lora = None
         if self.lora.lora_rank:
-            attach_lora(network, self.lora, self.seed)
+            kept = torch.float32 if divides(run, machine) else machine.dtype
+            attach_lora(network, self.lora, self.seed, kept)
             lora = self.adapters()
 
         def evaluate(module: nn.Module, run: RunSettings) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Models in transformers' own format: logits, ids and a step of training, and out again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,6 +115,35 @@ def test_a_model_comes_in_as_it_is_and_goes_out_again(made, name, tmp_path):
     assert again["config"] == saved["config"]
     other = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert other("The keeper 🙂").input_ids == auto("The keeper 🙂").input_ids
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Mixtral"])
+def test_bf16_weights_stay_bf16_where_they_may(made, name, tmp_path):
+    source, hf = made(name)
+    folder = tmp_path / "hf"
+    shutil.copytree(source, folder)
+    hf.bfloat16().save_pretrained(folder)
+    hf.float()
+    saved = lm.load_checkpoint(folder)
+    assert {w.dtype for w in saved["model"].values()} == {torch.bfloat16}
+    convert("--reverse", folder, "--out", tmp_path / "fp32.pt")
+    convert("--reverse", folder, "--out", tmp_path / "bf16.pt", "--dtype", "bf16")
+    sizes = [(tmp_path / f"{kind}.pt").stat().st_size for kind in ("bf16", "fp32")]
+    assert sizes[0] < 0.65 * sizes[1]
+    kept, whole = (lm.load_checkpoint(tmp_path / f"{kind}.pt") for kind in ("bf16", "fp32"))
+    assert lm.model_key(kept) == lm.model_key(whole) == lm.model_key(saved)
+    for name, weight in kept["model"].items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight.float(), whole["model"][name])
+    cpu = torch.device("cpu")
+    ids = torch.randint(410, (2, 20))
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [lm.build_model(one, cpu, dtype) for one in (saved, kept, whole)]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            a, b, c = (model(ids) for model in models)
+        assert torch.equal(a, b) and torch.equal(a, c)
+        kinds = {w.dtype for name, w in models[0].named_parameters() if "norm" in name}
+        assert kinds == {torch.float32}
+        assert models[0].blocks[0].attn.qkv.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("name", FAMILIES)

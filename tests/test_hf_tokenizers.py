@@ -1,6 +1,8 @@
 """Tokenizers in Hugging Face's form: ids, chats and special tokens as transformers has them."""
 
+import base64
 import json
+import random
 import unicodedata
 
 import pytest
@@ -240,3 +242,92 @@ def test_prep_and_train_take_it(folders, run, tmp_path):
             ["generate", "--ckpt", out / "run", "--prompt", "The", "--max_new_tokens", 3]
         )
         assert code == 0 and told.startswith("The"), err
+
+
+# ---- Files of tiktoken ----
+
+
+def save_ranks(path, merges=200):
+    """A file of tiktoken with 256 bytes and what a byte-level BPE learned of TEXTS; its ranks."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=256 + merges,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS * 5 + ["banana bandana ananas anna nana aaaaaaa"], trainer)
+    byte_of = {character: i for i, character in enumerate(lm.byte_characters())}
+    learned = sorted(made.get_vocab().items(), key=lambda pair: pair[1])
+    tokens = [bytes(byte_of[c] for c in token) for token, _ in learned]
+    order = [bytes([i]) for i in range(256)] + [t for t in tokens if len(t) > 1]
+    ranks = {token: i for i, token in enumerate(order)}
+    lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+    path.write_text("".join(lines))
+    return ranks
+
+
+def hostile_texts(count=300):
+    rng = random.Random(5)
+    letters = " \t\n\r'sStaanb 01239.,;!?/-_(){}é東京🙂ÀŁ́²Ⅷǅʰ\u00a0\u2028\ufeff"
+    return ["".join(rng.choices(letters, k=rng.randint(0, 40))) for _ in range(count)]
+
+
+def test_ids_are_those_of_tiktoken(tmp_path, capsys):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = save_ranks(tmp_path / "own.tiktoken")
+    ours = lm.load_tokenizer(tmp_path / "own.tiktoken")
+    assert "note: " in capsys.readouterr().out
+    theirs = tiktoken.Encoding(
+        "own",
+        pat_str=lm.byte_words(3),
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
+    )
+    assert ours.vocab_size == theirs.n_vocab and ours.eos == theirs.eot_token
+    for text in TEXTS + hostile_texts() + ["<|endoftext|>"]:
+        ids = theirs.encode_ordinary(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("highest", "encoding"), [(50255, "r50k_base"), (100255, "cl100k_base"), (199997, "o200k_base")]
+)
+def test_known_files_are_read_as_tiktoken_does(highest, encoding, monkeypatch):
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    regex = pytest.importorskip("regex")
+    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
+    theirs, form = public.ENCODING_CONSTRUCTORS[encoding](), lm.TIKTOKEN_FORMS[highest]
+    assert {token: i for i, token in form.specials.items()} == theirs["special_tokens"]
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(form.words), "isolated")
+    for text in TEXTS + hostile_texts():
+        words = [word for word, _ in cut.pre_tokenize_str(text)]
+        assert words == regex.findall(theirs["pat_str"], text), text
+
+
+def test_llama_3_has_its_special_tokens(tmp_path):
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    lines += [f"{base64.b64encode(b'%06d' % i).decode()} {i}\n" for i in (*range(256, 300), 127999)]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    found = lm.load_tokenizer(tmp_path)
+    assert (found.vocab_size, found.bos, found.eos) == (128256, 128000, 128001)
+    assert found.specials["<|eot_id|>"] == 128009
+    assert found.prompt("a") == [128000, 97]
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost byte", "twice", "no base64", "huge"])
+def test_a_damaged_file_is_a_sentence(tmp_path, damage):
+    path = tmp_path / "own.tiktoken"
+    save_ranks(path)
+    lines = path.read_text().splitlines()
+    changed = {
+        "cut": [*lines[:-1], lines[-1].split()[0]],
+        "lost byte": lines[:64] + lines[65:],
+        "twice": [*lines, "YWJjZGVmZw== 300"],
+        "no base64": [*lines, "?? 600"],
+        "huge": [*lines, f"YWJjZGVmZw== {10**9}"],
+    }[damage]
+    path.write_text("\n".join(changed) + "\n")
+    with pytest.raises(lm.UserError, match="own.tiktoken"):
+        lm.load_tokenizer(path)

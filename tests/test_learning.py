@@ -286,7 +286,7 @@ def test_the_schedule_ends_when_the_time_does(run, data_dir, tmp_path):
     took = time.monotonic() - began
     assert code == 0, err
     rows = [row for row in timed_rows(tmp_path / "a") if "train/lr" in row]
-    assert 3 < rows[-1]["time"] < 8 and took < 25
+    assert took > 4 and rows[-1]["time"] < 8 and took < 25  # loading is a part of it
     peak = max(row["train/lr"] for row in rows)
     assert rows[-1]["train/lr"] < 0.35 * peak  # it has come down
     decaying = [
@@ -334,9 +334,10 @@ def test_every_trainer_ends_with_its_time(run, trained, tmp_path, command):
     ]
     if command == "grpo":
         argv += ["--prompts", "2", "--group_size", "2", "--max_new_tokens", "4"]
+    began = time.monotonic()
     code, told, err = run([str(word) for word in argv])
     assert code == 0, err
-    assert 2 < timed_rows(out)[-1]["time"] < 9
+    assert time.monotonic() - began > 3 and timed_rows(out)[-1]["time"] < 9
 
 
 def test_small_runs_have_small_steps():

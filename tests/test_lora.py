@@ -136,6 +136,43 @@ def test_adapters_change_nothing_when_attached():
     assert all(part.lora_a.abs().max() > 0 for part in adapters(model))
 
 
+@pytest.mark.parametrize("shape", [{}, {"n_expert": 4}])
+def test_what_is_frozen_in_bf16_computes_the_same(shape):
+    kept, lowered, ids = build(**shape), build(**shape), some_ids()
+    targets = "qkv,proj" if shape else ALL
+    settings = lm.LoraSettings(lora_rank=3, lora_targets=targets)
+    found = []
+    for model, dtype in ((kept, torch.float32), (lowered, torch.bfloat16)):
+        lm.attach_lora(model, settings, 5, dtype)
+        for part in adapters(model):
+            torch.nn.init.constant_(part.lora_b, 0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids)
+        logits.float().square().mean().backward()
+        grads = [weight.grad for weight in model.parameters() if weight.requires_grad]
+        found.append([logits, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert {part.weight.dtype for part in adapters(lowered)} == {torch.bfloat16}
+    assert {weight.dtype for weight in lm.trained_weights(lowered).values()} == {torch.float32}
+    assert lowered.tok_emb.weight.dtype == torch.float32
+
+
+def test_merging_into_a_bf16_base_is_done_in_fp32():
+    model = build()
+    weights = {name: w.clone().bfloat16() for name, w in model.state_dict().items()}
+    adapt(model, ALL)
+    trained, changed = lm.trained_weights(model), 0
+    merged = lm.merge_lora(weights, trained, 1e-3)
+    for name, weight in merged.items():
+        stem = name.removesuffix("weight")
+        if f"{stem}lora_a" in trained:
+            change = trained[f"{stem}lora_b"].double() @ trained[f"{stem}lora_a"].double()
+            wanted = weights[name].double() + 1e-3 * change
+            assert (weight.double() - wanted).abs().max() < 1e-6
+            changed += 1
+    assert changed == 10
+
+
 @pytest.mark.parametrize("targets", [ALL, "qkv", "proj,w3"])
 def test_merged_is_unmerged(targets):
     model, ids = build(), some_ids()
