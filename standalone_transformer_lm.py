@@ -44,7 +44,7 @@ Rooms
   Tasks and rewards  rows made by rule, and functions that score completions
   Benchmarks         files become tasks of eval, and a model's answers become figures
   Rollouts           generate, score, advantage, update
-  Tuning             what sft, dpo, reward and grpo share
+  Tuning             what sft, distill, dpo, reward and grpo share
   Planning           what a checkpoint is, what a run takes, the fastest flags
   Plots              the curves of runs, in a picture, on the terminal, or in a report
   Chat               a conversation in the terminal
@@ -67,7 +67,8 @@ File formats
   events.jsonl  what happened to a run besides: step event told, and facts of the event
   results.json  of eval: {"results": {CKPT: {TASK: {"acc": …, "acc_stderr": …, "rows": …}}}}
   rows          .jsonl .json .parquet. sft: messages, or prompt response, or instruction input
-                output; dpo: prompt chosen rejected; reward: those, or label; grpo: prompt answer
+                output; distill: those, or a prompt; dpo: prompt chosen rejected; reward: those, or
+                label; grpo: prompt answer
 
 Exit codes: 0 done; 2 your mistake, told as `error:` and `fix:`; 1 a bug, with its traceback, or the
 end of another rank; 128 + signal after a signal, when the step was finished and saved.
@@ -1549,6 +1550,60 @@ class TuneSettings:
         yield from mixture_faults("data", "FILE", self.data)
 
 
+DIVERGENCES = ("auto", "forward", "reverse", "jsd")
+
+
+@dataclass
+class DistillSettings:
+    """Teacher."""
+
+    teacher: str = setting(
+        "",
+        "model to learn from: a checkpoint, a run, or a Hugging Face folder, of the same tokenizer",
+        basic=True,
+    )
+    data_dir: str = setting(
+        "", "folder written by prep, or a mixture of such, to learn on text instead of --data"
+    )
+    divergence: str = setting(
+        "auto",
+        "forward: from teacher to student, so that it covers all that the teacher may say; "
+        "reverse: from student to teacher, so that it keeps to the teacher's likeliest; jsd: from "
+        "both to their mean; auto: reverse with --on_policy, else forward",
+        choices=DIVERGENCES,
+    )
+    on_policy: float = setting(
+        0.0,
+        "share of the rows that the student answers itself, to be corrected by the teacher, "
+        "from 0 to 1",
+        below=1.0 + 1e-9,
+        basic=True,
+    )
+    soften: float = setting(
+        1.0, "temperature that both models' probabilities are compared at", least=1e-2
+    )
+    text_weight: float = setting(
+        0.0, "weight of the cross-entropy of the rows' own answers, or of the text"
+    )
+    max_new_tokens: int = setting(128, "maximum tokens of a student's answer", least=1)
+    temperature: float = setting(1.0, "sampling temperature of a student's answer", least=1e-3)
+    rollout_batch: int = setting(256, "answers generated at a time on a device", least=1)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not self.teacher:
+            yield "--teacher is missing", "name the model to learn from, --teacher runs/large"
+        if self.data_dir and self.on_policy:
+            yield "--on_policy needs questions", "give rows with --data instead of --data_dir"
+        yield from mixture_faults("data_dir", "FOLDER", self.data_dir.split(","))
+
+    @property
+    def measure(self) -> str:
+        """The divergence itself."""
+        if self.divergence != "auto":
+            return self.divergence
+        return "reverse" if self.on_policy else "forward"
+
+
 @dataclass
 class SftSettings:
     """Conversations."""
@@ -2760,6 +2815,10 @@ class Tokenizer:
         if all(self.sp.is_control(i) for i in roles.values()):
             self.roles = roles
 
+    def spellings(self) -> list[str]:
+        """The text of each id, by which two tokenizers of one vocabulary are known."""
+        return [self.sp.id_to_piece(i) for i in range(self.vocab_size)]
+
     @property
     def turn_end(self) -> int:
         """The id that ends what an assistant says."""
@@ -3096,6 +3155,9 @@ class HFTokenizer(Tokenizer):
         return ChatTemplate(self)
 
     by_word = False
+
+    def spellings(self) -> list[str]:
+        return [self.hf.id_to_token(i) for i in range(self.vocab_size)]
 
     @functools.cached_property
     def turn_end(self) -> int:
@@ -5066,7 +5128,10 @@ Turns = list[Turn]
 
 UNTAUGHT_KINDS = ("train",)  # checkpoints that have seen no conversation
 
-TAUGHT_KINDS = ("sft", "dpo", "grpo", "imported chat")  # those that answer in the chat format
+ON_TEXT = "distill on text"  # the kind of a checkpoint that may have seen some or none
+
+# Those that answer in the chat format.
+TAUGHT_KINDS = ("sft", "distill", "dpo", "grpo", "imported chat")
 
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
@@ -5387,6 +5452,13 @@ class Example:
         """The target of each place (n,): the next id where that is learned, else IGNORE."""
         return np.append(np.where(self.learned[1:], self.ids[1:], IGNORE), IGNORE)
 
+    def asked(self) -> np.ndarray:
+        """The ids up to where the last answer begins; all where there is none."""
+        if not self.learned.any():
+            return self.ids
+        last = np.flatnonzero(self.learned)[-1]
+        return self.ids[: last - np.argmin(self.learned[last::-1]) + 1]
+
 
 def example(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
     """A conversation, truncated after its last answer that ends within `limit` ids; else None."""
@@ -5414,6 +5486,19 @@ def question(tokenizer: Tokenizer, turns: Turns, limit: int) -> Example | None:
     if len(ids) > limit:
         return None
     return Example(ids, learned)
+
+
+def question_or_example(
+    tokenizer: Tokenizer, turns: Turns, limit: int, most: int
+) -> Example | None:
+    """A conversation, or a question alone, that an answer of `most` tokens may follow within
+    `limit`: then None of it is learned."""
+    if turns[-1][0] != "assistant":
+        return question(tokenizer, turns, limit - most)
+    found = example(tokenizer, turns, limit)
+    if found is None or len(found.asked()) + most > limit:
+        return question(tokenizer, turns[:-1], limit - most)
+    return found
 
 
 def held_out(turns: Turns, share: float) -> bool:
@@ -5508,6 +5593,21 @@ class Groups(Stream):
 
     def targets(self, micro: JudgedBatch) -> int:
         return len(micro.numbers)
+
+
+class Answerable(Chats):
+    """Conversations and questions, one a sequence, of which a share is answered anew; `more` tokens
+    are what such an answer costs."""
+
+    def __init__(self, examples: list[Example], seq_len: int, seed: int, share: float, more: int):
+        super().__init__(examples, seq_len, seed, pack=False)
+        self.share = share
+        self.tokens += int(share * more * self.count)
+
+    def anew(self, number: int, one: Example) -> bool:
+        """Whether a sample is answered by the student: always where its row gives no answer."""
+        spread = math.floor((number + 1) * self.share) > math.floor(number * self.share)
+        return spread or not one.learned.any()
 
 
 @dataclass(frozen=True)
@@ -7170,6 +7270,54 @@ def pretrain_loss(model: Transformer, ids: Tensor, targets: Tensor, z_loss: floa
     return losses.sum() + aux_loss * (targets != IGNORE).sum()
 
 
+DISTILL_METRICS = ("loss", "divergence", "cross_entropy")
+
+
+def divergence(kind: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """Divergences (N,) in nats of log-probs (N, V) of teacher and student (Agarwal et al. 2024,
+    GKD, eqs. 1 and 2, the latter at 1/2)."""
+    if kind == "reverse":
+        theirs, ours = ours, theirs
+    if kind == "jsd":
+        mean = torch.logaddexp(theirs, ours) - math.log(2)
+        both = (F.kl_div(mean, one, log_target=True, reduction="none") for one in (theirs, ours))
+        return 0.5 * sum(both).sum(-1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+
+
+def distill_loss(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    teacher: Transformer,
+    settings: DistillSettings,
+) -> Tensor:
+    """DISTILL_METRICS summed over the targets of (B, T). Gradients at a temperature T are T**2
+    times as large, to be as those at 1 (Hinton et al. 2015, section 2)."""
+    hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
+    with torch.no_grad():
+        theirs = teacher.hidden(ids)
+    width, size = hidden.shape[-1], min(model.config.vocab_size, teacher.config.vocab_size)
+    weight = settings.text_weight
+
+    def work(both: Tensor, targets: Tensor) -> Tensor:
+        logits = model.logits(both[:, :width]).float()
+        with torch.no_grad():  # what a model has beyond the tokenizer's ids is never meant
+            wanted = teacher.logits(both[:, width:]).float()[:, :size] / settings.soften
+        ours = (logits[:, :size] / settings.soften).log_softmax(-1)
+        apart = divergence(settings.measure, wanted.log_softmax(-1), ours)
+        apart = settings.soften**2 * apart * (targets != IGNORE)
+        known = logits if weight else logits.detach()
+        text = F.cross_entropy(known, targets, ignore_index=IGNORE, reduction="none")
+        return torch.stack((apart, text))
+
+    apart, text = by_parts(work, torch.cat((hidden, theirs.to(hidden.dtype)), -1), targets).sum(-1)
+    loss = apart + aux_loss * (targets != IGNORE).sum()
+    if weight:
+        loss = loss + weight * text
+    return torch.stack((loss, apart.detach(), text.detach()))
+
+
 def sequence_logps(model: Transformer, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each row's targets (B,), and the side loss a row."""
     hidden, aux_loss = hidden_and_aux_loss(model, ids, targets)
@@ -7788,7 +7936,7 @@ def tuning_rate(width: int, kind: str, adapters: bool) -> float:
     and rewards a tenth of that; adapters ten times as much (Schulman et al. 2025, "LoRA without
     regret")."""
     rate = 3e-3 * (128 / width) ** 1.45
-    if kind != "sft":
+    if kind not in ("sft", "distill", ON_TEXT):
         rate /= 10
     if adapters:
         rate *= 10
@@ -10225,6 +10373,11 @@ class Job:
         return self.stream.per_step or run.batch_size * run.grad_accum_steps * world
 
     @property
+    def command(self) -> str:
+        """The command that makes such runs."""
+        return self.kind.partition(" ")[0]
+
+    @property
     def sample_tokens(self) -> float:
         return self.stream.tokens / self.stream.count
 
@@ -10613,10 +10766,13 @@ class Trainer:
             batch_size=size,
         )
 
+    def next_batch(self) -> StepBatch:
+        return self.ahead.take(self.samples)
+
     def train_step(self, stop: int = 0) -> Wishes:
         """One optimizer step over all ranks, and what they wished for."""
         run, machine = self.run, self.machine
-        batch = self.ahead.take(self.samples)
+        batch = self.next_batch()
         wishes, (targets, tokens) = self.agree(stop, batch.targets, batch.tokens)
         seed_step(self.args["seed"], self.step, machine.rank)
         lr = set_step(self.optimizers, self.optim, *self.schedule_place())
@@ -10911,7 +11067,7 @@ class Trainer:
         args = shlex.quote(str(self.out / "args.txt"))
         say(
             f"stopped at step {self.step} and saved; resume with:",
-            f"  {launcher} {PROGRAM} {self.job.kind} @{args}",
+            f"  {launcher} {PROGRAM} {self.job.command} @{args}",
         )
 
 
@@ -11119,7 +11275,8 @@ def check_resumable(saved: dict, job: Job, out: Path) -> None:
     stored = saved.get("kind", "the original program")
     if not isinstance(stored, str) or stored != job.kind or "gauges" not in saved:
         raise UserError(
-            f"{out} holds a run of {stored}, not of {job.kind}", "use another --out_dir"
+            f"{out} holds a run of {stored}, not of {job.kind}",
+            "use another --out_dir",
         )
     check_fields(saved, RESUMED)
     check_fields(saved["gauges"], GAUGES, "gauges")
@@ -11300,7 +11457,7 @@ def say_what_next(trainer: Trainer) -> None:
     job = trainer.job
     folder = shlex.quote(str(trainer.out))
     newest = shlex.quote(str(checkpoint_path(trainer.out)))
-    chat = "" if job.kind == "train" else " --chat"
+    chat = "" if job.kind in ("train", ON_TEXT) else " --chat"
     commands = [
         f'{PROGRAM} generate --ckpt {folder}{chat} --prompt "…"',
         f"convert_to_llama.py --ckpt {newest} --out {folder}/hf",
@@ -11325,7 +11482,7 @@ def begin_run(out: Path, args_text: str) -> None:
     sweep_parts(out)
 
 
-def say_schedule(saved: dict, run: RunSettings, optim: OptimSettings) -> None:
+def say_schedule(saved: dict, job: Job, run: RunSettings, optim: OptimSettings) -> None:
     """Where a run that has begun to decay its learning rate is given more steps, say what becomes
     of it, and how to branch off from before."""
     old, out = saved["args"].get("planned_steps"), Path(run.out_dir)
@@ -11344,7 +11501,7 @@ def say_schedule(saved: dict, run: RunSettings, optim: OptimSettings) -> None:
         say(
             "to train on from before the fall instead, stop, and:",
             f"  mkdir {longer} && cp {folder}/{STABLE} {longer}/ckpt_last.pt",
-            f"  python {PROGRAM} {saved['kind']} @{folder}/args.txt --out_dir {longer} "
+            f"  python {PROGRAM} {job.command} @{folder}/args.txt --out_dir {longer} "
             f"--max_steps {run.max_steps}",
         )
 
@@ -11452,7 +11609,7 @@ def train_once(
     if job.begin and not saved:
         job.begin()
     if saved and not back:
-        say_schedule(saved, run, optim)
+        say_schedule(saved, job, run, optim)
     trainer = make(job, machine, run, optim, args, saved)
     trainer.args_text = args_text
     del saved  # frees its memory
@@ -13900,11 +14057,12 @@ class Sampler:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        rewards: Rewards,
+        rewards: Rewards | None,
         settings: RolloutSettings,
         machine: Machine,
         compiled: bool,
     ):
+        """rewards: None for one that only generates."""
         self.model = model
         self.tokenizer = tokenizer
         self.rewards = rewards
@@ -13925,7 +14083,8 @@ class Sampler:
         """`count` completions of each problem; `first` numbers the first of them, for its random
         numbers."""
         asked = [one for one in problems for _ in range(count)]
-        found, logps = self.generate(asked, temperature, seed, first)
+        numbers = range(first, first + len(asked))
+        found, logps = self.generate(asked, temperature, seed, numbers)
         texts = [self.tokenizer.decode(ids) for ids in found]
         ended = [ids[-1] in self.tokenizer.stops for ids in found]
         scores = self.rewards.score(asked, texts, ended)
@@ -13952,9 +14111,10 @@ class Sampler:
         asked: list[Problem],
         temperature: float,
         seed: int,
-        first: int,
+        numbers: Sequence[int],
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """The ids of a completion of each problem, and their log-probabilities."""
+        """The ids of a completion of each problem, drawn by its number, and their
+        log-probabilities."""
         logps: list[list[float]] = [[] for _ in asked]
         self.model.eval()
         with self.machine.autocast():
@@ -13965,7 +14125,7 @@ class Sampler:
                 seed,
                 self.tokenizer.stops,
                 self.machine.dtype,
-                range(first, first + len(asked)),
+                numbers,
                 self.settings.rollout_batch,
                 self.compiled,
                 logps,
@@ -14653,6 +14813,55 @@ class PolicyTrainer(Trainer):
         return code
 
 
+class DistillTrainer(Trainer):
+    """Trains a student on answers of its own, which it draws anew for each step, so that a run
+    resumes between two; and on those of the rows."""
+
+    def __init__(
+        self,
+        job: Job,
+        machine: Machine,
+        run: RunSettings,
+        optim: OptimSettings,
+        args: dict,
+        saved: dict | None,
+        sampler: Sampler,
+    ):
+        super().__init__(job, machine, run, optim, args, saved)
+        self.sampler = sampler
+
+    def next_batch(self) -> StepBatch:
+        run, machine, stream = self.run, self.machine, self.job.stream
+        shape = run.grad_accum_steps, machine.world, run.batch_size
+        numbers = self.samples + np.arange(math.prod(shape)).reshape(shape)
+        own = numbers[:, machine.rank].flatten()
+        items = [one for [one] in stream.samples(own)]
+        anew = [i for i, one in enumerate(items) if stream.anew(int(own[i]), one)]
+        self.sampler.renew()
+        for i, made in zip(anew, self.answers([items[i] for i in anew], own[anew]), strict=True):
+            items[i] = made
+        micros = []
+        for i in range(0, len(items), run.batch_size):
+            micros.append(stream.collate([[one] for one in items[i : i + run.batch_size]]))
+        targets = sum(stream.targets(micro) for micro in micros)
+        return StepBatch(micros, targets, numbers.size, sum(micro.ids.numel() for micro in micros))
+
+    def answers(self, asked: list[Example], numbers: np.ndarray) -> list[Example]:
+        """The questions of examples with the student's answers, drawn by their numbers."""
+        if not asked:
+            return []
+        prompts = [one.asked() for one in asked]
+        problems = [Problem(ids, [], {}) for ids in prompts]
+        seed = derive_seed(self.args["seed"], "rollout")
+        temperature = self.sampler.settings.temperature
+        found, _ = self.sampler.generate(problems, temperature, seed, numbers.tolist())
+        made = []
+        for prompt, answer in zip(prompts, found, strict=True):
+            ids = np.concatenate((prompt, np.array(answer, prompt.dtype)))
+            made.append(Example(ids, np.arange(len(ids)) >= len(prompt)))
+        return made
+
+
 def check_rollouts(
     rollout: RolloutSettings,
     policy: PolicySettings,
@@ -14676,7 +14885,7 @@ def check_rollouts(
 
 
 # ==================================================================================================
-# Tuning: what sft, dpo, reward and grpo share
+# Tuning: what sft, distill, dpo, reward and grpo share
 # ==================================================================================================
 
 
@@ -14688,7 +14897,8 @@ def save_merged(out: Path) -> None:
 
 
 class Tuning:
-    """What sft, dpo, reward and grpo share: the model they start from, their rows, their run."""
+    """What sft, distill, dpo, reward and grpo share: the model that they start from, their rows and
+    their run."""
 
     def __init__(
         self,
@@ -14699,9 +14909,11 @@ class Tuning:
         optim: OptimSettings,
         device: DeviceSettings,
         *more,
+        text: str = "",
         **config,
     ):
-        """more: other settings of the command; config: architecture that it changes."""
+        """more: other settings of the command; text: data of prep, which stand for rows; config:
+        architecture that it changes."""
         self.kind = kind
         self.run = run
         self.tune = tune
@@ -14709,12 +14921,8 @@ class Tuning:
         self.optim = optim
         self.groups = (run, tune, *more, lora, optim, device)
         self.task = next((one for one in more if isinstance(one, TaskSettings) and one.task), None)
-        if tune.data and self.task:
-            raise UserError("--data and --task are both given", "keep one of them")
-        if not tune.data and not self.task:
-            raise UserError(
-                "--data is missing", "give --data rows.jsonl, or in sft and grpo a --task"
-            )
+        if not text:
+            self.check_rows()
         self.machine = open_machine(device)
         self.seed = device.seed
         self.path = checkpoint_path(tune.ckpt)
@@ -14724,8 +14932,18 @@ class Tuning:
         self.key = model_key(base)
         # Arguments of the run besides its flags, which a resumed run must find again.
         self.extra: dict[str, object] = {"lora_base": self.key if lora.lora_rank else None}
-        self.config = self.tuned_config(ModelSettings(**base["config"]), config)
+        self.original = ModelSettings(**base["config"])
+        self.config = self.tuned_config(self.original, config)
         self.questions: list[Turns] = []  # of held-out rows
+
+    def check_rows(self) -> None:
+        """UserError where no rows are named, or two kinds."""
+        if self.tune.data and self.task:
+            raise UserError("--data and --task are both given", "keep one of them")
+        if not self.tune.data and not self.task:
+            raise UserError(
+                "--data is missing", "give --data rows.jsonl, or in sft and grpo a --task"
+            )
 
     def tuned_config(self, old: ModelSettings, changes: dict) -> ModelSettings:
         """The checkpoint's architecture, with the command's and the user's changes."""
@@ -14791,7 +15009,9 @@ class Tuning:
     def encode_held(self, encode: Callable, rows: list[Row], label: str) -> Stream:
         """The stream of held-out rows, whose questions are kept to be answered."""
         _, kept, stream = encode(rows, label)
-        self.questions += [rows[i][0][0][:-1] for i in kept]
+        for [turns, *_], _ in (rows[i] for i in kept):
+            answered = turns[-1][0] == "assistant"
+            self.questions.append(turns[:-1] if answered else turns)
         return stream
 
     def network(self, **config) -> Transformer:
@@ -16033,6 +16253,127 @@ def cmd_sft(
     return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
 
 
+def open_teacher(distill: DistillSettings, tuning: Tuning) -> Transformer:
+    """The model of --teacher, to be read beside the student; UserError where its tokenizer or its
+    context is another."""
+    saved = load_checkpoint(distill.teacher)
+    tokenizer = tokenizer_of(saved, "", distill.teacher)
+    if tokenizer.spellings() != tuning.tokenizer.spellings():
+        raise UserError(
+            f"{distill.teacher} has another tokenizer than {tuning.tune.ckpt}, so that its "
+            "probabilities are of other tokens",
+            "use a teacher of the same tokenizer, or train on its answers: generate, then sft",
+        )
+    config = ModelSettings(**saved["config"])
+    if config.seq_len < tuning.config.seq_len:
+        raise UserError(
+            f"the teacher's context has {config.seq_len} tokens, the student's "
+            f"{tuning.config.seq_len}",
+            f"add --seq_len {config.seq_len}",
+        )
+    tuning.extra["teacher"] = model_key(saved)
+    changes = {"doc_mask": tuning.config.doc_mask, "bos_id": tuning.config.bos_id}
+    saved["config"] = {**saved["config"], **changes}
+    machine = tuning.machine
+    return build_model(saved, machine.device, machine.dtype)
+
+
+def distill_on_text(distill: DistillSettings, tuning: Tuning) -> tuple[list[Part], list[Part]]:
+    """Windows of text to train on and to evaluate on."""
+    data = DataSettings(data_dir=distill.data_dir)
+    train, val = [], []
+    for name, folder, weight in open_domains(data):
+        if folder.tokenizer.spellings() != tuning.tokenizer.spellings():
+            raise UserError(
+                f"{folder.folder} is of another tokenizer than {tuning.tune.ckpt}",
+                "prepare it again, prep --tokenizer with the student's own, which is in the folder "
+                "that convert_to_llama.py writes",
+            )
+        length = tuning.config.seq_len
+        train.append((name, weight, Windows(folder.train, length, tuning.seed)))
+        if len(folder.val) > 1:
+            held = EvaluationWindows(folder.val, length, tuning.run.batch_size)
+            val.append((name, weight, held))
+    return train, val
+
+
+def cmd_distill(
+    run: TuneRun,
+    tune: TuneSettings,
+    task: TaskSettings,
+    distill: DistillSettings,
+    sft: SftSettings,
+    lora: LoraSettings,
+    optim: TuneOptim,
+    device: DeviceSettings,
+) -> int:
+    text, own = distill.data_dir, distill.on_policy > 0
+    if text and (tune.data or task.task):
+        raise UserError("--data_dir and --data or --task are both given", "keep one of them")
+    kind = ON_TEXT if text else "distill"
+    packs = sft.pack and not own and not text
+    groups = (task, distill, sft)
+    tuning = Tuning(kind, run, tune, lora, optim, device, *groups, text=text, doc_mask=packs)
+    machine, most = tuning.machine, distill.max_new_tokens
+    if text:
+        tuning.config = replace(tuning.config, doc_mask=tuning.original.doc_mask)
+    elif packs and not tuning.tokenizer.opening:
+        packs = False
+        tuning.config = replace(tuning.config, doc_mask=False)
+        say("conversations are not packed, as no token of this tokenizer begins one")
+    if own and most >= tuning.config.seq_len:
+        raise UserError(
+            f"--max_new_tokens {most} leaves a question no room in a context of "
+            f"{tuning.config.seq_len}",
+            "use fewer, or a longer --seq_len",
+        )
+    teacher = open_teacher(distill, tuning)
+
+    def parse(row: dict) -> Row:
+        with contextlib.suppress(ValueError):
+            return [conversation(row)], None
+        if not own:
+            return [conversation(row)], None  # whose fault is told
+        return [row_prompt(row)[0]], None
+
+    def stream(examples: list[list[Example]], _: list, seq_len: int, seed: int) -> Stream:
+        whole = [one for (one,) in examples]
+        if own:
+            return Answerable(whole, seq_len, seed, distill.on_policy, most)
+        return Chats(whole, seq_len, seed, packs)
+
+    if text:
+        train, val = distill_on_text(distill, tuning)
+    else:
+        make = functools.partial(question_or_example, most=most) if own else example
+        train, val = tuning.parts(parse, make, stream)
+    samples = None
+    if questions := tuning.questions[: sft.samples]:
+        samples = functools.partial(
+            sample_answers,
+            tokenizer=tuning.tokenizer,
+            questions=questions,
+            most=sft.sample_tokens,
+            machine=machine,
+        )
+    network, make = tuning.network(), Trainer
+    if own:
+        settings = RolloutSettings(
+            max_new_tokens=most,
+            temperature=distill.temperature,
+            rollout_batch=distill.rollout_batch,
+        )
+        compiles = compiles_generation(run.compile, machine.device)
+        sampler = Sampler(network, tuning.tokenizer, None, settings, machine, compiles)
+        make = functools.partial(DistillTrainer, sampler=sampler)
+    say(
+        f"learning from {distill.teacher} ({short(parameter_counts(teacher.config)['total'])} "
+        f"parameters): {distill.measure} divergence"
+    )
+    loss = functools.partial(distill_loss, teacher=teacher, settings=distill)
+    return tuning.start(network, train, val, loss, DISTILL_METRICS, make, samples=samples)
+
+
 def cmd_dpo(
     run: TuneRun,
     tune: TuneSettings,
@@ -16671,6 +17012,12 @@ COMMANDS = {
         ("prep", cmd_prep, "text becomes token files", "--text_path docs.txt --out_dir data"),
         ("train", cmd_train, "pretrain a model on prepared data", "--data_dir data --preset 138m"),
         ("sft", cmd_sft, "teach a model to answer", "--ckpt runs/lm --data chats.jsonl"),
+        (
+            "distill",
+            cmd_distill,
+            "learn a larger model's probabilities",
+            "--ckpt runs/small --teacher runs/large --data chats.jsonl --on_policy 1",
+        ),
         ("dpo", cmd_dpo, "prefer the better of two answers", "--ckpt runs/sft --data pairs.jsonl"),
         ("reward", cmd_reward, "a model that scores answers", "--ckpt runs/sft --data pairs.jsonl"),
         ("grpo", cmd_grpo, "learn from rewards: GRPO, DAPO, VAPO …", "--ckpt runs/sft --task add"),
