@@ -40,6 +40,7 @@ Rooms
   Endurance          one run a folder, a second place for its files, and what happened to it
   Metrics            figures of a run to files and services, and the progress line
   Trainer            the one training loop, given a loss
+  Tools              programs that a model writes, functions that it calls, answers of several turns
   Evaluation         how good is a model
   Tasks and rewards  rows made by rule, and functions that score completions
   Benchmarks         files become tasks of eval, and a model's answers become figures
@@ -123,6 +124,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 import typing
 import uuid
 import warnings
@@ -677,10 +679,12 @@ def flags(*groups) -> list[Field]:
 def field_faults(settings) -> Iterator[tuple[str, str]]:
     for f in flags(settings):
         value, meta = getattr(settings, f.name), f.metadata
-        if meta["choices"] and value not in (f.default, *meta["choices"]):
-            near = difflib.get_close_matches(value, meta["choices"], 1)
+        for word in value if isinstance(value, tuple) else (value,):
+            if not meta["choices"] or word in (f.default, *meta["choices"]):
+                continue
+            near = difflib.get_close_matches(word, meta["choices"], 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            yield f"--{f.name} {value} is not known", f"{hint}choose {either(meta['choices'])}"
+            yield f"--{f.name} {word} is not known", f"{hint}choose {either(meta['choices'])}"
         if meta["least"] is not None and value < meta["least"]:
             yield f"--{f.name} {value} is too small", f"use at least {meta['least']}"
         if meta["below"] is not None and value >= meta["below"]:
@@ -1815,6 +1819,9 @@ class ValueSettings:
     )
 
 
+TOOLS_HELP = "what the model may call: a call ends its turn, and it goes on from the result"
+
+
 @dataclass
 class RolloutSettings:
     """Completions and rewards."""
@@ -1829,6 +1836,15 @@ class RolloutSettings:
     )
     temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=("calculator", "python"))
+    env: str = setting(
+        "",
+        "FILE.py:CLASS of an environment of several turns: reset(row) gives messages, step(text) "
+        "an observation, a reward, and whether it is done",
+    )
+    max_turns: int = setting(
+        4, "maximum answers of an episode, where --tools or --env reply to them", least=1
+    )
     share_prompts: bool = setting(
         True, "in training, read each prompt once for all its completions; not where compiled"
     )
@@ -1853,6 +1869,13 @@ class RolloutSettings:
         4, "completions of each at an evaluation: the k of pass@k", least=1, below=1 << 16
     )
     samples: int = setting(2, "completions per step to keep, and to print at an evaluation")
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.tools and self.env:
+            yield (
+                "--tools and --env are both given",
+                "call the tools in the environment, or drop one",
+            )
 
 
 @dataclass
@@ -5612,11 +5635,13 @@ class Answerable(Chats):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be answered: its ids (n,), its turns, and the row it comes from."""
+    """What is to be answered: its ids (n,), its turns, the row it comes from, and the state of the
+    environment that asks it."""
 
     ids: np.ndarray
     turns: Turns
     row: dict
+    state: bytes = b""
 
 
 class Prompts(Stream):
@@ -6963,7 +6988,6 @@ class Decoder:
         return chosen - scores.logsumexp(1)
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -6975,6 +6999,7 @@ def generate(
     at_once: int = 0,
     compiled: bool = False,
     logps: list[list[float]] | None = None,
+    follow: Callable[[list[tuple[int, list[int]]]], list[list[int] | None]] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continue each prompt; yields (row, id) as ids are drawn, a stop id included.
 
@@ -6983,13 +7008,18 @@ def generate(
     as in any batch, while in bf16 the size of a batch changes the rounding of matmuls.
     Beyond the context the oldest half is dropped. `logps` takes, for each prompt, the
     log-probability of each id at the sampling temperature. Under autocast a model of lower_weights
-    is faster.
+    is faster. `follow` is told the rows that drew a stop id, and all ids of each; what it gives for
+    a row is read behind these, and the row draws on; None ends it.
     """
-    most = settings.max_new_tokens
+    most, context = settings.max_new_tokens, model.config.seq_len
     numbers = numbers or range(len(prompts))
+    texts = [list(prompt) for prompt in prompts]
+    drawn_by = [0] * len(prompts)
     waiting = deque(range(len(prompts)))
     rows = min(at_once or len(prompts), len(prompts))
-    room = min(model.config.seq_len, max(map(len, prompts)) + most)
+    room = min(context, max(map(len, prompts)) + most)
+    if follow:
+        room = context
     with contextlib.closing(Decoder(model, rows, room, dtype, compiled)) as decoder:
         while waiting or decoder.live():
             idle = [row for row, slot in enumerate(decoder.slots) if not slot.live]
@@ -6999,26 +7029,43 @@ def generate(
                 if waiting:
                     idle = idle[: len(waiting)]
                     begun = [waiting.popleft() for _ in idle]
-                    slots = [Slot(row, list(prompts[row]), most) for row in begun]
-                    points = [uniforms(seed, numbers[row], most) for row in begun]
+                    slots = [Slot(row, texts[row], most - drawn_by[row]) for row in begun]
+                    points = [uniforms(seed, numbers[row], most)[drawn_by[row] :] for row in begun]
                     decoder.begin(idle, slots, points)
                 else:
                     decoder.shrink()
 
             drawn, scores = decoder.run(settings, stop, logps is not None)
             found = [[]] * len(drawn) if scores is None else scores.tolist()
+            ended = []
             for tokens, scored in zip(drawn.tolist(), found, strict=True):
                 for row in decoder.live():
                     slot, token = decoder.slots[row], tokens[row]
                     slot.drawn += 1
                     slot.history.append(token)
+                    drawn_by[slot.prompt] += 1
                     if scored:
                         logps[slot.prompt].append(scored[row])
                     yield slot.prompt, token
-                    if token in stop or slot.drawn == most:
+                    if token in stop or slot.drawn == slot.most:
                         slot.live = False
+                        ended.append((slot.prompt, slot.history, token in stop))
             if decoder.live():
                 decoder.push(drawn[-1])
+            stopped = [(row, ids) for row, ids, by_itself in ended if by_itself]
+            if follow and stopped:
+                for (row, ids), more in zip(stopped, follow(stopped), strict=True):
+                    if more and drawn_by[row] < most and len(ids) + len(more) < context:
+                        texts[row] = ids + more
+                        waiting.append(row)
+
+
+class Followed(typing.Protocol):
+    """What follows on texts that ended, as `generate` asks it, and can begin anew."""
+
+    def restart(self) -> None: ...
+
+    def __call__(self, ended: list[tuple[int, list[int]]]) -> list[list[int] | None]: ...
 
 
 def complete(
@@ -7032,6 +7079,7 @@ def complete(
     at_once: int = 0,
     compiled: bool = False,
     logps: list[list[float]] | None = None,
+    follow: Followed | None = None,
 ) -> list[list[int]]:
     """The ids that `generate` draws for each prompt; where memory runs out, with half as many rows
     at once."""
@@ -7039,7 +7087,7 @@ def complete(
     while True:
         rows: list[list[int]] = [[] for _ in prompts]
         drawn = generate(
-            model, prompts, settings, seed, stop, dtype, numbers, at_once, compiled, logps
+            model, prompts, settings, seed, stop, dtype, numbers, at_once, compiled, logps, follow
         )
         try:
             for row, token in drawn:
@@ -7051,6 +7099,8 @@ def complete(
         at_once //= 2
         for one in logps or ():
             one.clear()
+        if follow:
+            follow.restart()
         free_memory(model.tok_emb.weight.device)
         say(f"memory ran out: generating {at_once} rows at once")
 
@@ -11671,6 +11721,558 @@ def train_job(
 
 
 # ==================================================================================================
+# Tools: programs that a model writes, functions that it calls, answers of several turns
+# ==================================================================================================
+
+
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def arithmetic(text: str, decimals: bool = False) -> Fraction:
+    """The value of an expression of whole numbers, or of `decimals` too, + - * / and brackets; else
+    ValueError."""
+
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(str(node.value))
+        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        return OPERATIONS[type(node.op)](*map(value, parts))
+
+    allowed = r"[\d\s()+*/.-]*" if decimals else r"[\d\s()+*/-]*"
+    refuse(not re.fullmatch(allowed, text), "no arithmetic")  # 1_2 and # 3 are Python too
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (
+        SyntaxError,
+        AttributeError,
+        KeyError,
+        ZeroDivisionError,
+        RecursionError,
+        MemoryError,
+    ) as fault:  # most are of nodes that have no place here
+        raise ValueError("no arithmetic") from fault
+
+
+RUN_FILE = functools.cache(runpy.run_path)  # once in each process
+
+
+WORKER_MEMORY = 8 << 30  # bytes that a reward function may use beyond what this program takes
+
+
+class Worker:
+    """A process that makes one call at a time, and is replaced where it dies or takes too long; its
+    own processes end with it."""
+
+    def __init__(self):
+        self.pool: ProcessPoolExecutor | None = None
+
+    def start(self) -> None:
+        if self.pool is None:
+            context = multiprocessing.get_context(start_method())
+            self.pool = ProcessPoolExecutor(1, context, serve_alone, (WORKER_MEMORY,))
+            self.pool.submit(os.getpid).result()  # the start takes none of the call's time
+
+    def call(self, function: Callable, args: tuple, seconds: float) -> object:
+        """What the function returns, or the exception that it ended with, instead of raising it."""
+        try:
+            self.start()
+            future = self.pool.submit(function, *args)
+            fault = future.exception(seconds)
+        except TooLong:
+            fault = TooLong(f"took more than {seconds:g} seconds")
+        except BrokenProcessPool as broken:  # between two calls
+            fault = broken
+        if isinstance(fault, (TooLong, BrokenProcessPool)):
+            self.kill()
+        return future.result() if fault is None else fault
+
+    def kill(self) -> None:
+        for process in list(self.pool._processes.values()):
+            end_session(process.pid)
+            process.kill()
+            process.join(1.0)
+        self.pool = None
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+            self.pool = None
+
+
+class Workers:
+    """Several of them, which share calls of a function out among each other."""
+
+    def __init__(self, function: Callable, seconds: float):
+        self.function = function
+        self.seconds = seconds
+        self.workers = [Worker() for _ in range(cores_here())]
+
+    def map(self, calls: list[tuple]) -> list[object]:
+        """What the calls return, in their order, or the exceptions that they end with."""
+        workers = self.workers[: len(calls)]
+        for worker in workers:
+            worker.start()  # by this thread, one after the other
+        if len(workers) < 2:
+            return [workers[0].call(self.function, call, self.seconds) for call in calls]
+        idle = queue.SimpleQueue()
+        for worker in workers:
+            idle.put(worker)
+
+        def by_idle(call: tuple) -> object:
+            worker = idle.get()
+            try:
+                return worker.call(self.function, call, self.seconds)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(len(workers)) as threads:
+            return list(threads.map(by_idle, calls))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+CODE_MEMORY = 1 << 30  # bytes that a program under test may use
+
+
+SANDBOX = [  # namespaces of its own: no network, other processes unseen, and all end together
+    *"unshare --user --map-root-user --net --ipc --pid --mount --fork --kill-child".split(),
+    "--mount-proc",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=64m tmpfs "$0" && mount -o remount,bind,ro / && cd "$0" && exec "$@"',
+]
+
+
+RUNNER = """
+import ast, json, os, resource, sys
+with os.fdopen({source}) as file:
+    job = json.load(file)
+token = bytes.fromhex(job["token"])
+for name, most in (("CPU", job["seconds"]), ("AS", job["memory"]), ("FSIZE", 1 << 24),
+                   ("NOFILE", 64), ("NPROC", 64), ("CORE", 0)):
+    try:
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    except (ValueError, OSError):  # a system that lacks this limit, or has a lower one
+        pass
+scope = {{"__name__": "__main__"}}
+def run(text):
+    tree = ast.parse(text, "program")
+    last = []
+    if job["shows"] and tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = [tree.body.pop()]
+    exec(compile(tree, "program", "exec"), scope)
+    for one in last:
+        value = eval(compile(ast.Expression(one.value), "program", "eval"), scope)
+        if value is not None:
+            print(value)
+def attempt(text):
+    try:
+        run(text)
+        return True
+    except SystemExit:
+        return False
+    except BaseException as fault:
+        print(type(fault).__name__ + ": " + str(fault))
+        return False
+if attempt(job["program"]):
+    for test in job["tests"]:
+        if attempt(test):
+            os.write({give}, token)
+"""  # a token comes back for each test that has run to its end, so that an early exit passes none
+
+
+@functools.cache
+def has_namespaces() -> bool:
+    """Whether programs can be shut off here; says once where they cannot."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(OSError, subprocess.TimeoutExpired),
+    ):
+        done = subprocess.run([*SANDBOX, folder, "true"], capture_output=True, timeout=20)
+        if done.returncode == 0:
+            return True
+    say(
+        "warning: this system gives no namespaces (unshare), so code that is tested has time and "
+        "memory limits alone; run it in a container"
+    )
+    return False
+
+
+def sandboxed(folder: str, command: list[str]) -> list[str]:
+    """The command within namespaces of its own, its folder alone writable, where the system allows
+    that; else as it is."""
+    if not has_namespaces():
+        return command
+    return [*SANDBOX, folder, *command]
+
+
+class Ran(typing.NamedTuple):
+    """Of a program that was run: how many of its tests it passed, and what it printed."""
+
+    passed: int
+    output: str
+
+
+OUTPUT_MOST = 1 << 16  # bytes of what a program prints
+
+
+def run_program(
+    program: str,
+    tests: list[str],
+    seconds: float,
+    stdin: str = "",
+    shows: bool = False,
+) -> Ran:
+    """Run a Python program and then its tests, each in what it leaves behind: in a process of its
+    own, in an empty folder, with limits of time, memory and files, and with no network where the
+    system allows. With `shows` the value of its last expression is printed."""
+    token = os.urandom(16)
+    back, give = os.pipe()
+    limits = {"seconds": math.ceil(seconds) + 1, "memory": CODE_MEMORY}
+    job = {"token": token.hex(), "program": program, "tests": tests, "shows": shows, **limits}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as asked,
+        tempfile.TemporaryFile() as printed,
+    ):
+        source.write(json.dumps(job).encode())
+        asked.write(stdin.encode("utf-8", "replace"))
+        for file in (source, asked):
+            file.seek(0)
+        runner = RUNNER.format(source=source.fileno(), give=give)
+        process = subprocess.Popen(
+            sandboxed(folder, [sys.executable, "-I", "-X", "utf8", "-c", runner]),
+            stdin=asked,
+            stdout=printed,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder},
+            pass_fds=(source.fileno(), give),
+            start_new_session=True,
+        )
+        os.close(give)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            printed.seek(0, os.SEEK_END)
+            printed.write(f"\ntook more than {seconds:g} seconds".encode())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed.seek(0)
+        output = printed.read(OUTPUT_MOST).decode("utf-8", "replace")
+    os.set_blocking(back, False)
+    try:
+        found = os.read(back, len(token) * (len(tests) + 1))
+    except BlockingIOError:  # a child that outlived it holds the pipe
+        found = b""
+    finally:
+        os.close(back)
+    whole = [found[i : i + len(token)] == token for i in range(0, len(found), len(token))]
+    return Ran(sum(whole), output.strip())
+
+
+TOOL_SECONDS = 5.0  # that a program of the tool python may take
+
+TOOL_OUTPUT = 1000  # characters of what it prints that are read on
+
+
+def calculate(expression: str) -> str:
+    """The value of an expression of numbers, + - * / and brackets."""
+    refuse(len(expression) > 200, "the expression is too long")
+    plain = expression.replace("×", "*").replace("÷", "/").replace(",", "")
+    value = arithmetic(plain, decimals=True)
+    if value.denominator == 1:
+        return str(value)
+    return f"{float(value):.10g}"
+
+
+def run_python(code: str) -> str:
+    """What a program prints, its last expression included."""
+    output = run_program(code, [], TOOL_SECONDS, shows=True).output
+    return output[:TOOL_OUTPUT] or "(nothing was printed)"
+
+
+TOOLS = {  # name: (what it does with its argument, the argument's name, for the model's prompt)
+    "calculator": (calculate, "expression"),
+    "python": (run_python, "code"),
+}
+
+
+def use_tool(call: str, tools: Sequence[str]) -> str:
+    """The result of a call, JSON of its name and arguments; of a mistake in it a sentence, which
+    the model may learn from."""
+    try:
+        told = json.loads(call)
+        name, arguments = told["name"], told.get("arguments") or {}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return 'error: a call is JSON, {"name": …, "arguments": {…}}'
+    if name not in tools:
+        return f"error: there is no tool {str(name)[:40]!r}, only {', '.join(tools)}"
+    function, argument = TOOLS[name]
+    if isinstance(arguments, dict):
+        arguments = arguments.get(argument)
+    if not isinstance(arguments, str):
+        return f"error: {name} needs the argument {argument}"
+    try:
+        return function(arguments)
+    except (ValueError, OverflowError) as fault:
+        return f"error: {fault}"
+
+
+WRITTEN_CALL = re.compile(
+    r"(?:<\|call\|>|<tool_call>)\s*(.*?)\s*(?:</tool_call>|<\|call\|>|\Z)", re.S
+)
+
+
+def assistant_turn(tokenizer: Tokenizer, ids: list[int]) -> Turn:
+    """What an assistant said by these ids, and the first of the tools that it calls: spelled by a
+    control symbol, or in text where its tokenizer has none."""
+    while ids and ids[-1] in tokenizer.stops:
+        ids = ids[:-1]
+    marker = tokenizer.roles.get("call")
+    if marker is not None and marker in ids:
+        at = ids.index(marker)
+        rest = ids[at + 1 :]
+        if marker in rest:
+            rest = rest[: rest.index(marker)]
+        return Turn("assistant", tokenizer.decode(ids[:at]), calls=(tokenizer.decode(rest),))
+    text = tokenizer.decode(ids)
+    found = marker is None and WRITTEN_CALL.search(text)
+    if found:
+        return Turn("assistant", text[: found.start()], calls=(found[1],))
+    return Turn("assistant", text)
+
+
+class Step(typing.NamedTuple):
+    """What an environment makes of an answer: its own state behind it, what it says, or None where
+    the episode is over, and what it pays."""
+
+    state: bytes
+    observation: Turn | None
+    reward: float = 0.0
+
+
+class Toolbox:
+    """The environment of a model that may call tools: it says their results, and pays nothing."""
+
+    def __init__(self, names: Sequence[str]):
+        if sys.platform == "win32" and "python" in names:
+            raise UserError("--tools python needs Linux or macOS", "use WSL or a container")
+        self.names = tuple(names)
+
+    def step(self, rows: list[tuple[bytes, Turn]]) -> list[Step]:
+        """What follows on the turns of several episodes."""
+
+        def one(row: tuple[bytes, Turn]) -> Step:
+            state, turn = row
+            if not turn.calls:
+                return Step(state, None)
+            return Step(state, Turn("tool", use_tool(turn.calls[0], self.names)))
+
+        if "python" not in self.names:
+            return [one(row) for row in rows]
+        with ThreadPoolExecutor(cores_here()) as threads:
+            return list(threads.map(one, rows))
+
+
+def user_module(path: str) -> types.ModuleType:
+    """The module in a file, under one name in every process, so that its objects can be pickled."""
+    name = f"environment_{sha256(str(Path(path).resolve()).encode())[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def begin_episode(path: str, name: str, row: dict) -> tuple[bytes, list]:
+    """The state of a new environment, and the messages that it begins with."""
+    environment = getattr(user_module(path), name)()
+    messages = environment.reset(row)
+    return pickle.dumps(environment), messages
+
+
+def go_on_with_episode(
+    path: str, name: str, state: bytes, text: str
+) -> tuple[bytes, object, float, bool]:
+    """The state, observation and reward behind an answer, and whether the episode is done."""
+    user_module(path)
+    environment = pickle.loads(state)
+    observation, reward, done = environment.step(text)
+    return pickle.dumps(environment), observation, float(reward), bool(done)
+
+
+class UserEnvironment:
+    """The environment FILE.py:CLASS: reset(row) gives the messages that an episode begins with,
+    step(text) an observation (a text or a message), a reward, and whether it is done.
+
+    It runs in processes of its own, in which its objects live only for a call, so that neither an
+    error nor an endless loop nor a crash in one of them touches the others: that episode ends with
+    no further reward, and it is told once.
+    """
+
+    def __init__(self, spec: str, seconds: float):
+        path, _, name = spec.rpartition(":")
+        if not path.endswith(".py") or not Path(path).exists():
+            raise UserError(f"--env {spec} is no FILE.py:CLASS", "name a file that is there")
+        try:
+            tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
+        except (SyntaxError, ValueError) as fault:
+            raise UserError(f"{path} cannot be read ({fault})", "mend the file") from fault
+        if name not in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}:
+            raise UserError(
+                f"{path} has no class {name}",
+                f"write class {name} with reset(self, row) and step(self, text)",
+            )
+        self.name = spec
+        self.told: set[str] = set()
+        self.begin = Workers(functools.partial(begin_episode, path, name), seconds)
+        self.go_on = Workers(functools.partial(go_on_with_episode, path, name), seconds)
+
+    def reset(self, row: dict) -> tuple[bytes, list]:
+        """The state of an episode of the row, and its messages; ValueError where it has none."""
+        [found] = self.begin.map([(row,)])
+        if isinstance(found, BaseException):
+            raise ValueError(f"{self.name} gave {type(found).__name__}: {found}")
+        return found
+
+    def step(self, rows: list[tuple[bytes, Turn]]) -> list[Step]:
+        """What follows on the turns of several episodes."""
+        found = self.go_on.map([(state, turn.text) for state, turn in rows])
+        return [self.accepted(*pair) for pair in zip(rows, found, strict=True)]
+
+    def accepted(self, row: tuple[bytes, Turn], found: object) -> Step:
+        """A step, or the end of the episode instead of an exception or of what is no step."""
+        fault = found
+        if not isinstance(found, BaseException):
+            state, observation, reward, done = found
+            if isinstance(observation, dict):
+                role, content = observation.get("role", "user"), observation.get("content", "")
+                observation = Turn(str(role), str(content))
+            elif observation is not None:
+                observation = Turn("user", str(observation))
+            known = observation is None or observation.role in ("user", "tool", "system")
+            if math.isfinite(reward) and known:
+                return Step(state, None if done else observation, reward)
+            fault = ValueError(f"the reward {reward}, or the role of {observation}")
+        what = f"{type(fault).__name__}: {fault}"
+        if what not in self.told and len(self.told) < FAULTS_SHOWN:
+            self.told.add(what)
+            say(f"warning: {self.name} gave {what}; that episode ends")
+        return Step(row[0], None)
+
+    def close(self) -> None:
+        self.begin.close()
+        self.go_on.close()
+
+
+class Episodes:
+    """Answers of several turns, as `complete` follows them: when one ends, the environment says
+    something, which the model reads and draws on behind; of that nothing is learned."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        asked: list[Turns],
+        prompts: list[list[int]],
+        environment: Toolbox | UserEnvironment,
+        most: int,
+        states: list[bytes] | None = None,
+    ):
+        """most: turns of the model in an episode; states: of the environment at their begin."""
+        self.tokenizer = tokenizer
+        self.asked = asked
+        self.prompts = prompts
+        self.environment = environment
+        self.most = most
+        self.begun = states or [b""] * len(asked)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has happened."""
+        count = len(self.asked)
+        self.turns: list[Turns] = [list(turns) for turns in self.asked]
+        self.states = list(self.begun)
+        self.read = [len(prompt) for prompt in self.prompts]  # ids before the answer under way
+        self.drawn = [0] * count  # ids drawn in the turns that have ended
+        self.observed: list[list[tuple[int, list[int]]]] = [[] for _ in range(count)]
+        self.said = [0] * count
+        self.paid = [0.0] * count
+        self.over = [False] * count
+
+    def __call__(self, ended: list[tuple[int, list[int]]]) -> list[list[int] | None]:
+        rows = []
+        for row, ids in ended:
+            own = ids[self.read[row] :]
+            self.drawn[row] += len(own)
+            self.said[row] += 1
+            turn = assistant_turn(self.tokenizer, own)
+            self.turns[row].append(turn)
+            rows.append((self.states[row], turn))
+        found = []
+        steps = self.environment.step(rows)
+        for (row, ids), one in zip(ended, steps, strict=True):
+            self.states[row] = one.state
+            self.paid[row] += one.reward
+            self.over[row] = one.observation is None
+            more = None
+            if one.observation is not None and self.said[row] < self.most:
+                more = self.observe(row, ids, one.observation)
+            found.append(more)
+        return found
+
+    def observe(self, row: int, ids: list[int], observation: Turn) -> list[int]:
+        """The ids of what the environment says, up to where the next answer begins."""
+        turns = self.turns[row]
+        before, _ = encode_chat(self.tokenizer, turns)
+        turns.append(observation)
+        after, _ = encode_chat(self.tokenizer, turns, reply=True)
+        if after[: len(before)] != before:
+            raise UserError(
+                "the chat template of this model rewrites earlier turns, so that none can follow "
+                "another",
+                "drop --tools and --env, or use a model with another template",
+            )
+        stops = self.tokenizer.stops
+        last = max((i for i, token in enumerate(before) if token in stops), default=-1)
+        more = after[last + 1 :]
+        self.observed[row].append((self.drawn[row], more))
+        self.read[row] = len(ids) + len(more)
+        return more
+
+    def laid(self, row: int, drawn: list[int]) -> tuple[list[int], list[bool]]:
+        """All ids behind the prompt, and which of them were drawn."""
+        ids: list[int] = []
+        own: list[bool] = []
+        at = 0
+        for count, more in self.observed[row]:
+            ids += drawn[at:count] + more
+            own += [True] * (count - at) + [False] * len(more)
+            at = count
+        ids += drawn[at:]
+        own += [True] * (len(drawn) - at)
+        return ids, own
+
+    def last_text(self, row: int, drawn: list[int]) -> str:
+        """What the model said last."""
+        if self.observed[row]:
+            drawn = drawn[self.observed[row][-1][0] :]
+        return assistant_turn(self.tokenizer, drawn).text
+
+
+# ==================================================================================================
 # Evaluation: how good is a model
 # ==================================================================================================
 
@@ -12128,38 +12730,6 @@ def open_judge(
 # Tasks and rewards: rows made by rule, and functions that score completions
 # ==================================================================================================
 
-OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
-
-
-def arithmetic(text: str) -> Fraction:
-    """The value of an expression of whole numbers, + - * / and brackets; else ValueError."""
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-        return OPERATIONS[type(node.op)](*map(value, parts))
-
-    refuse(not re.fullmatch(r"[\d\s()+*/-]*", text), "no arithmetic")  # 1_2 and # 3 are Python too
-    try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (
-        SyntaxError,
-        AttributeError,
-        KeyError,
-        ZeroDivisionError,
-        RecursionError,
-        MemoryError,
-    ) as fault:  # most are of nodes that have no place here
-        raise ValueError("no arithmetic") from fault
-
 
 def add_row(rng: random.Random, digits: int) -> dict:
     """A sum of numbers of two (one, where --difficulty is 1) to so many digits."""
@@ -12497,9 +13067,9 @@ YES_OR_NO = ("number", "math", "choice", "exact", "regex", "format", "countdown"
 
 REWARD_NAMES = ("number", "math", *[name for name in REWARDS if name != "number"], "code")
 
-REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
+PAID = "env"  # the part of a reward that the environment pays
 
-RUN_FILE = functools.cache(runpy.run_path)  # once in each process
+REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
 
 
 def call_user(path: str, name: str, *args) -> float:
@@ -12537,82 +13107,20 @@ def math_reward(prompt: str, completion: str, row: dict) -> float:
     return float(bool(given) and verify(math_gold(answer), given, timeout_seconds=None))
 
 
-WORKER_MEMORY = 8 << 30  # bytes that a reward function may use beyond what this program takes
-
-
-class Worker:
-    """A process that makes one call at a time, and is replaced where it dies or takes too long; its
-    own processes end with it."""
-
-    def __init__(self):
-        self.pool: ProcessPoolExecutor | None = None
-
-    def start(self) -> None:
-        if self.pool is None:
-            context = multiprocessing.get_context(start_method())
-            self.pool = ProcessPoolExecutor(1, context, serve_alone, (WORKER_MEMORY,))
-            self.pool.submit(os.getpid).result()  # the start takes none of the call's time
-
-    def call(self, function: Callable, args: tuple, seconds: float) -> object:
-        """What the function returns, or the exception that it ended with, instead of raising it."""
-        try:
-            self.start()
-            future = self.pool.submit(function, *args)
-            fault = future.exception(seconds)
-        except TooLong:
-            fault = TooLong(f"took more than {seconds:g} seconds")
-        except BrokenProcessPool as broken:  # between two calls
-            fault = broken
-        if isinstance(fault, (TooLong, BrokenProcessPool)):
-            self.kill()
-        return future.result() if fault is None else fault
-
-    def kill(self) -> None:
-        for process in list(self.pool._processes.values()):
-            end_session(process.pid)
-            process.kill()
-            process.join(1.0)
-        self.pool = None
-
-    def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
-            self.pool = None
-
-
 class CallReward:
     """A function that scores completions in processes of its own, so that neither an error nor an
     endless loop nor a crash in it ends the run: that completion gets 0, and it is told once."""
 
     def __init__(self, name: str, function: Callable[[str, str, dict], float], seconds: float):
         self.name = name
-        self.function = function
         self.seconds = seconds
         self.told: set[str] = set()
-        self.workers = [Worker() for _ in range(cores_here())]
+        self.pool = Workers(function, seconds)
+        self.workers = self.pool.workers
 
     def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
         """The scores of (prompt, completion, row), in their order."""
-        workers = self.workers[: len(calls)]
-        for worker in workers:
-            worker.start()  # by this thread, one after the other
-        if len(workers) < 2:
-            found = [workers[0].call(self.function, call, self.seconds) for call in calls]
-        else:
-            idle = queue.SimpleQueue()
-            for worker in workers:
-                idle.put(worker)
-
-            def by_idle(call: tuple) -> object:
-                worker = idle.get()
-                try:
-                    return worker.call(self.function, call, self.seconds)
-                finally:
-                    idle.put(worker)
-
-            with ThreadPoolExecutor(len(workers)) as threads:
-                found = list(threads.map(by_idle, calls))
-        return [self.accepted(value) for value in found]
+        return [self.accepted(value) for value in self.pool.map(calls)]
 
     def accepted(self, value: object) -> float:
         """A score, or 0 instead of an exception or of what is no number."""
@@ -12627,8 +13135,7 @@ class CallReward:
         return 0.0
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.close()
+        self.pool.close()
 
 
 def user_reward(path: str, name: str, seconds: float) -> CallReward:
@@ -12644,95 +13151,6 @@ def user_reward(path: str, name: str, seconds: float) -> CallReward:
 
 CODE_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
 
-CODE_MEMORY = 1 << 30  # bytes that a program under test may use
-
-SANDBOX = [  # namespaces of its own: no network, other processes unseen, and all end together
-    *"unshare --user --map-root-user --net --ipc --pid --mount --fork --kill-child".split(),
-    "--mount-proc",
-    "sh",
-    "-c",
-    'mount -t tmpfs -o size=64m tmpfs "$0" && mount -o remount,bind,ro / && cd "$0" && exec "$@"',
-]
-
-RUNNER = """
-import os, resource, sys
-token = os.read({given}, 64)
-for name, most in (("CPU", {seconds}), ("AS", {memory}), ("FSIZE", 1 << 24), ("NOFILE", 64),
-                   ("NPROC", 64), ("CORE", 0)):
-    try:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-    except (ValueError, OSError):  # a system that lacks this limit, or has a lower one
-        pass
-code = compile(sys.stdin.read(), "program", "exec")
-exec(code, {{"__name__": "__main__"}})
-os.write({give}, token)
-"""  # the token comes back where the whole program has run, so that an early exit does not pass
-
-
-@functools.cache
-def has_namespaces() -> bool:
-    """Whether programs can be shut off here; says once where they cannot."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.suppress(OSError, subprocess.TimeoutExpired),
-    ):
-        done = subprocess.run([*SANDBOX, folder, "true"], capture_output=True, timeout=20)
-        if done.returncode == 0:
-            return True
-    say(
-        "warning: this system gives no namespaces (unshare), so code that is tested has time and "
-        "memory limits alone; run it in a container"
-    )
-    return False
-
-
-def sandboxed(folder: str, command: list[str]) -> list[str]:
-    """The command within namespaces of its own, its folder alone writable, where the system allows
-    that; else as it is."""
-    if not has_namespaces():
-        return command
-    return [*SANDBOX, folder, *command]
-
-
-def code_passes(program: str, seconds: float) -> bool:
-    """Whether a Python program runs to its end: in a process of its own, in an empty folder, with
-    limits of time, memory and files, and with no network where the system allows."""
-    token = os.urandom(16)
-    given, take = os.pipe()
-    back, give = os.pipe()
-    os.write(take, token)
-    limits = {"seconds": math.ceil(seconds) + 1, "memory": CODE_MEMORY}
-    runner = RUNNER.format(given=given, give=give, **limits)
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            sandboxed(folder, [sys.executable, "-I", "-c", runner]),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder},
-            pass_fds=(given, give),
-            start_new_session=True,
-        )
-        os.close(give)
-        os.close(given)
-        os.close(take)
-        try:
-            process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    os.set_blocking(back, False)
-    try:
-        return os.read(back, 64) == token
-    except BlockingIOError:  # a child that outlived it holds the pipe
-        return False
-    finally:
-        os.close(back)
-
 
 def code_in(completion: str) -> str:
     """The program in an answer: its last fenced block that is not empty, or all of it."""
@@ -12743,37 +13161,79 @@ def code_in(completion: str) -> str:
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # where a function is over
 
 
-def whole_program(row: dict, completion: str) -> str:
-    """A program that fails where the completion does not pass the tests of its row: of HumanEval
-    (prompt, test, entry_point), of MBPP (test_list) or with a `tests` of asserts."""
+def whole_program(row: dict, completion: str) -> tuple[str, list[str]]:
+    """A program and the tests that it is to pass: of HumanEval (prompt, test, entry_point), of MBPP
+    (test_list) or with `tests`, a list or a text of asserts."""
     code = code_in(completion)
     if "entry_point" in row:
         if re.search(rf"def\s+{re.escape(row['entry_point'])}\b", code):
             code = row["prompt"].partition("def ")[0] + code  # its imports
         else:
             code = row["prompt"] + before_any(code, CODE_ENDS)
-        return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+        return code, [f"{row['test']}\n\ncheck({row['entry_point']})\n"]
     tests = first_of(row, ("test_list", "tests"))
-    if isinstance(tests, list):
-        tests = "\n".join(map(str, tests))
+    if not isinstance(tests, list):
+        tests = [tests]
     front = first_of(row, ("test_imports", "test_setup_code")) or ""
     if isinstance(front, list):
         front = "\n".join(map(str, front))
-    return f"{front}\n{before_any(code, ('[DONE]',))}\n\n{tests}\n"
+    return f"{front}\n{before_any(code, ('[DONE]',))}\n", [*map(str, tests)]
+
+
+def output_pairs(row: dict) -> list[tuple[str, str]]:
+    """(standard input, standard output) pairs of a row: a list `tests` of {input, output}, or lists
+    of both in `input_output`, as APPS has it."""
+    told = row.get("input_output")
+    if isinstance(told, str):
+        told = json.loads(told)
+    if isinstance(told, dict):
+        pairs = zip(told["inputs"], told["outputs"], strict=True)
+        return [(str(given), str(wanted)) for given, wanted in pairs]
+    tests = row.get("tests")
+    if isinstance(tests, list) and tests and all(isinstance(one, dict) for one in tests):
+        return [(str(one["input"]), str(one["output"])) for one in tests]
+    return []
+
+
+def same_output(found: str, wanted: str) -> bool:
+    """Whether two outputs agree, but for spaces at the ends of lines."""
+    sides = ([line.rstrip() for line in side.strip().splitlines()] for side in (found, wanted))
+    return operator.eq(*sides)
+
+
+def code_share(row: dict, completion: str, seconds: float) -> float:
+    """The share of its row's tests that a completion's program passes."""
+    if pairs := output_pairs(row):
+        code = code_in(completion)
+        right = 0
+        for given, wanted in pairs:
+            right += same_output(run_program(code, [], seconds, given).output, wanted)
+        return right / len(pairs)
+    program, tests = whole_program(row, completion)
+    return run_program(program, tests, seconds).passed / len(tests)
+
+
+TESTS_MOST = 1000  # of a row
 
 
 def check_code_row(row: dict) -> None:
     """ValueError where a row has no tests."""
     if "entry_point" in row:
         good = all(isinstance(row.get(key), str) for key in ("prompt", "test", "entry_point"))
-    else:
-        tests = first_of(row, ("test_list", "tests"))
-        good = isinstance(tests, (str, list)) and bool(tests)
-    refuse(not good, "it has no tests: test and entry_point, test_list, or tests")
+        refuse(not good, "it has no tests: an entry_point goes with prompt and test")
+        return
+    try:
+        pairs = output_pairs(row)
+    except (ValueError, LookupError, TypeError) as fault:
+        raise ValueError(f"its tests have no inputs and outputs ({fault})") from fault
+    tests = pairs or first_of(row, ("test_list", "tests"))
+    good = isinstance(tests, (str, list)) and bool(tests)
+    refuse(not good, "it has no tests: test and entry_point, test_list, tests, or input_output")
+    refuse(len(tests) > TESTS_MOST and isinstance(tests, list), f"more than {TESTS_MOST} tests")
 
 
 class CodeReward:
-    """1 where a completion's program passes the tests of its row, several at a time."""
+    """The share of its row's tests that a completion's program passes, several at a time."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -12781,12 +13241,12 @@ class CodeReward:
     def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
         """The scores of (prompt, completion, row), in their order."""
 
-        def passes(call: tuple[str, str, dict]) -> float:
+        def share(call: tuple[str, str, dict]) -> float:
             _, completion, row = call
-            return float(code_passes(whole_program(row, completion), self.seconds))
+            return code_share(row, completion, self.seconds)
 
         with ThreadPoolExecutor(cores_here()) as threads:
-            return list(threads.map(passes, calls))
+            return list(threads.map(share, calls))
 
 
 class Rewards:
@@ -12813,6 +13273,8 @@ class Rewards:
         if what == "math":
             need("math_verify", MATH_PACKAGE)
             return CallReward("the reward math", math_reward, seconds)
+        if what == PAID:
+            return PAID
         if what == "code":
             if sys.platform == "win32":
                 raise UserError("--reward code needs Linux or macOS", "use WSL or a container")
@@ -12852,20 +13314,27 @@ class Rewards:
                 raise ValueError(f"math-verify reads nothing in the answer {answer[:60]!r}")
         return row
 
+    def right(self, scores: np.ndarray) -> bool:
+        """Whether the first part calls a completion right: a program only where all tests pass."""
+        return bool(scores[0] > (0.999 if next(iter(self.parts)) == "code" else 0.5))
+
     def score(
         self,
         asked: list[Problem],
         texts: list[str],
         ended: Iterable[bool] | None = None,
+        paid: Sequence[float] = (),
     ) -> np.ndarray:
         """What each part gives each completion: (completions, parts); those that have not `ended`
-        were cut off, and a reward model sees no </s> behind them."""
+        were cut off, and a reward model sees no </s> behind them; `paid`: by the environment."""
         calls = [
             (one.turns[-1].text, text, one.row) for one, text in zip(asked, texts, strict=True)
         ]
         columns = []
         for part in self.parts.values():
-            if isinstance(part, (CallReward, CodeReward)):
+            if part is PAID:
+                columns.append(paid)
+            elif isinstance(part, (CallReward, CodeReward)):
                 columns.append(part.score(calls))
             elif isinstance(part, tuple):
                 pairs = zip(asked, texts, strict=True)
@@ -13796,7 +14265,10 @@ class TaskMaker:
         )
 
         def check(asked: list[Exercise], texts: list[str]) -> list[dict]:
-            found = [{"acc": float(score)} for score in rewards.score(asked, texts)[:, 0]]
+            scores = rewards.score(asked, texts)[:, 0]
+            if reward == "code":  # all tests, as pass@k counts
+                scores = scores == 1
+            found = [{"acc": float(score)} for score in scores]
             if name == "gsm8k":
                 for one, text, row in zip(asked, texts, found, strict=True):
                     row |= gsm8k_checks(text, one.answer)
@@ -14026,20 +14498,35 @@ LEARN_NOTHING = (
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer: its ids (n,), the log-probabilities they were sampled with (n,), its text,
-    whether it ended by itself, its rewards by part."""
+    """A sampled answer: its ids (n,), which of them were drawn (n,), the log-probabilities that
+    these were drawn with, its text, whether it ended by itself, its rewards by part, and whether
+    the first of them calls it right."""
 
     problem: Problem
     ids: np.ndarray
+    own: np.ndarray
     logps: np.ndarray
     text: str
     ended: bool
     scores: np.ndarray
     reward: float
+    right: bool
 
     @property
-    def right(self) -> bool:
-        return bool(self.scores[0] > 0.5)
+    def drawn(self) -> int:
+        """How many ids were drawn."""
+        return len(self.logps)
+
+
+class Answer(typing.NamedTuple):
+    """What the model made of a problem: as of a Completion, and what its environment paid."""
+
+    ids: list[int]
+    own: list[bool]
+    logps: list[float]
+    text: str
+    ended: bool
+    paid: float = 0.0
 
 
 Group = list[Completion]  # the completions of one prompt
@@ -14061,8 +14548,10 @@ class Sampler:
         settings: RolloutSettings,
         machine: Machine,
         compiled: bool,
+        environment: Toolbox | UserEnvironment | None = None,
     ):
         """rewards: None for one that only generates."""
+        self.environment = environment
         self.model = model
         self.tokenizer = tokenizer
         self.rewards = rewards
@@ -14084,21 +14573,49 @@ class Sampler:
         numbers."""
         asked = [one for one in problems for _ in range(count)]
         numbers = range(first, first + len(asked))
-        found, logps = self.generate(asked, temperature, seed, numbers)
-        texts = [self.tokenizer.decode(ids) for ids in found]
-        ended = [ids[-1] in self.tokenizer.stops for ids in found]
-        scores = self.rewards.score(asked, texts, ended)
-        totals = scores @ np.array(self.rewards.weights)
+        found = self.answers(asked, temperature, seed, numbers)
+        rewards = self.rewards
+        texts, ended, paid = ([getattr(o, key) for o in found] for key in ("text", "ended", "paid"))
+        scores = rewards.score(asked, texts, ended, paid)
+        totals = scores @ np.array(rewards.weights)
         if self.settings.overlong:
-            lengths = torch.tensor([len(ids) for ids in found])
+            lengths = torch.tensor([len(one.logps) for one in found])
             most = self.settings.max_new_tokens
             totals += overlong_penalty(lengths, most, self.settings.overlong).numpy()
         made = []
-        for i, problem in enumerate(asked):
-            own = np.array(found[i]), np.array(logps[i], np.float32)
-            made.append(Completion(problem, *own, texts[i], ended[i], scores[i], float(totals[i])))
+        for problem, one, each, total in zip(asked, found, scores, totals, strict=True):
+            laid = np.array(one.ids), np.array(one.own), np.array(one.logps, np.float32)
+            about = one.text, one.ended, each, float(total), rewards.right(each)
+            made.append(Completion(problem, *laid, *about))
         self.latest = [made[i : i + count] for i in range(0, len(made), count)]
         return self.latest
+
+    def answers(
+        self, asked: list[Problem], temperature: float, seed: int, numbers: Sequence[int]
+    ) -> list[Answer]:
+        """What the model makes of each problem, in one turn or in several."""
+        episodes = None
+        if self.environment:
+            episodes = Episodes(
+                self.tokenizer,
+                [one.turns for one in asked],
+                [one.ids.tolist() for one in asked],
+                self.environment,
+                self.settings.max_turns,
+                [one.state for one in asked],
+            )
+        found, logps = self.generate(asked, temperature, seed, numbers, episodes)
+        answers = []
+        for row, (ids, scored) in enumerate(zip(found, logps, strict=True)):
+            ended = ids[-1] in self.tokenizer.stops
+            if episodes:
+                text, laid = episodes.last_text(row, ids), episodes.laid(row, ids)
+                ended = ended and episodes.over[row]
+                answers.append(Answer(*laid, scored, text, ended, episodes.paid[row]))
+            else:
+                text = self.tokenizer.decode(ids)
+                answers.append(Answer(ids, [True] * len(ids), scored, text, ended))
+        return answers
 
     def renew(self) -> None:
         """Draw from the model as it is now; all ranks do so together."""
@@ -14112,9 +14629,10 @@ class Sampler:
         temperature: float,
         seed: int,
         numbers: Sequence[int],
+        follow: Followed | None = None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The ids of a completion of each problem, drawn by its number, and their
-        log-probabilities."""
+        log-probabilities; of several turns where something may `follow` on one."""
         logps: list[list[float]] = [[] for _ in asked]
         self.model.eval()
         with self.machine.autocast():
@@ -14129,6 +14647,7 @@ class Sampler:
                 self.settings.rollout_batch,
                 self.compiled,
                 logps,
+                follow,
             )
         return found, logps
 
@@ -14146,7 +14665,7 @@ class Sampler:
             for group in self.draw(problems, s.eval_samples, s.temperature, key, first):
                 right = [one.right for one in group]
                 reward = np.mean([one.reward for one in group])
-                length = np.mean([len(one.ids) for one in group])
+                length = np.mean([one.drawn for one in group])
                 sums += (np.mean(right), any(right), reward, length)
         means = [total / len(places) for total in machine.all_reduce_sum(*sums)]
         first, some, reward, length = means
@@ -14162,7 +14681,10 @@ class Sampler:
         """A few of the latest completions, as rows of samples.jsonl."""
         rows = []
         for one, *_ in self.latest[: self.settings.samples]:
-            row = {"prompt": one.problem.turns[-1].text, "answer": one.text, "ended": one.ended}
+            answer = one.text
+            if not one.own.all():
+                answer = self.tokenizer.decode(one.ids)
+            row = {"prompt": one.problem.turns[-1].text, "answer": answer, "ended": one.ended}
             row["reward"] = one.reward
             row |= zip(self.rewards.parts, one.scores, strict=True)
             rows.append(row)
@@ -14217,7 +14739,7 @@ class Rollout:
         self.completions = [one for group in groups for one in group]
         self.temperature = temperature
         self.group_size = len(groups[0])
-        self.lengths = torch.tensor([len(one.ids) for one in self.completions])
+        self.lengths = torch.tensor([one.drawn for one in self.completions])
         self.places = torch.arange(int(self.lengths.sum())).split(self.lengths.tolist())
         self.sampled = torch.from_numpy(np.concatenate([one.logps for one in self.completions]))
         numbers = np.arange(len(self.completions)).reshape(len(groups), -1)
@@ -14235,7 +14757,8 @@ class Rollout:
         for row in rows:
             one = self.completions[row]
             ids = np.concatenate((one.problem.ids, one.ids))
-            example = Example(ids, np.arange(len(ids)) >= len(one.problem.ids))
+            asked = np.zeros(len(one.problem.ids), bool)
+            example = Example(ids, np.concatenate((asked, one.own)))
             examples[row] = ids[:-1], example.targets()[:-1]
         limit = length or max(len(ids) for ids, _ in examples.values()) + 1
         order = sorted(rows, key=lambda row: len(examples[row][0]))
@@ -14265,7 +14788,7 @@ class Rollout:
                     texts.append(torch.from_numpy(one.problem.ids[:-1]))
                 owners.append(prompts[id(one.problem)])
                 ids = np.concatenate((one.problem.ids[-1:], one.ids[:-1]))
-                examples.append((ids, one.ids))
+                examples.append((ids, np.where(one.own, one.ids, IGNORE)))
             batch = padded(examples, padded_length(max(len(ids) for ids, _ in examples), limit))
             before = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=IGNORE)
             tokens = torch.cat([self.places[row] for row in chosen])
@@ -14700,7 +15223,7 @@ class PolicyTrainer(Trainer):
         names = (*parts, "reward", "length", "truncated", "right")
         rows = []
         for one in rollout.completions:
-            rows.append((*one.scores, one.reward, len(one.ids), not one.ended, one.right))
+            rows.append((*one.scores, one.reward, one.drawn, not one.ended, one.right))
         count, *sums = self.machine.all_reduce_sum(len(rows), *np.sum(rows, axis=0))
         row = report("train", names, (total / count for total in sums))
         row["train/temperature"] = rollout.temperature
@@ -16425,10 +16948,20 @@ def cmd_grpo(
     machine, most = tuning.machine, rollout.max_new_tokens
     check_rollouts(rollout, policy, machine.world, tuning.config.seq_len)
     specs = rollout.reward or (TASK_REWARDS.get(task.task, "number"),)
+    environment = None
+    if rollout.tools:
+        environment = Toolbox(rollout.tools)
+    if rollout.env:
+        environment = UserEnvironment(rollout.env, rollout.reward_timeout)
+        specs = (PAID, *rollout.reward)
     rewards = Rewards(specs, rollout.reward_timeout, run.micro_batch, machine)
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
 
     def parse(row: dict) -> Row:
+        if rollout.env:
+            state, messages = environment.reset(row)
+            turns = check_turns(turns_of(messages, "user", "messages"))
+            return [turns], (turns, rewards.check(present({"answer": ""} | row)), state)
         turns, answer = row_prompt(row)
         row = present({"pattern": rollout.pattern or None, "answer": answer} | row)
         return [turns], (turns, rewards.check(row))
@@ -16449,7 +16982,7 @@ def cmd_grpo(
         if lora.lora_rank:
             attach_lora(critic, lora, tuning.seed)
     compiles = compiles_generation(run.compile, machine.device)
-    sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, compiles)
+    sampler = Sampler(network, tuning.tokenizer, rewards, rollout, machine, compiles, environment)
     held = Prompts([one for *_, part in val for one in part.rows], device.seed, 1, 0)
     if policy.kl:  # a run begun without it has no reference to go on with
         tuning.extra["reference"] = tuning.key

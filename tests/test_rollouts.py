@@ -1167,7 +1167,12 @@ def random_groups(seed, prompts=5, size=4):
             score = float(torch.rand(1, generator=generator) > 0.5)
             logps = -np.ones(len(new), np.float32)
             scores = np.array([score])
-            group.append(lm.Completion(problem, new, logps, "", True, scores, score + number))
+            own = np.ones(len(new), bool)
+            group.append(
+                lm.Completion(
+                    problem, new, own, logps, "", True, scores, score + number, score > 0.5
+                )
+            )
         groups.append(group)
     return groups
 
