@@ -1819,7 +1819,11 @@ class ValueSettings:
     )
 
 
+TOOL_NAMES = ("calculator", "python")
+
 TOOLS_HELP = "what the model may call: a call ends its turn, and it goes on from the result"
+
+TURNS_HELP = "maximum answers of an episode, where something replies to them"
 
 
 @dataclass
@@ -1836,15 +1840,13 @@ class RolloutSettings:
     )
     temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
-    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=("calculator", "python"))
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES)
     env: str = setting(
         "",
         "FILE.py:CLASS of an environment of several turns: reset(row) gives messages, step(text) "
         "an observation, a reward, and whether it is done",
     )
-    max_turns: int = setting(
-        4, "maximum answers of an episode, where --tools or --env reply to them", least=1
-    )
+    max_turns: int = setting(4, TURNS_HELP, least=1)
     share_prompts: bool = setting(
         True, "in training, read each prompt once for all its completions; not where compiled"
     )
@@ -1920,6 +1922,8 @@ class GenerateSettings:
     num_samples: int = setting(1, "completions of each prompt", least=1, below=1 << 20, basic=True)
     stop_at_eos: bool = setting(True, "stop at </s>")
     chat: bool = setting(False, "the prompt is a question to a chat model", basic=True)
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES)
+    max_turns: int = setting(4, TURNS_HELP, least=1)
     system: str = setting("", "system prompt, with --chat", basic=True)
     best_of: int = setting(
         1,
@@ -1939,6 +1943,8 @@ class GenerateSettings:
             yield "--prompt and --prompt_file are both given", "keep one of them"
         if (self.best_of > 1) != bool(self.reward_ckpt):
             yield "--best_of and --reward_ckpt need each other", "give both, or neither"
+        if self.tools and not self.chat:
+            yield "--tools are called in a chat", "add --chat"
         if self.system and not self.chat:
             yield "--system is for a chat model", "add --chat"
 
@@ -1959,6 +1965,8 @@ class ChatSettings:
     )
     system: str = setting("", "system prompt", basic=True)
     load: str = setting("", "conversation to go on with, as /save writes it", basic=True)
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES, basic=True)
+    max_turns: int = setting(4, TURNS_HELP, least=1)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
@@ -2014,6 +2022,8 @@ class EvalSettings:
         basic=True,
     )
     reward_ckpt: str = setting("", "reward model that chooses one of --num_samples answers")
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES)
+    max_turns: int = setting(4, TURNS_HELP, least=1)
     pattern: str = setting("", "regular expression of the checker regex")
     reward_timeout: float = setting(
         5.0, "maximum seconds of a check by math, or of a program under test", least=0.01
@@ -12087,6 +12097,15 @@ class Toolbox:
             return list(threads.map(one, rows))
 
 
+def called_lines(turns: Turns) -> list[str]:
+    """What was called in turns of assistant and tools, for people to read: a line a call."""
+    lines = []
+    for turn, result in itertools.pairwise(turns):
+        if turn.calls and result.role == "tool":
+            lines.append(f"[{turn.calls[0]} -> {result.text}]")
+    return lines
+
+
 def user_module(path: str) -> types.ModuleType:
     """The module in a file, under one name in every process, so that its objects can be pickled."""
     name = f"environment_{sha256(str(Path(path).resolve()).encode())[:16]}"
@@ -12480,6 +12499,8 @@ class Candidate:
     machine: Machine
     chats: bool  # it is asked in the chat format
     batch_size: int
+    tools: tuple[str, ...] = ()  # that it may call, in so many answers at most
+    max_turns: int = 1
 
     @torch.inference_mode()
     def score(self, pairs: list[Pair]) -> list[Scored]:
@@ -12557,9 +12578,17 @@ class Candidate:
         sampling: SamplingSettings,
         seed: int,
         numbers: Sequence[int] | None = None,
+        asked: list[Turns] | None = None,
     ) -> list[str]:
-        """Texts that continue the prompts; `numbers` are the prompts' own, which they draw by."""
+        """Texts that continue the prompts; `numbers` are the prompts' own, which they draw by.
+        Where
+        what they ask is given too, tools may be called, and the last answers are the texts.
+        """
         prompts = [self.shortened(prompt, sampling) for prompt in prompts]
+        episodes = None
+        if asked and self.tools:
+            box = Toolbox(self.tools)
+            episodes = Episodes(self.tokenizer, asked, prompts, box, self.max_turns)
         with self.machine.autocast():
             found = complete(
                 self.model,
@@ -12571,7 +12600,10 @@ class Candidate:
                 numbers=numbers,
                 at_once=self.batch_size,
                 compiled=self.machine.compiles,
+                follow=episodes,
             )
+        if episodes:
+            return [episodes.last_text(row, new) for row, new in enumerate(found)]
         texts = []
         for prompt, new in zip(prompts, found, strict=True):
             before = self.tokenizer.decode(prompt)
@@ -13819,16 +13851,19 @@ class AnswerTask(Benchmark):
         about = (super().identity(), self.sampling, self.seed, self.samples, bool(self.judge))
         return sha256(repr(about).encode())
 
+    def asked(self, place: int) -> Turns:
+        """The turns of a chat that ask a question, solved examples before it included."""
+        turns = []
+        for one in self.examples(place) if self.shots else []:
+            turns += [*one.turns, Turn("assistant", one.answer)]
+        return turns + self.rows[place].turns
+
     def prompt(self, candidate: Candidate, place: int) -> list[int]:
         exercise = self.rows[place]
-        shown = self.examples(place) if self.shots else []
         if candidate.chats:
-            turns = []
-            for one in shown:
-                turns += [*one.turns, Turn("assistant", one.answer)]
-            return encode_chat(candidate.tokenizer, turns + exercise.turns, reply=True)[0]
+            return encode_chat(candidate.tokenizer, self.asked(place), reply=True)[0]
         text = ""
-        for one in shown:
+        for one in self.examples(place) if self.shots else []:
             text += f"Question: {one.turns[-1].text}\nAnswer: {one.answer}\n\n"
         text += f"Question: {exercise.turns[-1].text}\nAnswer:"
         return candidate.tokenizer.prompt(text)
@@ -13838,7 +13873,8 @@ class AnswerTask(Benchmark):
         prompts = [self.prompt(candidate, place) for place in places for _ in range(n)]
         numbers = [place * n + sample for place in places for sample in range(n)]
         if candidate.chats:
-            texts = candidate.complete(prompts, self.sampling, self.seed, numbers)
+            turns = [self.asked(place) for place in places for _ in range(n)]
+            texts = candidate.complete(prompts, self.sampling, self.seed, numbers, turns)
         else:
             texts = complete_until(
                 candidate, prompts, self.sampling, self.seed, numbers, self.marks
@@ -16395,7 +16431,12 @@ class ChatSession:
         machine: Machine,
         seed: int,
         chats: bool,
+        tools: Sequence[str] = (),
+        max_turns: int = 1,
     ):
+        """tools: that the model may call, in so many answers to a question at most."""
+        self.box = Toolbox(tools) if tools else None
+        self.max_turns = max_turns
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -16431,8 +16472,18 @@ class ChatSession:
         return ids, []
 
     def answer(self) -> Iterator[str]:
-        """Pieces of the answer to the last question, which is a turn when they end, or where the
-        caller stops."""
+        """Pieces of the answer to the last question, with the tools that it calls."""
+        for _ in range(self.max_turns):
+            yield from self.say()
+            last = self.turns[-1]
+            if not self.box or not last.calls:
+                return
+            [step] = self.box.step([(b"", last)])
+            self.turns.append(step.observation)
+            yield "".join(f"{line}\n" for line in called_lines(self.turns[-2:]))
+
+    def say(self) -> Iterator[str]:
+        """Pieces of one answer, which is a turn when they end, or where the caller stops."""
         ids, context = self.prompt()
         stream = generate(
             self.model,
@@ -16445,16 +16496,22 @@ class ChatSession:
             compiled=self.machine.compiles,
         )
         self.answers += 1
-        text, pieces = TextStream(self.tokenizer, context), []
+        text, pieces, own = TextStream(self.tokenizer, context), [], []
+        calls = self.tokenizer.roles.get("call") if self.box else None
         try:
             with self.machine.autocast():
                 for _, token in stream:
-                    pieces.append(text.push(token))
-                    yield pieces[-1]
-            pieces.append(text.waiting())
-            yield pieces[-1]
+                    own.append(token)
+                    if calls not in own:
+                        pieces.append(text.push(token))
+                        yield pieces[-1]
+            if calls not in own:
+                pieces.append(text.waiting())
+                yield pieces[-1]
         finally:
-            if self.chats:
+            if self.box:
+                self.turns.append(assistant_turn(self.tokenizer, own))
+            elif self.chats:
                 self.turns.append(Turn("assistant", "".join(pieces)))
 
     def show_answer(self) -> None:
@@ -16486,7 +16543,7 @@ class ChatSession:
         self.turns = [Turn("system", text)] if text else []
 
     def retry(self, _: str) -> None:
-        while self.turns and self.turns[-1].role == "assistant":
+        while self.turns and self.turns[-1].role in ("assistant", "tool"):
             self.turns.pop()
         if not self.turns or self.turns[-1].role != "user":
             say("there is no question yet")
@@ -16503,7 +16560,12 @@ class ChatSession:
         self.sampling = replace(self.sampling, temperature=value)
 
     def save(self, path: str) -> None:
-        messages = [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        messages = []
+        for turn in self.turns:
+            messages.append({"role": turn.role, "content": turn.text})
+            with contextlib.suppress(ValueError):  # a call that is no JSON is not kept
+                if turn.calls:
+                    messages[-1]["tool_calls"] = [{"function": json.loads(turn.calls[0])}]
         try:
             refuse(not path, "no file is named, as in /save talk.jsonl")
             write_jsonl(path, [{"messages": messages}])
@@ -16517,7 +16579,11 @@ class ChatSession:
             with open(path, encoding="utf-8-sig") as file:
                 messages = json_object(file.readline()).get("messages")
             self.turns = [  # an answer may be empty
-                Turn(ROLE_NAMES[message["role"]], whole_text(message["content"]))
+                Turn(
+                    ROLE_NAMES[message["role"]],
+                    whole_text(message["content"]),
+                    calls=tuple(map(call_text, message.get("tool_calls") or ())),
+                )
                 for message in messages
             ]
             say(f"{len(self.turns)} turns from {path}")
@@ -17014,17 +17080,23 @@ def cmd_generate(
     if settings.out:
         check_writable(Path(settings.out))
     stop = tokenizer.stops if settings.stop_at_eos else frozenset()
+    prompts, episodes = [request.ids for request in requests], None
+    if settings.tools:
+        asked = [request.turns for request in requests]
+        box = Toolbox(settings.tools)
+        episodes = Episodes(tokenizer, asked, prompts, box, settings.max_turns)
     stream = generate(
         build_model(saved, machine.device, machine.dtype),
-        [request.ids for request in requests],
+        prompts,
         sampling,
         device.seed,
         stop,
         machine.dtype,
         at_once=settings.batch_size,
         compiled=machine.compiles,
+        follow=episodes,
     )
-    if len(requests) == 1 and not settings.out:
+    if len(requests) == 1 and not settings.out and not episodes:
         (one,) = requests
         prompt = "" if settings.chat else one.asked
         with machine.autocast():
@@ -17037,14 +17109,21 @@ def cmd_generate(
         for row, token in stream:
             found[row].append(token)
             ended = token in stop or len(found[row]) == sampling.max_new_tokens
-            progress.update(progress.done + ended)
+            progress.update(min(len(requests), progress.done + ended))
     progress.close()
 
     rows = []
-    for request, new in zip(requests, found, strict=True):
+    for place, (request, new) in enumerate(zip(requests, found, strict=True)):
         text = tokenizer.decode(request.context + new)[len(tokenizer.decode(request.context)) :]
         ended = not tokenizer.stops.isdisjoint(new[-1:])
+        if episodes:
+            text, ended = episodes.last_text(place, new), episodes.over[place]
+            called = called_lines(episodes.turns[place][len(request.turns) :])
+            if not settings.out:
+                text = "\n".join([*called, text])
         row = {"prompt": request.asked, "completion": text, "ended": ended}
+        if episodes and settings.out:
+            row["calls"] = called
         if request.expected is not None:
             row["expected"] = request.expected
         rows.append(row)
@@ -17060,7 +17139,8 @@ def cmd_chat(settings: ChatSettings, sampling: ChatSampling, device: InferenceSe
     tokenizer = tokenizer_of(saved, settings.tokenizer, settings.ckpt)
     chats = saved.get("kind") not in UNTAUGHT_KINDS
     model = build_model(saved, machine.device, machine.dtype)
-    session = ChatSession(model, tokenizer, sampling, machine, device.seed, chats)
+    calls = settings.tools, settings.max_turns
+    session = ChatSession(model, tokenizer, sampling, machine, device.seed, chats, *calls)
     if not chats:
         say("This model was never taught to chat: it continues each text by itself (sft teaches).")
     session.system(settings.system)
@@ -17080,7 +17160,9 @@ def open_candidate(path: str, settings: EvalSettings, machine: Machine) -> Candi
     if settings.chat == "auto":
         chats = saved.get("kind") in TAUGHT_KINDS
     key, model = model_key(saved), build_model(saved, machine.device, machine.dtype)
-    return Candidate(path, key, model, tokenizer, machine, chats, settings.batch_size)
+    key = sha256(f"{key} {settings.tools} {settings.max_turns}".encode()) if settings.tools else key
+    calls = settings.tools, settings.max_turns
+    return Candidate(path, key, model, tokenizer, machine, chats, settings.batch_size, *calls)
 
 
 def look_inside(settings: EvalSettings, candidate: Candidate, out: Path) -> None:

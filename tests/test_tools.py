@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import complaint, log_rows, read_pt
-from test_lora import write_rows
+from test_lora import save_base, write_rows
 from test_rollouts import SMALL, base, terse  # noqa: F401
 from test_tuning import two
 
@@ -416,3 +416,86 @@ def test_tools_and_an_environment_are_not_both(run, base, game, tmp_path):  # no
     complaint(run([*argv, "--tools", "calculator"]), "--tools", "--env")
     argv = ["grpo", *SMALL, "--ckpt", base, "--task", "add", "--out_dir", tmp_path / "run"]
     complaint(run([*argv, "--tools", "hammer"]), "hammer", "calculator or python")
+
+
+# ---- Tools in generate, chat and eval ----
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory, tiny_tokenizer):
+    """A model taught to call the calculator for sums, and then to say the result."""
+    folder = tmp_path_factory.mktemp("caller")
+    base = save_base(folder / "base.pt", tiny_tokenizer, seq_len=160, d_model=64)  # noqa: F811
+    rows = []
+    for a in range(2, 8):
+        for b in range(2, 8):
+            call = {"name": "calculator", "arguments": {"expression": f"{a}+{b}"}}
+            rows.append(
+                {
+                    "messages": [
+                        {"role": "user", "content": f"{a} {b}?"},
+                        {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+                        {"role": "tool", "content": str(a + b)},
+                        {"role": "assistant", "content": f"It is {a + b}"},
+                    ]
+                }
+            )
+    write_rows(folder / "rows.jsonl", rows)
+    argv = ["sft", "--ckpt", base, "--data", folder / "rows.jsonl", "--out_dir", folder / "run"]
+    argv += "--max_steps 400 --batch_size 8 --lr 5e-3 --val_split 0 --dtype fp32".split()
+    argv += "--device cpu --compile 0 --threads 1 --log_interval 100".split()
+    assert lm.main([str(word) for word in argv]) == 0
+    asked = [{"prompt": f"{a} {a}?", "answer": str(2 * a)} for a in range(2, 8)]
+    write_rows(folder / "asked.jsonl", asked)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_same_tools_work_everywhere(caller, run, tmp_path):
+    ckpt = ["--ckpt", caller / "run", "--device", "cpu"]
+    tools = ["--tools", "calculator"]
+    asked = ["generate", *ckpt, "--chat", "--temperature", 0, "--max_new_tokens", 100]
+    code, told, err = run([*asked, "--prompt", "3 4?", *tools])
+    assert code == 0 and "-> 7]" in told and "It is 7" in told, told + err
+    out = tmp_path / "answers.jsonl"
+    code, _, err = run([*asked, "--prompt_file", caller / "asked.jsonl", "--out", out, *tools])
+    rows = [json.loads(line) for line in out.open()]
+    assert code == 0 and all(row["ended"] and len(row["calls"]) == 1 for row in rows), err
+    assert sum(row["completion"] == f"It is {row['expected']}" for row in rows) >= 5
+
+    found = {}
+    for name, more in (("with", tools), ("without", [])):
+        argv = ["eval", *ckpt, "--tasks", f"number={caller / 'asked.jsonl'}", *more]
+        argv += ["--temperature", 0, "--max_new_tokens", 100, "--out_dir", tmp_path / name]
+        code, _, err = run(argv)
+        assert code == 0, err
+        results = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        [[found[name]]] = [[task["acc"] for task in one.values()] for one in results.values()]
+    assert found["with"] > 0.8 and found["without"] < 0.5
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_on_behind_a_call(caller, capsys, tmp_path):
+    saved = lm.load_checkpoint(caller / "run")
+    tokenizer = lm.tokenizer_of(saved, "", caller)
+    machine = lm.Machine(torch.device("cpu"), torch.float32)
+    model = lm.build_model(saved, machine.device)
+    sampling = lm.SamplingSettings(60, temperature=0.0)
+    session = lm.ChatSession(
+        model, tokenizer, sampling, machine, 0, True, ["calculator"], max_turns=3
+    )
+    session.take("3 4?")
+    told = capsys.readouterr().out
+    assert "-> 7]" in told and told.strip().endswith("It is 7")
+    assert [turn.role for turn in session.turns] == ["user", "assistant", "tool", "assistant"]
+    session.save(str(tmp_path / "kept.json"))
+    kept = session.turns
+    session.load(str(tmp_path / "kept.json"))
+    assert session.turns == kept
+    session.retry("")
+    assert [turn.role for turn in session.turns] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_tools_need_a_chat(run, base):  # noqa: F811
+    argv = ["generate", "--ckpt", base, "--prompt", "x", "--tools", "calculator"]
+    complaint(run([*argv, "--device", "cpu"]), "--chat")
