@@ -4,13 +4,13 @@ r"""What tools, tests of programs and a teacher are worth: the figures of RESULT
     python benchmarks/further_rl.py code SCRATCH
     python benchmarks/further_rl.py distill SCRATCH
 
-tools: a small model is taught GSM8K and SVAMP by sft, once with the calculator called in its answers
-and once with the results in the text, and solves held-back problems of SVAMP; then grpo --tools goes
-on from the first. gsm8k: rows of sft (messages); svamp: rows of prompt, answer and type.
-code: a model that writes functions which have nothing to do with the question learns from their tests
-alone to write the one that is asked for.
-distill: a student goes on by sft on its teacher's answers, by the teacher's probabilities on them, and
-by these on answers of its own, for the same seconds each.
+tools: a small model is taught GSM8K and SVAMP by sft, once with the calculator called in its
+answers and once with the results in the text, and solves held-back problems of SVAMP; then grpo
+--tools goes on from the first. gsm8k: rows of sft (messages); svamp: rows of prompt, answer, type.
+code: a model that writes functions which have nothing to do with the question learns from their
+tests alone to write the one that is asked for.
+distill: a student goes on by sft on its teacher's answers, by the teacher's probabilities on them,
+and by these on answers of its own, for the same seconds each.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def write(path, rows):
 
 
 def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text().split("\n") if line]
 
 
 def accuracy(ckpt, rows, out, *flags):
@@ -212,7 +212,7 @@ def code(args):
         argv += ["--out_dir", place / f"grpo{seed}", "--time", args.times[0], "--seed", seed]
         began = time.monotonic()
         program(*argv, *CPU)
-        steps = [row for row in read(place / f"grpo{seed}" / "metrics.jsonl")][-1]["step"]
+        steps = read(place / f"grpo{seed}" / "metrics.jsonl")[-1]["step"]
         took = time.monotonic() - began
         curve = last_reward(place / f"grpo{seed}")
         print(f"seed {seed}: pass@1 {curve}, {steps} steps in {took:.0f} s", flush=True)
