@@ -1864,6 +1864,13 @@ class RolloutSettings:
     overlong: float = setting(
         0.0, "last fraction of --max_new_tokens over which the reward falls by 1", below=1.0
     )
+    skip_solved: int = setting(
+        0,
+        "leave out a prompt for a while that all completions solved so many times in a row; 0: off",
+    )
+    curriculum: bool = setting(
+        False, "draw prompts the likelier, the more their last completions differed"
+    )
     dynamic_sampling: bool = setting(False, "replace groups whose rewards are all equal")
     max_draws: int = setting(8, "maximum draws of prompts per step for that", least=1)
     eval_prompts: int = setting(200, "held-out prompts per evaluation", least=1)
@@ -4942,14 +4949,18 @@ class Stream:
         """What the loss of a micro-batch is counted in: target tokens."""
         return int((micro.targets != IGNORE).sum())
 
-    def samples(self, numbers: np.ndarray) -> list:
-        """The items of these sample numbers, which may be of any epoch."""
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Which items these sample numbers are, which may be of any epoch."""
         epochs, places = np.divmod(numbers, self.count)
         chosen = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = permute(places[here], self.count, f"{self.seed}/{epoch}")
-        return self.items(chosen)
+        return chosen
+
+    def samples(self, numbers: np.ndarray) -> list:
+        """The items of these sample numbers."""
+        return self.items(self.places(numbers))
 
     def step(self, first: int, batch_size: int, accum: int, rank: int, world: int) -> StepBatch:
         """This rank's micro-batches of the step whose first sample number is `first`."""
@@ -5090,12 +5101,24 @@ class Mixture(Stream):
             self.latest = block, whole, ranks
         return self.latest[1:]
 
-    def samples(self, numbers: np.ndarray) -> list:
-        domains, places = self.domains(numbers)
-        found: list = [None] * len(numbers)
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        domains, own = self.domains(numbers)
+        begins = np.cumsum([0] + [part.count for part in self.parts])
+        found = np.empty_like(numbers)
+        for domain in np.unique(domains):
+            here = domains == domain
+            found[here] = begins[domain] + self.parts[domain].places(own[here])
+        return found
+
+    def items(self, places: np.ndarray) -> list:
+        ends = np.cumsum([part.count for part in self.parts])
+        domains = np.searchsorted(ends, places, side="right")
+        found: list = [None] * len(places)
         for domain in np.unique(domains):
             here = np.flatnonzero(domains == domain)
-            for place, item in zip(here, self.parts[domain].samples(places[here]), strict=True):
+            part = self.parts[domain]
+            own = places[here] - (ends[domain] - part.count)
+            for place, item in zip(here, part.items(own), strict=True):
                 found[place] = item
         return found
 
@@ -8424,6 +8447,15 @@ def context_of(config: dict, rope: dict) -> int:
     return length
 
 
+def judges(config: dict) -> bool:
+    """Whether config.json is of a reward model: one score, and no other head."""
+    names = config.get("architectures") or []
+    scores = any(str(name).endswith("ForSequenceClassification") for name in names)
+    if scores and len(config.get("id2label") or {"0": ""}) != 1:
+        refuse_config([f"it is a classifier of {len(config['id2label'])} labels, not of one"])
+    return scores
+
+
 def common_settings(config: dict, family: Family) -> dict:
     """Our settings for a config.json. Raises UserError with all that they cannot say."""
     refuse_config(wrong_values(config))
@@ -8457,7 +8489,8 @@ def common_settings(config: dict, family: Family) -> dict:
         "rope_original": 0 if scaling == "none" else original,
         "rope_low": float(rope.get("low_freq_factor") or 1.0),
         "rope_high": float(rope.get("high_freq_factor") or 4.0),
-        "tie": bool(config.get("tie_word_embeddings")),
+        "tie": bool(config.get("tie_word_embeddings")) or judges(config),
+        "scalar_head": judges(config),
     }
 
 
@@ -8759,6 +8792,8 @@ def from_family(weights: dict[str, Tensor], model: ModelSettings, family: Family
             "download the folder again, or name another",
         )
     names = dict(family.names(model))
+    if model.scalar_head:
+        names["score.weight"] = ("score.weight",)
     check_names(weights, {name for theirs in names.values() for name in theirs}, model.tie)
     ours = {}
     try:
@@ -14949,6 +14984,77 @@ class Critic:
         }
 
 
+CURRICULUM_FLOOR = 0.02  # added to p (1 - p), so that no problem is lost for ever
+
+LONGEST_LEFT_OUT = 6  # a solved problem is left out for 2**6 passes at most
+
+
+class Curriculum:
+    """Which problems a policy is given next, by what it made of them before.
+
+    One that was solved by all its completions `solved` times in a row (0: never) is left out for a
+    pass over the others, then for two, four and so on, as long as it stays solved. With `weighs`
+    the others come the likelier, the more their completions differed when they were drawn last,
+    p (1 - p) of a share p that was right: those never drawn as if half were.
+    """
+
+    def __init__(self, stream: Stream, solved: int, weighs: bool, seed: int):
+        self.stream = stream
+        self.solved = solved
+        self.weighs = weighs
+        self.seed = seed
+        self.share = torch.full((stream.count,), 0.5)  # that was right last time
+        self.streak = torch.zeros(stream.count, dtype=torch.int32)
+        self.due = torch.zeros(stream.count, dtype=torch.int64)  # sample number to come back at
+        self.cursor = torch.zeros(1, dtype=torch.int64)  # how far the stream's order was followed
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "share": self.share,
+            "streak": self.streak,
+            "due": self.due,
+            "cursor": self.cursor,
+        }
+
+    def restore(self, saved: dict[str, Tensor] | None) -> None:
+        for name, value in (saved or {}).items():
+            getattr(self, name).copy_(value)
+
+    def left_out(self, number: int) -> float:
+        """The share of problems that are left out at a sample number."""
+        return float((self.due > number).float().mean())
+
+    def choose(self, count: int, number: int) -> np.ndarray:
+        """The places of the next `count` problems, from a sample number on: all that are not left
+        out, or where these are too few those of them that come back first."""
+        open_ones = torch.nonzero(self.due <= number).flatten().numpy()
+        if len(open_ones) < count:
+            order = torch.sort(self.due, stable=True).indices.numpy()
+            return np.resize(order, count)
+        rng = np.random.default_rng(derive_seed(self.seed, f"curriculum/{number}"))
+        if self.weighs:
+            share = self.share[open_ones].double().numpy()
+            weights = share * (1 - share) + CURRICULUM_FLOOR
+            return rng.choice(open_ones, count, replace=False, p=weights / weights.sum())
+        chosen: list[int] = []
+        while len(chosen) < count:  # in the stream's own order
+            [place] = self.stream.places(self.cursor.numpy())
+            self.cursor += 1
+            if self.due[place] <= number and place not in chosen:
+                chosen.append(int(place))
+        return np.array(chosen)
+
+    def learn(self, places: np.ndarray, right: np.ndarray, number: int) -> None:
+        """What became of problems that were drawn up to a sample number."""
+        for place, share in zip(places.tolist(), right.tolist(), strict=True):
+            self.share[place] = share
+            self.streak[place] = self.streak[place] + 1 if share == 1 else 0
+            beyond = int(self.streak[place]) - self.solved
+            if self.solved and beyond >= 0:
+                passes = 2 ** min(beyond, LONGEST_LEFT_OUT)
+                self.due[place] = number + passes * self.stream.count
+
+
 class PolicyTrainer(Trainer):
     """Trains a policy on its own completions. A step is one batch of these with all its updates,
     so that a run resumes between two."""
@@ -14980,11 +15086,18 @@ class PolicyTrainer(Trainer):
             self.critic = Critic(self, critic, value, saved)
         self.warned: set[str] = set()
         self.uninformative = saved.get("uninformative", 0)  # steps that taught nothing
+        self.curriculum: Curriculum | None = None
+        s = sampler.settings
+        if s.skip_solved or s.curriculum:
+            stream, seed = job.stream, args["seed"]
+            self.curriculum = Curriculum(stream, s.skip_solved, s.curriculum, seed)
+            self.curriculum.restore(saved.get("curriculum"))
 
     def state(self) -> dict:
         saved = super().state()
         saved["entropy"] = (self.bonus, self.entropy)
         saved["uninformative"] = self.uninformative
+        saved["curriculum"] = self.curriculum.state() if self.curriculum else None
         saved["reference"] = self.reference.weights if self.reference else None
         if self.critic:
             saved |= self.critic.state()
@@ -14997,20 +15110,27 @@ class PolicyTrainer(Trainer):
         return s.temperature + (end - s.temperature) * self.step / max(1, self.run.max_steps - 1)
 
     def draw_groups(self, count: int) -> list[Group]:
-        """Groups of the next `count` prompts of the stream, from all ranks, in their order."""
+        """Groups of the next `count` prompts of the stream, or of those that the curriculum
+        chooses, from all ranks, in their order."""
         s, machine = self.sampler.settings, self.machine
         numbers = self.samples + np.arange(count)
-        own = np.array_split(numbers, machine.world)[machine.rank]
+        places = self.job.stream.places(numbers)
+        if self.curriculum:
+            places = self.curriculum.choose(count, self.samples)
+        share = np.array_split(np.arange(count), machine.world)[machine.rank]
         groups = []
         self.sampler.renew()
-        if len(own):
-            problems = self.job.stream.samples(own)
+        if len(share):
+            problems = self.job.stream.items(places[share])
             seed = derive_seed(self.args["seed"], "rollout")
-            groups = self.sampler.draw(
-                problems, s.group_size, self.temperature(), seed, int(own[0]) * s.group_size
-            )
+            first = int(numbers[share[0]]) * s.group_size
+            groups = self.sampler.draw(problems, s.group_size, self.temperature(), seed, first)
         self.samples += s.prompts
-        return [group for part in machine.all_gather(groups) for group in part]
+        found = [group for part in machine.all_gather(groups) for group in part]
+        if self.curriculum:
+            right = [float(np.mean([one.right for one in group])) for group in found]
+            self.curriculum.learn(places, np.array(right), self.samples)
+        return found
 
     def gather(self) -> tuple[list[Group], dict[str, float]]:
         """The groups of the step on this rank, and what drawing them took.
@@ -15037,6 +15157,8 @@ class PolicyTrainer(Trainer):
             "train/reward_drawn": float(np.mean([one.reward for group in drawn for one in group])),
         }
         places = np.arange(s.prompts).reshape(self.policy.minibatches, machine.world, -1)
+        if self.curriculum:
+            row["train/left_out"] = self.curriculum.left_out(self.samples)
         return [drawn[place] for place in places[:, machine.rank].flatten()], row
 
     def lay_out(self, groups: list[Group]) -> Rollout:

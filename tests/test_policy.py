@@ -6,11 +6,13 @@ import statistics
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import log_rows, read_pt
 from test_lora import answer, question, save_base, write_rows
 from test_model import build
+from test_rollouts import EVERY, SMALL, sums
 
 import standalone_transformer_lm as lm
 
@@ -836,3 +838,90 @@ def test_with_fp32_head_logits_are_fp32_in_sampling_and_training(grpo):
     assert torch.allclose(model.logits(hidden).double(), want, atol=1e-5)
     watch, log = grpo("--fp32_head", 1, "--dtype", "bf16")
     assert watch.last_step()[1][-1].fp32_head and log[-1]["train/ratio_most"] == 1
+
+
+# ---- The curriculum ----
+
+
+class Numbered(lm.Stream):
+    """A stream of numbers."""
+
+    def __init__(self, count, seed=3):
+        self.count = self.tokens = count
+        self.seed = seed
+        self.rows = list(range(count))
+
+
+def test_solved_problems_are_left_out_and_come_back():
+    stream = Numbered(10)
+    one = lm.Curriculum(stream, 2, False, 0)
+    drawn = []
+    for step in range(60):
+        places = one.choose(5, 5 * step)
+        drawn.append(set(places.tolist()))
+        assert len(drawn[-1]) == 5
+        right = np.array([1.0 if place in (0, 1, 2) else 0.5 for place in places])
+        one.learn(places, right, 5 * step + 5)
+    solved = [sum(place in step for step in drawn) for place in (0, 1, 2)]
+    others = [sum(place in step for step in drawn) for place in range(3, 10)]
+    assert max(solved) <= 7 and min(solved) >= 4, "twice, then after 1, 2, 4, 8 … passes"
+    assert min(others) > 35 and max(others) - min(others) <= 8
+    assert 0 < one.left_out(300) < 0.31
+    again = lm.Curriculum(stream, 2, False, 0)
+    again.restore(one.state())
+    assert again.choose(5, 300).tolist() == one.choose(5, 300).tolist()
+
+
+def test_a_problem_that_is_failed_again_is_back_at_once():
+    one = lm.Curriculum(Numbered(4), 1, False, 0)
+    one.learn(np.array([2]), np.array([1.0]), 0)
+    assert one.due[2] == 4 and one.left_out(0) == 0.25
+    one.learn(np.array([2]), np.array([0.75]), 8)
+    assert one.streak[2] == 0 and one.due[2] <= 8
+
+
+def test_where_all_are_solved_those_that_come_back_first_are_drawn():
+    one = lm.Curriculum(Numbered(4), 1, False, 0)
+    for number, place in enumerate((3, 1, 0, 2)):
+        one.learn(np.array([place]), np.array([1.0]), number)
+    assert one.choose(3, 4).tolist() == [3, 1, 0]
+    assert one.choose(6, 4).tolist() == [3, 1, 0, 2, 3, 1]
+
+
+def test_informative_problems_come_more_often():
+    one = lm.Curriculum(Numbered(30), 0, True, 0)
+    counts = np.zeros(30)
+    for step in range(400):
+        places = one.choose(3, 3 * step)
+        counts[places] += 1
+        one.learn(places, np.where(places < 10, 0.5, np.where(places < 20, 0.0, 1.0)), 3 * step)
+    informative, failed, solved = counts.reshape(3, 10).mean(1)
+    assert informative > 5 * failed > 0 and informative > 5 * solved > 0
+
+
+def test_mixtures_have_places_of_their_own():
+    parts = [Numbered(6), Numbered(3)]
+    for part in parts:
+        part.collate = part.targets = None
+    mixed = lm.Mixture(parts, [0.5, 0.5])
+    numbers = np.arange(200)
+    places = mixed.places(numbers)
+    assert set(places.tolist()) == set(range(9))
+    wanted = [place if place < 6 else place - 6 for place in places]
+    assert mixed.samples(numbers) == mixed.items(places) == wanted
+
+
+@pytest.mark.parametrize("flags", [["--skip_solved", 1], ["--skip_solved", 1, "--curriculum", 1]])
+def test_a_run_with_a_curriculum_goes_on_to_the_same_bytes(run, base, tmp_path, flags):
+    rows = write_rows(tmp_path / "rows.jsonl", sums())
+    argv = ["grpo", *SMALL, "--ckpt", base, "--data", rows, *EVERY, *flags, "--lr", 1e-3]
+    argv += ["--max_steps", 6, "--eval_interval", 3, "--out_dir"]
+    assert run([*argv, tmp_path / "a"])[0] == 0
+    assert run([*argv, tmp_path / "b", "--max_steps", 3])[0] == 0
+    assert run([*argv, tmp_path / "b"])[0] == 0
+    first, second = (read_pt(tmp_path / name / "ckpt_last.pt") for name in "ab")
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, second["model"][name]), name
+    assert all(torch.equal(v, second["curriculum"][k]) for k, v in first["curriculum"].items())
+    rows = log_rows(tmp_path / "a")
+    assert max(row.get("train/left_out", 0) for row in rows) > 0
