@@ -96,6 +96,7 @@ import glob
 import gzip
 import hashlib
 import html
+import http.client
 import importlib
 import inspect
 import io
@@ -126,6 +127,8 @@ import threading
 import time
 import types
 import typing
+import urllib.error
+import urllib.request
 import uuid
 import warnings
 import zipfile
@@ -1824,6 +1827,26 @@ TOOL_NAMES = ("calculator", "python")
 TOOLS_HELP = "what the model may call: a call ends its turn, and it goes on from the result"
 
 TURNS_HELP = "maximum answers of an episode, where something replies to them"
+
+
+@dataclass
+class JudgeSettings:
+    """A language model as a judge, --reward judge:URL."""
+
+    judge_model: str = setting("", "name of the model that the judge's server is asked for")
+    judge_rubric: str = setting(
+        "", "file of what a good answer is; the judge gives 0 to 10 points, which become 0 to 1"
+    )
+    judge_tokens: int = setting(512, "maximum tokens of a judgement", least=1)
+    judge_at_once: int = setting(16, "requests at a time on each rank", least=1)
+    judge_seconds: float = setting(60.0, "maximum seconds of a request", least=0.01)
+    judge_usd: float = setting(
+        0.0, "price of a million of its tokens, prompts included, for cost/judge_usd"
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.judge_rubric and not Path(self.judge_rubric).is_file():
+            yield f"--judge_rubric {self.judge_rubric} does not exist", "check the path"
 
 
 @dataclass
@@ -13136,7 +13159,9 @@ REWARD_NAMES = ("number", "math", *[name for name in REWARDS if name != "number"
 
 PAID = "env"  # the part of a reward that the environment pays
 
-REWARD_SPEC = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.S)  # what it is, and its weight
+REWARD_SPEC = re.compile(  # what it is, and its weight; the port of a judge is none
+    r"(judge:https?://[^/:]+(?::\d+)?(?:/[^:]*)?|(?!judge:).*?)(?::(-?\d*\.?\d+))?", re.S
+)
 
 
 def call_user(path: str, name: str, *args) -> float:
@@ -13316,18 +13341,164 @@ class CodeReward:
             return list(threads.map(share, calls))
 
 
+JUDGE_RUBRIC = "A good answer is correct, complete, clear and to the point."
+
+JUDGE_PROMPT = """Judge an answer to a question. {rubric}
+
+Question:
+{question}
+{reference}
+Answer:
+{answer}
+
+Say in a sentence what is good and bad about it. End with a line "Score: N", where N is a number
+from 0 (worst) to 10 (best)."""
+
+JUDGE_SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)(?:\s*/\s*10)?", re.I)
+
+JUDGE_TRIES = 5
+
+JUDGE_WAIT_S = 1.0  # before the second of them; then twice as long each time
+
+JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables
+
+
+def judged_score(text: str) -> float:
+    """The points of a judgement, from 0 to 1; ValueError where it has none."""
+    found = JUDGE_SCORE.findall(text) or re.findall(r"\A\s*(\d+(?:\.\d+)?)\s*\Z", text)
+    refuse(not found, f"the judge gave no score: {text[-80:]!r}")
+    points = float(found[-1])
+    refuse(not 0 <= points <= 10, f"the judge gave {points:g} of 10 points")
+    return points / 10
+
+
+class Judge:
+    """A language model behind an OpenAI-compatible address that gives points to answers.
+
+    Judgements are kept in OUT/judge.jsonl by what was asked, so that none is paid for twice and a
+    resumed run finds those of the run before it. Where the address does not answer after
+    JUDGE_TRIES, or says nothing that holds a score, the answer gets 0, and it is told once. The key
+    is that of the environment variable JUDGE_API_KEY or OPENAI_API_KEY.
+    """
+
+    def __init__(self, url: str, settings: JudgeSettings, out: Path | None):
+        self.url = url.rstrip("/")
+        if not self.url.endswith("/chat/completions"):
+            self.url += "/chat/completions"
+        self.settings = settings
+        self.rubric = JUDGE_RUBRIC
+        if settings.judge_rubric:
+            self.rubric = Path(settings.judge_rubric).read_text(encoding="utf-8-sig").strip()
+        self.known: dict[str, float] = {}
+        self.log: LogFile | None = None
+        if out:
+            self.log = LogFile(out / "judge.jsonl")
+            for row in read_log(self.log.path):
+                self.known[str(row.get("key"))] = float(row.get("score") or 0.0)
+        self.told: set[str] = set()
+        self.asked = self.tokens = 0
+        self.lock = threading.Lock()
+
+    def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
+        """The scores of (prompt, completion, row), in their order; equal ones are asked once."""
+        asked = [self.request(*call) for call in calls]
+        keys = [sha256(json.dumps(body, sort_keys=True).encode()) for body in asked]
+        new = {key: body for key, body in zip(keys, asked, strict=True) if key not in self.known}
+        with ThreadPoolExecutor(self.settings.judge_at_once) as threads:
+            found = [*threads.map(self.judge, new.values())]
+        judged = {key: one for key, one in zip(new, found, strict=True) if one is not None}
+        self.known |= judged
+        if self.log and judged:
+            self.log.write(*({"key": key, "score": score} for key, score in judged.items()))
+        return [self.known.get(key, 0.0) for key in keys]
+
+    def request(self, question: str, answer: str, row: dict) -> dict:
+        reference = ""
+        if row.get("answer"):
+            reference = f"\nA right answer:\n{row['answer']}\n"
+        prompt = JUDGE_PROMPT.format(
+            rubric=self.rubric, question=question, reference=reference, answer=answer
+        )
+        return {
+            "model": self.settings.judge_model or "default",
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": self.settings.judge_tokens,
+        }
+
+    def judge(self, body: dict) -> float | None:
+        """The score of a request, or None where there is none."""
+        headers = {"Content-Type": "application/json"}
+        if key := next((os.environ[name] for name in JUDGE_KEYS if os.environ.get(name)), ""):
+            headers["Authorization"] = f"Bearer {key}"
+        fault: Exception = ValueError("it was not asked")
+        for attempt in range(JUDGE_TRIES):
+            if attempt:
+                time.sleep(JUDGE_WAIT_S * 2.0 ** (attempt - 1))
+            request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.settings.judge_seconds) as reply:
+                    told = json.loads(reply.read(OUTPUT_MOST))
+                self.count(told)
+                return judged_score(str(told["choices"][0]["message"]["content"]))
+            except urllib.error.HTTPError as wrong:
+                fault = wrong
+                if wrong.code not in (408, 409, 425, 429) and wrong.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as broken:
+                fault = broken
+            except (ValueError, LookupError, TypeError) as odd:
+                fault = odd  # asked again at a temperature of 0 it would say the same
+                break
+        what = f"{type(fault).__name__}: {fault}"
+        with self.lock:
+            if what not in self.told and len(self.told) < FAULTS_SHOWN:
+                self.told.add(what)
+                say(f"warning: {self.url}: {what}; that answer gets 0")
+        return None
+
+    def count(self, told: dict) -> None:
+        usage = told.get("usage") or {}
+        with self.lock:
+            self.asked += 1
+            self.tokens += int(usage.get("total_tokens") or 0)
+
+    def costs(self) -> dict[str, float]:
+        """What this start has asked for."""
+        spent = {"cost/judge_calls": self.asked, "cost/judge_tokens": self.tokens}
+        if self.settings.judge_usd:
+            spent["cost/judge_usd"] = self.tokens * self.settings.judge_usd / 1e6
+        return spent
+
+
 class Rewards:
     """The parts of --reward, each a score of a completion, and their weights; UserError where one
     is neither known, nor a function, nor a reward model."""
 
-    def __init__(self, specs: tuple[str, ...], seconds: float, batch_size: int, machine: Machine):
+    def __init__(
+        self,
+        specs: tuple[str, ...],
+        seconds: float,
+        batch_size: int,
+        machine: Machine,
+        judge: JudgeSettings | None = None,
+        out: Path | None = None,
+    ):
+        """judge: how judge:URL asks; out: the folder of the file that keeps its answers."""
+        self.judge = judge or JudgeSettings()
+        self.out = out
         self.batch_size = batch_size
         self.machine = machine
         self.parts: dict[str, object] = {}
         self.weights: list[float] = []
         for spec in specs:
-            what, weight = REWARD_SPEC.fullmatch(spec).groups()
-            name = Path(what).name
+            found = REWARD_SPEC.fullmatch(spec)
+            if not found:
+                raise UserError(
+                    f"--reward {spec} has no address", "write it as judge:http://HOST:8000/v1"
+                )
+            what, weight = found.groups()
+            name = "judge" if what.startswith("judge:") else Path(what).name
             if name in self.parts:
                 name = what
             if name in self.parts:
@@ -13340,6 +13511,8 @@ class Rewards:
         if what == "math":
             need("math_verify", MATH_PACKAGE)
             return CallReward("the reward math", math_reward, seconds)
+        if what.startswith("judge:"):
+            return Judge(what.removeprefix("judge:"), self.judge, self.out)
         if what == PAID:
             return PAID
         if what == "code":
@@ -13381,6 +13554,13 @@ class Rewards:
                 raise ValueError(f"math-verify reads nothing in the answer {answer[:60]!r}")
         return row
 
+    def costs(self) -> dict[str, float]:
+        """What this start has spent on a judge, on this rank."""
+        for part in self.parts.values():
+            if isinstance(part, Judge):
+                return part.costs()
+        return {}
+
     def right(self, scores: np.ndarray) -> bool:
         """Whether the first part calls a completion right: a program only where all tests pass."""
         return bool(scores[0] > (0.999 if next(iter(self.parts)) == "code" else 0.5))
@@ -13401,7 +13581,7 @@ class Rewards:
         for part in self.parts.values():
             if part is PAID:
                 columns.append(paid)
-            elif isinstance(part, (CallReward, CodeReward)):
+            elif isinstance(part, (CallReward, CodeReward, Judge)):
                 columns.append(part.score(calls))
             elif isinstance(part, tuple):
                 pairs = zip(asked, texts, strict=True)
@@ -15385,6 +15565,9 @@ class PolicyTrainer(Trainer):
         count, *sums = self.machine.all_reduce_sum(len(rows), *np.sum(rows, axis=0))
         row = report("train", names, (total / count for total in sums))
         row["train/temperature"] = rollout.temperature
+        if costs := self.sampler.rewards.costs():
+            names, spent = zip(*costs.items(), strict=True)
+            row |= zip(names, self.machine.all_reduce_sum(*spent), strict=True)
         return row
 
     def sampler_gap(self, rollout: Rollout, logps: Tensor) -> dict[str, float]:
@@ -17126,13 +17309,15 @@ def cmd_grpo(
     tune: GrpoTune,
     task: TaskSettings,
     rollout: RolloutSettings,
+    judge: JudgeSettings,
     policy: PolicySettings,
     value: ValueSettings,
     lora: GrpoLora,
     optim: GrpoOptim,
     device: DeviceSettings,
 ) -> int:
-    tuning = Tuning("grpo", run, tune, lora, optim, device, task, rollout, policy, value)
+    groups = (task, rollout, judge, policy, value)
+    tuning = Tuning("grpo", run, tune, lora, optim, device, *groups)
     machine, most = tuning.machine, rollout.max_new_tokens
     check_rollouts(rollout, policy, machine.world, tuning.config.seq_len)
     specs = rollout.reward or (TASK_REWARDS.get(task.task, "number"),)
@@ -17142,7 +17327,8 @@ def cmd_grpo(
     if rollout.env:
         environment = UserEnvironment(rollout.env, rollout.reward_timeout)
         specs = (PAID, *rollout.reward)
-    rewards = Rewards(specs, rollout.reward_timeout, run.micro_batch, machine)
+    out = Path(run.out_dir)
+    rewards = Rewards(specs, rollout.reward_timeout, run.micro_batch, machine, judge, out)
     say(f"algorithm: {policy.algo}, rewards: {', '.join(rewards.parts)}")
 
     def parse(row: dict) -> Row:

@@ -183,7 +183,7 @@ def code(args):
     """One-line functions: the question names one, its tests alone tell which is right."""
     place, rows = args.scratch, []
     for word, sign in FAMILY.items():
-        for number in range(1, 10):
+        for number in range(1, 5):
             right = f"def f(x): return x {sign} {number}"
             tests = [f"assert f({x}) == {eval(f'{x} {sign} {number}')}" for x in (0, 1, 2, 7, 10)]
             prompt = f"Write f(x): {word} {number}."
@@ -207,7 +207,7 @@ def code(args):
         argv += ["--out_dir", place / f"sft{seed}", "--val_split", 0, "--epochs", 4]
         program(*argv, "--batch_size", 16, "--seed", seed, *CPU)
         argv = ["grpo", "--ckpt", place / f"sft{seed}", "--data", place / "asked.jsonl"]
-        argv += ["--val_data", place / "asked.jsonl", "--reward", "code", "--prompts", 9]
+        argv += ["--val_data", place / "asked.jsonl", "--reward", "code", "--prompts", 12]
         argv += ["--group_size", 12, "--max_new_tokens", 24, "--eval_interval", 20]
         argv += ["--out_dir", place / f"grpo{seed}", "--time", args.times[0], "--seed", seed]
         began = time.monotonic()
@@ -279,7 +279,7 @@ def distill(args):
 PREP = ["--val_split", 0.05, "--out_dir"]
 SFT = "--batch_size 64 --val_split 0 --eval_interval 1000000 --pack 0".split()
 CPU = ["--device", "cpu"]
-TIMES = {"tools": ["3m", "4m", "5m"], "code": ["4m"], "distill": ["4m", "1m", "2m"]}
+TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["4m", "1m", "2m"]}
 
 
 def main():
