@@ -597,6 +597,25 @@ def test_a_reward_model_is_exported_to_score(tokenizer, tmp_path):
     assert "LlamaForSequenceClassification" in told and "scores and token ids are the same" in told
 
 
+def test_a_reward_model_comes_in_from_score(tokenizer, tmp_path):
+    judge = model_of(tokenizer.vocab_size, n_kv_head=2, scalar_head=True, tie=False)
+    torch.nn.init.normal_(judge.score.weight)
+    ckpt = save(tmp_path / "a.pt", judge, tokenizer.data, kind="reward")
+    convert("--ckpt", ckpt, "--out", tmp_path / "hf")
+    machine = lm.Machine(torch.device("cpu"), torch.float32)
+    chats = [[lm.Turn("user", "The quiet?"), lm.Turn("assistant", word)] for word in ("a", "bcd")]
+    found = []
+    for place in (ckpt, tmp_path / "hf"):
+        model, own = lm.open_judge(place, "", machine)
+        found.append(lm.score_answers(model, own, chats, 2, machine))
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and found[0][0] != found[0][1]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lm.UserError, match="2 labels"):
+        lm.open_judge(tmp_path / "hf", "", machine)
+
+
 def test_the_card_tells_of_the_model_and_is_kept_where_somebody_wrote_it(ckpt, tmp_path):
     convert("--ckpt", ckpt, "--out", tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()

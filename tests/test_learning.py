@@ -340,6 +340,17 @@ def test_every_trainer_ends_with_its_time(run, trained, tmp_path, command):
     assert time.monotonic() - began > 3 and timed_rows(out)[-1]["time"] < 9
 
 
+def test_a_mixture_of_rows_has_a_time_too(run, trained, tmp_path):
+    for name in "ab":
+        rows = [{"prompt": f"say {name}{i}", "response": f"{i}"} for i in range(20)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    parts = [f"{name}={tmp_path / name}.jsonl:0.5" for name in "ab"]
+    argv = ["sft", "--ckpt", trained, "--data", *parts, "--out_dir", tmp_path / "run"]
+    code, _, err = run([*argv, "--time", "2s", "--device", "cpu", "--compile", 0])
+    assert code == 0, err
+
+
 def test_small_runs_have_small_steps():
     assert lm.step_tokens_for(1e3) == 1024
     assert lm.step_tokens_for(1e7) == pytest.approx(0.58 * 1e7**0.571)
