@@ -47,6 +47,10 @@ class ServerSettings:
     max_n: int = lm.setting(8, "most answers to a request", least=1)
     max_body: int = lm.setting(1 << 20, "most bytes of a request", least=1)
     timeout: float = lm.setting(300.0, "most seconds of a request; it ends with what it has")
+    tools: tuple[str, ...] = lm.setting(
+        (), f"{lm.TOOLS_HELP}; others go to the client", choices=lm.TOOL_NAMES
+    )
+    max_turns: int = lm.setting(4, lm.TURNS_HELP, least=1)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not self.ckpt:
@@ -151,6 +155,7 @@ class Asked:
     logprobs: bool
     likeliest: int
     dropped: int = 0  # of the oldest turns, which the context has no room for
+    turns: lm.Turns = field(default_factory=list)  # of a chat
 
 
 def parse_body(raw: bytes) -> dict:
@@ -250,7 +255,7 @@ def read_chat(
     likeliest = number(body, "top_logprobs")
     if likeliest and not logprobs:
         raise RequestError(400, "top_logprobs needs logprobs", "top_logprobs")
-    about = {"logprobs": logprobs, "likeliest": likeliest, "dropped": dropped}
+    about = {"logprobs": logprobs, "likeliest": likeliest, "dropped": dropped, "turns": turns}
     return Asked([ids], [[]], **shared, **about)
 
 
@@ -343,6 +348,12 @@ class Engine:
             if len(self.waiting) + len(answers) > self.settings.queue + self.free():
                 raise RequestError(429, "too many requests are waiting; try again")
             self.waiting.extend(answers)
+            self.changed.notify()
+
+    def go_on(self, answer: Answer) -> None:
+        """Queue a further turn of an answer that was let in before, ahead of new ones."""
+        with self.changed:
+            self.waiting.appendleft(answer)
             self.changed.notify()
 
     def free(self) -> int:
@@ -440,9 +451,18 @@ class Writer:
         self.count = 0
         self.calls: list[list[int]] = []  # ids of each tool call
         self.marker = tokenizer.roles.get("call")
+        self.ids: list[int] = []  # of the turn under way
+        self.called: list[str] = []  # by this server, a line each
+        self.turn = 0
+
+    def next_turn(self, called: list[str]) -> None:
+        """Go on behind the result of a tool."""
+        self.ids, self.calls, self.called = [], [], called
+        self.turn += 1
 
     def push(self, drawn: lm.Drawn) -> Piece:
         self.count += 1
+        self.ids.append(drawn.token)
         if drawn.token in self.tokenizer.stops:
             return self.end("stop")
         if drawn.token == self.marker:
@@ -576,33 +596,71 @@ class Service:
                 "messages",
             )
         arrived: asyncio.Queue = asyncio.Queue()
-
-        def deliver_to(index: int) -> Callable[[lm.Drawn | None], None]:
-            def deliver(drawn: lm.Drawn | None) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has been closed
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, drawn))
-
-            return deliver
-
         answers = []
         for place, ids in enumerate(asked.prompts):
             for number in range(asked.n):
                 index = place * asked.n + number
-                generation = lm.Generation(
-                    ids,
-                    asked.sampling,
-                    asked.seed,
-                    index,
-                    self.tokenizer.stops,
-                    asked.likeliest,
-                )
-                answers.append(Answer(generation, deliver_to(index)))
+                answers.append(self.answer(asked, ids, index, 0, asked.sampling, loop, arrived))
         self.engine.submit(answers)
         self.statistics.add("lm_prompt_tokens_total", sum(map(len, asked.prompts)))
         return answers, arrived
 
+    def answer(
+        self,
+        asked: Asked,
+        ids: list[int],
+        index: int,
+        turn: int,
+        sampling: lm.SamplingSettings,
+        loop: asyncio.AbstractEventLoop,
+        arrived: asyncio.Queue,
+    ) -> Answer:
+        """A turn of an answer, of which (index, turn, drawn or None) arrive in the queue."""
+
+        def deliver(drawn: lm.Drawn | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(arrived.put_nowait, (index, turn, drawn))
+
+        seed, stops = asked.seed + turn, self.tokenizer.stops
+        return Answer(lm.Generation(ids, sampling, seed, index, stops, asked.likeliest), deliver)
+
+    def episodes(self, asked: Asked) -> list[lm.Episodes]:
+        """What follows on each answer of a chat, where this server has tools for it."""
+        if not (self.settings.tools and asked.turns):
+            return []
+        box, most = lm.Toolbox(self.settings.tools), self.settings.max_turns
+        made = []
+        for ids in asked.prompts * asked.n:
+            made.append(lm.Episodes(self.tokenizer, [asked.turns], [ids], box, most))
+        return made
+
+    async def next_turn(
+        self,
+        asked: Asked,
+        episode: lm.Episodes,
+        writer: Writer,
+        old: Answer,
+        arrived: asyncio.Queue,
+    ) -> Answer | None:
+        """The turn that follows on one which calls a tool of this server; None where none does."""
+        calls = lm.assistant_turn(self.tokenizer, writer.ids).calls
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            if calls and json.loads(calls[0])["name"] not in self.settings.tools:
+                return None  # the client's
+        ids = old.generation.ids + writer.ids
+        [more] = await asyncio.to_thread(episode, [(0, ids)])
+        room = self.context - len(ids) - len(more or [])
+        most = min(asked.sampling.max_new_tokens - writer.count, room)
+        if more is None or most < 1:
+            return None
+        writer.next_turn(lm.called_lines(episode.turns[0][len(asked.turns) :]))
+        sampling = lm.replace(asked.sampling, max_new_tokens=most)
+        loop, index = asyncio.get_running_loop(), old.generation.number
+        return self.answer(asked, ids + more, index, writer.turn, sampling, loop, arrived)
+
     async def pieces(
         self,
+        asked: Asked,
         writers: list[Writer],
         answers: list[Answer],
         arrived: asyncio.Queue,
@@ -610,21 +668,30 @@ class Service:
         """(index, piece) of answers that were begun, as they come, until all have ended."""
         until = time.monotonic() + self.settings.timeout
         left = set(range(len(answers)))
+        episodes = self.episodes(asked)
         try:
             while left:
                 try:
                     wait = max(0.0, until - time.monotonic())
-                    index, drawn = await asyncio.wait_for(arrived.get(), wait)
+                    index, turn, drawn = await asyncio.wait_for(arrived.get(), wait)
                 except asyncio.TimeoutError:
                     for index in sorted(left):
                         yield index, writers[index].end("length")
                     return
-                if index not in left:
+                writer = writers[index]
+                if index not in left or turn < writer.turn:
                     continue
                 if drawn is None:  # all its tokens are drawn
-                    piece = writers[index].end("length")
+                    piece = writer.end("length")
                 else:
-                    piece = writers[index].push(drawn)
+                    piece = writer.push(drawn)
+                if piece.finish == "tool_calls" and episodes:
+                    old, episode = answers[index], episodes[index]
+                    following = await self.next_turn(asked, episode, writer, old, arrived)
+                    if following:
+                        answers[index] = following
+                        self.engine.go_on(following)
+                        piece = Piece(piece.text, piece.tokens)
                 if piece.finish:
                     left.discard(index)
                     self.engine.cancel([answers[index]])
@@ -680,13 +747,15 @@ class Service:
             for call in calls:
                 del call["index"]
             message |= {"content": text or None, "tool_calls": calls}
+        if writer.called:
+            message["called"] = writer.called
         return {**about, "message": message}
 
     async def whole(self, asked: Asked, chat: bool) -> dict:
         """The answer to a request that is not streamed."""
         writers = self.writers(asked)
         pieces: list[list[Piece]] = [[] for _ in writers]
-        async for index, piece in self.pieces(writers, *self.begin(asked)):
+        async for index, piece in self.pieces(asked, writers, *self.begin(asked)):
             pieces[index].append(piece)
         choices = [
             self.choice(asked, chat, index, writer, pieces[index])
@@ -708,6 +777,8 @@ class Service:
         delta: dict[str, object] = {"content": piece.text} if piece.text else {}
         if piece.finish and (calls := writer.tool_calls()):
             delta["tool_calls"] = calls
+        if piece.finish and writer.called:
+            delta["called"] = writer.called
         return {**about, "delta": delta}
 
     async def events(
@@ -728,7 +799,7 @@ class Service:
             for index in range(len(writers)):
                 delta = {"role": "assistant", "content": ""}
                 yield event([{"index": index, "delta": delta, "finish_reason": None}])
-        async for index, piece in self.pieces(writers, answers, arrived):
+        async for index, piece in self.pieces(asked, writers, answers, arrived):
             yield event([self.delta(asked, chat, index, writers[index], piece)])
         if asked.usage:
             yield event([], usage=self.usage(asked, writers))

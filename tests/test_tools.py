@@ -499,3 +499,29 @@ def test_a_conversation_goes_on_behind_a_call(caller, capsys, tmp_path):
 def test_tools_need_a_chat(run, base):  # noqa: F811
     argv = ["generate", "--ckpt", base, "--prompt", "x", "--tools", "calculator"]
     complaint(run([*argv, "--device", "cpu"]), "--chat")
+
+
+@pytest.mark.slow
+def test_the_server_calls_its_tools_itself(caller):
+    pytest.importorskip("fastapi")
+    import openai
+    from test_server import served
+
+    for tools in (("calculator",), ()):
+        with served(caller / "run", tools=tools) as (url, _):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            asked = {"model": "x", "messages": [{"role": "user", "content": "3 4?"}]}
+            asked |= {"temperature": 0, "max_tokens": 100}
+            found = client.chat.completions.create(**asked)
+            [choice] = found.choices
+            pieces = [*client.chat.completions.create(**asked, stream=True)]
+            text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+            ends = [one.choices[0].finish_reason for one in pieces if one.choices[0].finish_reason]
+        if tools:
+            assert choice.message.content == text == "It is 7" and choice.finish_reason == "stop"
+            assert choice.message.tool_calls is None and ends == ["stop"]
+            assert "-> 7]" in choice.message.called[0]
+            assert found.usage.completion_tokens > 20, "both turns"
+        else:
+            assert choice.message.tool_calls[0].function.name == "calculator"
+            assert ends == ["tool_calls"]
