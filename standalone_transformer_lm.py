@@ -13331,14 +13331,16 @@ class CodeReward:
         self.seconds = seconds
 
     def score(self, calls: list[tuple[str, str, dict]]) -> list[float]:
-        """The scores of (prompt, completion, row), in their order."""
+        """The scores of (prompt, completion, row), in their order; equal programs run once."""
+        alike = {(code_in(completion), id(row)): (completion, row) for _, completion, row in calls}
 
-        def share(call: tuple[str, str, dict]) -> float:
-            _, completion, row = call
+        def share(call: tuple[str, dict]) -> float:
+            completion, row = call
             return code_share(row, completion, self.seconds)
 
         with ThreadPoolExecutor(cores_here()) as threads:
-            return list(threads.map(share, calls))
+            found = dict(zip(alike, threads.map(share, alike.values()), strict=True))
+        return [found[code_in(completion), id(row)] for _, completion, row in calls]
 
 
 JUDGE_RUBRIC = "A good answer is correct, complete, clear and to the point."

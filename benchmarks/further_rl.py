@@ -185,7 +185,9 @@ def code(args):
     for word, sign in FAMILY.items():
         for number in range(1, 5):
             right = f"def f(x): return x {sign} {number}"
-            tests = [f"assert f({x}) == {eval(f'{x} {sign} {number}')}" for x in (0, 1, 2, 7, 10)]
+            tests = [
+                f"assert f({x}) == {eval(f'{x} {sign} {number}')}" for x in (13, 21, 50, 77, 101)
+            ]
             prompt = f"Write f(x): {word} {number}."
             rows.append({"prompt": prompt, "response": right, "tests": tests})
     asked = [{key: row[key] for key in ("prompt", "tests")} for row in rows]
@@ -208,7 +210,7 @@ def code(args):
         program(*argv, "--batch_size", 16, "--seed", seed, *CPU)
         argv = ["grpo", "--ckpt", place / f"sft{seed}", "--data", place / "asked.jsonl"]
         argv += ["--val_data", place / "asked.jsonl", "--reward", "code", "--prompts", 12]
-        argv += ["--group_size", 12, "--max_new_tokens", 24, "--eval_interval", 20]
+        argv += ["--group_size", 16, "--max_new_tokens", 24, "--eval_interval", 20]
         argv += ["--out_dir", place / f"grpo{seed}", "--time", args.times[0], "--seed", seed]
         began = time.monotonic()
         program(*argv, *CPU)

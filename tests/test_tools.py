@@ -525,3 +525,13 @@ def test_the_server_calls_its_tools_itself(caller):
         else:
             assert choice.message.tool_calls[0].function.name == "calculator"
             assert ends == ["tool_calls"]
+
+
+def test_equal_programs_run_once(monkeypatch):
+    runs, original = [], lm.run_program
+    monkeypatch.setattr(lm, "run_program", lambda *args: runs.append(args) or original(*args))
+    one, other = {"tests": ["assert f(2) == 4"]}, {"tests": ["assert f(2) == 5"]}
+    answers = [SQUARE, f"```python\n{SQUARE}\n```", "def f(x): return 5"]
+    calls = [("", answer, row) for row in (one, other) for answer in answers * 2]
+    assert lm.CodeReward(5.0).score(calls) == [1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 0, 1]
+    assert len(runs) <= 6
