@@ -514,8 +514,8 @@ def model_card(saved: dict, model: lm.ModelSettings, architecture: str, run: Pat
     arguments = run / "args.txt"
     if arguments.exists():
         text = arguments.read_text(encoding="utf-8", errors="replace").strip()
-        kind = saved.get("kind", "train")
-        parts.append(f"## Command\n\n```\npython {lm.PROGRAM} {kind} \\\n{text}\n```")
+        command = lm.command_of(saved.get("kind", "train"))
+        parts.append(f"## Command\n\n```\npython {lm.PROGRAM} {command} \\\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -60,10 +60,11 @@ Shape legend
 File formats
   data folder   tokenizer.model, train.bin, val.bin (little-endian uint16, or uint32 above 65,535
                 ids), meta.json, written last; a document is <s> ids </s>
-  checkpoint    one dict: model config optim scaler format kind step samples best_val rng args
+  checkpoint    one dict: model config optim scaler format kind dtype step samples best_val rng args
                 tokenizer ema gauges; whole, unwrapped fp32 weights; optim is a list, a state for
                 each optimiser; read with weights_only=True. Adapters are stored alone: lora says
-                of which model; grpo adds reference entropy uninformative critic critic_optim
+                of which model; grpo adds reference entropy uninformative curriculum critic
+                critic_optim
   metrics.jsonl one object a line: step tokens time train/* val/* moe/* perf/* gpu/* cost/*
   events.jsonl  what happened to a run besides: step event told, and facts of the event
   results.json  of eval: {"results": {CKPT: {TASK: {"acc": …, "acc_stderr": …, "rows": …}}}}
@@ -5208,6 +5209,12 @@ Turns = list[Turn]
 UNTAUGHT_KINDS = ("train",)  # checkpoints that have seen no conversation
 
 ON_TEXT = "distill on text"  # the kind of a checkpoint that may have seen some or none
+
+
+def command_of(kind: str) -> str:
+    """The command that makes checkpoints of a kind."""
+    return kind.partition(" ")[0]
+
 
 # Those that answer in the chat format.
 TAUGHT_KINDS = ("sft", "distill", "dpo", "grpo", "imported chat")
@@ -10492,8 +10499,7 @@ class Job:
 
     @property
     def command(self) -> str:
-        """The command that makes such runs."""
-        return self.kind.partition(" ")[0]
+        return command_of(self.kind)
 
     @property
     def sample_tokens(self) -> float:
@@ -12174,8 +12180,16 @@ def user_module(path: str) -> types.ModuleType:
     return sys.modules[name]
 
 
+def seed_user(*parts: object) -> None:
+    """Give the user's code random numbers that are the same wherever and whenever it runs."""
+    seed = derive_seed(0, repr(parts))
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
 def begin_episode(path: str, name: str, row: dict) -> tuple[bytes, list]:
     """The state of a new environment, and the messages that it begins with."""
+    seed_user(name, row)
     environment = getattr(user_module(path), name)()
     messages = environment.reset(row)
     return pickle.dumps(environment), messages
@@ -12186,6 +12200,7 @@ def go_on_with_episode(
 ) -> tuple[bytes, object, float, bool]:
     """The state, observation and reward behind an answer, and whether the episode is done."""
     user_module(path)
+    seed_user(name, state, text)
     environment = pickle.loads(state)
     observation, reward, done = environment.step(text)
     return pickle.dumps(environment), observation, float(reward), bool(done)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,6 +412,30 @@ class Game:
     assert capsys.readouterr().out.count("that episode ends") == 1
 
 
+def test_an_environment_draws_the_same_wherever_it_runs(tmp_path):
+    text = """
+import random
+import numpy as np
+
+class Dice:
+    def reset(self, row):
+        return [{"role": "user", "content": f"{random.random()} {np.random.rand()}"}]
+    def step(self, text):
+        return f"{random.random()}", 0.0, False
+"""
+    (tmp_path / "dice.py").write_text(text)
+    found = []
+    for _ in range(2):
+        one = lm.UserEnvironment(f"{tmp_path / 'dice.py'}:Dice", 2.0)
+        rolled = [one.reset({"row": i}) for i in (0, 1, 0)]
+        said = [(state, lm.Turn("assistant", "x")) for state, _ in rolled]
+        found.append([rolled, one.step(said)])
+        one.close()
+    assert found[0] == found[1]
+    (first, second, third), _ = found[0]
+    assert first == third and first[1] != second[1]
+
+
 def test_tools_and_an_environment_are_not_both(run, base, game, tmp_path):  # noqa: F811
     argv = ["grpo", *SMALL, "--ckpt", base, *game, "--out_dir", tmp_path / "run"]
     complaint(run([*argv, "--tools", "calculator"]), "--tools", "--env")
@@ -535,3 +560,63 @@ def test_equal_programs_run_once(monkeypatch):
     calls = [("", answer, row) for row in (one, other) for answer in answers * 2]
     assert lm.CodeReward(5.0).score(calls) == [1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 0, 1]
     assert len(runs) <= 6
+
+
+# ---- Hostile programs ----
+
+QUICK = [  # each may be written in many ways
+    "import os\nos._exit({n})",
+    "raise SystemExit({n})",
+    "import sys\nsys.exit({n})",
+    "raise KeyboardInterrupt({n})",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)  # {n}",
+    "import os, signal\nos.kill(1, signal.SIGKILL)\nos.kill(-1, signal.SIGKILL)  # {n}",
+    "import ctypes\nctypes.string_at({n})",
+    "x = bytearray((8 + {n}) << 30)",
+    "x = [0] * (10 ** 11 + {n})",
+    "open('big', 'wb').write(bytes((32 + {n}) << 20))",
+    "open('/etc/passwd', 'a').write('{n}')",
+    "open('/tmp/hostile-{n}', 'w').write('x')",
+    "import shutil\nshutil.rmtree('/', ignore_errors=True)  # {n}\nraise ValueError",
+    "import socket\nsocket.create_connection(('127.0.0.1', 1 + {n}), 0.2)",
+    "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{n}', timeout=0.2)",
+    "import subprocess\nsubprocess.run(['kill', '-9', '-1'])  # {n}",
+    "import os\nos.write(2 + {n}, b'0' * 16)",
+    "import os, sys\nos.execv(sys.executable, ['python', '-c', 'print({n})'])",
+    "def f(x): return f(x + {n})\nf(1)",
+    "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): return f()\nf()  # {n}",
+]
+SLOW = [
+    "while True: pass  # {n}",
+    "import time\ntime.sleep(100 + {n})",
+    "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass  # {n}",
+    "import threading\nwhile True:\n    threading.Thread(target=print).start()  # {n}",
+    "while True: print('x' * 10 ** 6)  # {n}",
+    "import signal\nfor s in range(1, 64):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+    "    except (OSError, ValueError): pass\nwhile True: pass  # {n}",
+    "x = 10 ** 10 ** (8 + {n})",
+    "import re\nre.match('(a+)+$', 'a' * (40 + {n}) + 'b')",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not lm.has_namespaces(), reason="this system gives no namespaces")
+def test_200_hostile_programs_cost_only_themselves(tmp_path):
+    kinds = [(text, range(1, 11)) for text in QUICK] + [(text, range(1, 2)) for text in SLOW]
+    hostile = [text.format(n=n) for text, numbers in kinds for n in numbers]
+    row = {"tests": ["assert f(2) == 4"]}
+    good = [f"{SQUARE}  # {n}" for n in range(20)]
+    texts = [*hostile, *good]
+    order = np.random.default_rng(0).permutation(len(texts))
+    assert len(hostile) > 200
+    before = {path.name for path in Path("/tmp").glob("hostile-*")}
+    passwords = Path("/etc/passwd").read_bytes()
+    alive = len([*Path("/proc").glob("[0-9]*")])
+    # Each is asked for what it does not do: what a hostile program gives is 0.
+    scores = lm.CodeReward(2.0).score([("", texts[place], row) for place in order])
+    for place, score in zip(order, scores, strict=True):
+        assert score == float(place >= len(hostile)), texts[place]
+    assert {path.name for path in Path("/tmp").glob("hostile-*")} == before
+    assert Path("/etc/passwd").read_bytes() == passwords
+    time.sleep(0.5)
+    assert len([*Path("/proc").glob("[0-9]*")]) <= alive + 5
