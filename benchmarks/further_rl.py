@@ -18,6 +18,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ def read(path):
 
 def accuracy(ckpt, rows, out, *flags):
     """The share of rows that a checkpoint answers rightly, greedily."""
+    shutil.rmtree(out, ignore_errors=True)  # which keeps what it knows of other checkpoints
     argv = ["eval", "--ckpt", ckpt, "--tasks", f"number={rows}", "--out_dir", out]
     program(*argv, "--temperature", 0, "--max_new_tokens", 160, *CPU, *flags)
     [tasks] = json.loads((out / "results.json").read_text())["results"].values()
