@@ -280,7 +280,7 @@ def distill(args):
         print(f"seed {seed}: {figures}", flush=True)
 
 
-PREP = ["--val_split", 0.05, "--out_dir"]
+PREP = ["--val_split", 0.05, "--overwrite", "--out_dir"]
 SFT = "--batch_size 64 --val_split 0 --eval_interval 1000000 --pack 0".split()
 CPU = ["--device", "cpu"]
 TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["4m", "1m", "2m"]}
