@@ -7092,8 +7092,13 @@ def generate(
                 if waiting:
                     idle = idle[: len(waiting)]
                     begun = [waiting.popleft() for _ in idle]
-                    slots = [Slot(row, texts[row], most - drawn_by[row]) for row in begun]
-                    points = [uniforms(seed, numbers[row], most)[drawn_by[row] :] for row in begun]
+                    slots, points = [], []
+                    for row in begun:
+                        left = most - drawn_by[row]
+                        if follow:  # of what is learned from, nothing is dropped
+                            left = max(1, min(left, context - len(texts[row])))
+                        slots.append(Slot(row, texts[row], left))
+                        points.append(uniforms(seed, numbers[row], most)[drawn_by[row] :][:left])
                     decoder.begin(idle, slots, points)
                 else:
                     decoder.shrink()

@@ -260,12 +260,21 @@ def test_a_batch_of_any_size_draws_the_same(terse):  # noqa: F811
 
 def test_an_episode_ends_where_the_context_does(terse):  # noqa: F811
     sampler = sampler_of(terse, max_turns=50)
-    sampler.environment = Says("a long observation, which fills the context " * 2, 50)
+    sampler.environment = Says("more", 50)
+    sampler.settings = lm.replace(sampler.settings, max_new_tokens=60)
     sampler.renew()
     asked = problems(sampler.tokenizer)
-    for problem, one in zip(asked, sampler.answers(asked, 1.0, 3, range(6)), strict=True):
+    found = sampler.answers(asked, 1.0, 3, range(6))
+    lengths = [len(a.ids) + len(b.ids) for a, b in zip(asked, found, strict=True)]
+    assert max(lengths) == 64
+    for problem, one in zip(asked, found, strict=True):
         drawn_last = max(i for i, own in enumerate(one.own) if own)
         assert len(problem.ids) + drawn_last < 64
+        ids = [*problem.ids.tolist(), *one.ids]
+        logps = sampler.model(torch.tensor([ids]))[0].log_softmax(-1)
+        places = [len(problem.ids) + i for i, own in enumerate(one.own) if own]
+        wanted = [float(logps[place - 1, ids[place]]) for place in places]
+        assert one.logps == pytest.approx(wanted, abs=1e-4), "nothing was dropped"
         assert not one.ended or all(one.own)
 
 
