@@ -15703,17 +15703,8 @@ class DistillTrainer(Trainer):
     """Trains a student on answers of its own, which it draws anew for each step, so that a run
     resumes between two; and on those of the rows."""
 
-    def __init__(
-        self,
-        job: Job,
-        machine: Machine,
-        run: RunSettings,
-        optim: OptimSettings,
-        args: dict,
-        saved: dict | None,
-        sampler: Sampler,
-    ):
-        super().__init__(job, machine, run, optim, args, saved)
+    def __init__(self, *args, sampler: Sampler):
+        super().__init__(*args)
         self.sampler = sampler
 
     def next_batch(self) -> StepBatch:
@@ -17213,6 +17204,32 @@ def distill_on_text(distill: DistillSettings, tuning: Tuning) -> tuple[list[Part
     return train, val
 
 
+def distill_on_rows(
+    distill: DistillSettings, tuning: Tuning, packs: bool
+) -> tuple[list[Part], list[Part]]:
+    """Conversations to train on and to evaluate on; questions alone too, where the student answers
+    them itself."""
+    own, most = distill.on_policy > 0, distill.max_new_tokens
+
+    def parse(row: dict) -> Row:
+        with contextlib.suppress(ValueError):
+            return [conversation(row)], None
+        if not own:
+            return [conversation(row)], None  # whose fault is told
+        return [row_prompt(row)[0]], None
+
+    def stream(examples: list[list[Example]], _: list, seq_len: int, seed: int) -> Stream:
+        whole = [one for (one,) in examples]
+        if own:
+            return Answerable(whole, seq_len, seed, distill.on_policy, most)
+        return Chats(whole, seq_len, seed, packs)
+
+    make = example
+    if own:
+        make = functools.partial(question_or_example, most=most)
+    return tuning.parts(parse, make, stream)
+
+
 def cmd_distill(
     run: TuneRun,
     tune: TuneSettings,
@@ -17244,25 +17261,10 @@ def cmd_distill(
             "use fewer, or a longer --seq_len",
         )
     teacher = open_teacher(distill, tuning)
-
-    def parse(row: dict) -> Row:
-        with contextlib.suppress(ValueError):
-            return [conversation(row)], None
-        if not own:
-            return [conversation(row)], None  # whose fault is told
-        return [row_prompt(row)[0]], None
-
-    def stream(examples: list[list[Example]], _: list, seq_len: int, seed: int) -> Stream:
-        whole = [one for (one,) in examples]
-        if own:
-            return Answerable(whole, seq_len, seed, distill.on_policy, most)
-        return Chats(whole, seq_len, seed, packs)
-
     if text:
         train, val = distill_on_text(distill, tuning)
     else:
-        make = functools.partial(question_or_example, most=most) if own else example
-        train, val = tuning.parts(parse, make, stream)
+        train, val = distill_on_rows(distill, tuning, packs)
     samples = None
     if questions := tuning.questions[: sft.samples]:
         samples = functools.partial(
