@@ -16264,11 +16264,13 @@ AXES = {  # --against: (key of a row of metrics, what its unit is divided by, la
 PANELS = (  # (title, patterns of the metrics in it, whether its values span orders of magnitude)
     ("loss (nats)", ("train/loss", "val/loss", "val/loss/*", "train/value_loss"), False),
     ("bits per byte", ("val/bpb",), False),
+    ("divergence from the teacher (nats)", ("train/divergence", "val/divergence"), False),
     ("reward", ("train/reward", "val/reward", "train/reward/*"), False),
     ("held-out prompts solved", ("val/pass@*",), False),
     ("completion length (tokens)", ("train/length", "val/length"), False),
     ("entropy (nats per token)", ("train/entropy",), False),
     ("share of groups without spread", ("train/zero_spread",), False),
+    ("share of prompts left out", ("train/left_out",), False),
     ("accuracy", ("train/accuracy", "val/accuracy"), False),
     ("reward margin", ("train/margin", "val/margin"), False),
     ("learning rate", ("train/lr",), False),
