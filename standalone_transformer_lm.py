@@ -1571,7 +1571,9 @@ class DistillSettings:
         basic=True,
     )
     data_dir: str = setting(
-        "", "folder written by prep, or a mixture of such, to learn on text instead of --data"
+        "",
+        "folder written by prep, or a mixture of such, to learn on text instead of --data",
+        basic=True,
     )
     divergence: str = setting(
         "auto",
@@ -1864,11 +1866,12 @@ class RolloutSettings:
     )
     temperature_end: float = setting(0.0, "temperature at the last step; 0 means the same")
     rollout_batch: int = setting(256, "completions generated at a time on a device", least=1)
-    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES)
+    tools: tuple[str, ...] = setting((), TOOLS_HELP, choices=TOOL_NAMES, basic=True)
     env: str = setting(
         "",
         "FILE.py:CLASS of an environment of several turns: reset(row) gives messages, step(text) "
         "an observation, a reward, and whether it is done",
+        basic=True,
     )
     max_turns: int = setting(4, TURNS_HELP, least=1)
     share_prompts: bool = setting(
@@ -1876,8 +1879,8 @@ class RolloutSettings:
     )
     reward: tuple[str, ...] = setting(
         (),
-        "number math choice exact regex format length countdown code FILE.py:FUNCTION or a "
-        "reward model, each optionally with :WEIGHT; the first one says what is correct; "
+        "number math choice exact regex format length countdown code FILE.py:FUNCTION judge:URL or "
+        "a reward model, each optionally with :WEIGHT; the first one says what is correct; "
         "default: the task's, or number",
         basic=True,
     )
