@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import log_rows
 from test_convert import LLAMA, call, convert, random_ids
 from test_hf_tokenizers import save_hf
 from test_lora import chat_rows, write_rows
@@ -144,6 +145,19 @@ def test_bf16_weights_stay_bf16_where_they_may(made, name, tmp_path):
         kinds = {w.dtype for name, w in models[0].named_parameters() if "norm" in name}
         assert kinds == {torch.float32}
         assert models[0].blocks[0].attn.qkv.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_an_open_model_teaches_and_learns(made, tmp_path, run, own):
+    folder, _ = made("Qwen3")
+    rows = write_rows(tmp_path / "rows.jsonl", chat_rows(12))
+    argv = ["distill", "--ckpt", folder, "--teacher", folder, "--data", rows, "--on_policy", own]
+    argv += "--max_steps 2 --batch_size 2 --device cpu --compile 0 --val_split 0.3".split()
+    argv += ["--out_dir", tmp_path / "run", "--max_new_tokens", 8, "--log_interval", 1]
+    code, _, err = run(argv)
+    assert code == 0, err
+    losses = [row["train/loss"] for row in log_rows(tmp_path / "run")]
+    assert abs(losses[0]) < 1e-4, "it is its own teacher"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
