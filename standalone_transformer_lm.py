@@ -12353,11 +12353,11 @@ class Episodes:
         return more
 
     def laid(self, row: int, drawn: list[int]) -> tuple[list[int], list[bool]]:
-        """All ids behind the prompt, and which of them were drawn."""
+        """All ids behind the prompt up to the last that was drawn, and which of them were."""
         ids: list[int] = []
         own: list[bool] = []
         at = 0
-        for count, more in self.observed[row]:
+        for count, more in self.heard(row, drawn):
             ids += drawn[at:count] + more
             own += [True] * (count - at) + [False] * len(more)
             at = count
@@ -12365,10 +12365,14 @@ class Episodes:
         own += [True] * (len(drawn) - at)
         return ids, own
 
+    def heard(self, row: int, drawn: list[int]) -> list[tuple[int, list[int]]]:
+        """What was said to the model and answered by it: nothing is where there was no room."""
+        return [(count, more) for count, more in self.observed[row] if count < len(drawn)]
+
     def last_text(self, row: int, drawn: list[int]) -> str:
         """What the model said last."""
-        if self.observed[row]:
-            drawn = drawn[self.observed[row][-1][0] :]
+        if heard := self.heard(row, drawn):
+            drawn = drawn[heard[-1][0] :]
         return assistant_turn(self.tokenizer, drawn).text
 
 

@@ -278,6 +278,22 @@ def test_an_episode_ends_where_the_context_does(terse):  # noqa: F811
         assert not one.ended or all(one.own)
 
 
+def test_what_has_no_room_is_not_heard(terse):  # noqa: F811
+    """So that no row is longer than the context, and the last answer is still one."""
+    sampler = sampler_of(terse, max_turns=50)
+    sampler.environment = Says("a long observation, which fills the context " * 4, 50)
+    sampler.renew()
+    asked = problems(sampler.tokenizer)
+    found = sampler.answers(asked, 1.0, 3, range(6))
+    plain = sampler_of(terse)
+    plain.environment = None
+    plain.renew()
+    alone = plain.answers(asked, 1.0, 3, range(6))
+    assert [one.ids for one in found] == [one.ids for one in alone]
+    assert [one.text for one in found] == [one.text for one in alone]
+    assert not any(one.ended for one in found) and any(one.ended for one in alone)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_observations_carry_no_loss(terse, shared):  # noqa: F811
     sampler = sampler_of(terse)
