@@ -13387,6 +13387,8 @@ JUDGE_SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)(?:\s*/\s*10)?", re.I)
 
 JUDGE_TRIES = 5
 
+JUDGE_LEAST = 4  # answers of which one must be judged: a run without a judge would learn nothing
+
 JUDGE_WAIT_S = 1.0  # before the second of them; then twice as long each time
 
 JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables
@@ -13423,8 +13425,10 @@ class Judge:
         if out:
             self.log = LogFile(out / "judge.jsonl")
             for row in read_log(self.log.path):
-                self.known[str(row.get("key"))] = float(row.get("score") or 0.0)
+                with contextlib.suppress(ValueError, TypeError, LookupError):  # what a kill cut
+                    self.known[row["key"]] = float(row["score"])
         self.told: set[str] = set()
+        self.fault = ""
         self.asked = self.tokens = 0
         self.lock = threading.Lock()
 
@@ -13436,6 +13440,12 @@ class Judge:
         with ThreadPoolExecutor(self.settings.judge_at_once) as threads:
             found = [*threads.map(self.judge, new.values())]
         judged = {key: one for key, one in zip(new, found, strict=True) if one is not None}
+        if len(new) >= JUDGE_LEAST and not judged:
+            raise UserError(
+                f"the judge {self.url} gave no answer a score ({self.fault})",
+                "check its address, --judge_model and the key in JUDGE_API_KEY; the same command "
+                "goes on from the newest checkpoint",
+            )
         self.known |= judged
         if self.log and judged:
             self.log.write(*({"key": key, "score": score} for key, score in judged.items()))
@@ -13479,7 +13489,7 @@ class Judge:
             except (ValueError, LookupError, TypeError) as odd:
                 fault = odd  # asked again at a temperature of 0 it would say the same
                 break
-        what = f"{type(fault).__name__}: {fault}"
+        self.fault = what = f"{type(fault).__name__}: {fault}"
         with self.lock:
             if what not in self.told and len(self.told) < FAULTS_SHOWN:
                 self.told.add(what)

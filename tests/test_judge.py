@@ -127,6 +127,15 @@ def test_what_keeps_failing_gives_0_and_is_told_once(server, tmp_path, capsys, r
     assert not (tmp_path / "judge.jsonl").exists(), "a failure is not kept"
 
 
+def test_a_judge_that_is_not_there_ends_the_run(server, run, base, tmp_path):  # noqa: F811
+    url, asked = server(401)
+    rows = write_rows(tmp_path / "rows.jsonl", sums())
+    argv = ["grpo", *SMALL, "--ckpt", base, "--data", rows, "--out_dir", tmp_path / "run"]
+    complaint(run([*argv, "--reward", f"judge:{url}"]), "401", "JUDGE_API_KEY")
+    (tmp_path / "run" / "judge.jsonl").write_text('{"key": 1}\n{"key": "a", "score": "b"}\nx')
+    assert lm.Judge(url, lm.JudgeSettings(), tmp_path / "run").known == {}
+
+
 def test_a_run_learns_from_a_judge(server, run, base, tmp_path):  # noqa: F811
     url, asked = server("Score: 2", "Score: 8", "Score: 2", "Score: 8", "Score: 5")
     rows = write_rows(tmp_path / "rows.jsonl", sums())
