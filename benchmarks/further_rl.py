@@ -53,10 +53,10 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().split("\n") if line]
 
 
-def accuracy(ckpt, rows, out, *flags):
+def accuracy(ckpt, rows, out, *flags, check="number"):
     """The share of rows that a checkpoint answers rightly, greedily."""
     shutil.rmtree(out, ignore_errors=True)  # which keeps what it knows of other checkpoints
-    argv = ["eval", "--ckpt", ckpt, "--tasks", f"number={rows}", "--out_dir", out]
+    argv = ["eval", "--ckpt", ckpt, "--tasks", f"{check}={rows}", "--out_dir", out]
     program(*argv, "--temperature", 0, "--max_new_tokens", 160, *CPU, *flags)
     [tasks] = json.loads((out / "results.json").read_text())["results"].values()
     [task] = tasks.values()
@@ -225,17 +225,18 @@ def code(args):
 # ---- A teacher ----
 
 
-def sums(count, seed):
+def sorting(count, seed):
+    """Five letters to be put in order, each row another."""
     rng, rows = random.Random(seed), {}
     while len(rows) < count:
-        a, b = rng.randint(10, 999), rng.randint(10, 999)
-        rows[f"What is {a} + {b}?"] = str(a + b)
+        letters = [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(5)]
+        rows[f"Sort {' '.join(letters)}"] = " ".join(sorted(letters))
     return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 
 def distill(args):
     place = args.scratch
-    rows = sums(13_000, 0)
+    rows = sorting(13_000, 0)
     held, asked, taught = rows[:300], rows[300:2300], rows[2300:]
     write(place / "held.jsonl", held)
     write(place / "asked.jsonl", asked)
@@ -249,7 +250,7 @@ def distill(args):
         program(*base, *shape, "--max_steps", 100, "--batch_size", 64, *CPU)
     argv = ["sft", "--ckpt", place / "base_teacher", "--data", place / "taught.jsonl"]
     program(*argv, "--out_dir", place / "teacher", "--time", args.times[0], *SFT, *CPU)
-    best = accuracy(place / "teacher", place / "held.jsonl", place / "eval")
+    best = accuracy(place / "teacher", place / "held.jsonl", place / "eval", check="exact")
     argv = ["generate", "--ckpt", place / "teacher", "--chat", "--temperature", 1, "--top_p", 1]
     argv += ["--prompt_file", place / "asked.jsonl", "--out", place / "answers.jsonl"]
     program(*argv, "--max_new_tokens", 16, *CPU)
@@ -267,15 +268,17 @@ def distill(args):
         start = place / f"start{seed}"
         argv = ["sft", "--ckpt", place / "base_student", "--data", place / "answers.jsonl"]
         program(*argv, "--out_dir", start, "--time", args.times[1], "--seed", seed, *SFT, *CPU)
-        found = {"start": accuracy(start, place / "held.jsonl", place / "eval")}
+        found = {"start": accuracy(start, place / "held.jsonl", place / "eval", check="exact")}
         for name, (command, *flags) in ways.items():
             out = place / f"{command}{len(flags)}_{seed}"
             argv = [command, "--ckpt", start, "--data", place / "answers.jsonl", *flags]
             argv += ["--out_dir", out, "--time", args.times[2], "--seed", seed, *SFT, *CPU]
             if command == "distill":
-                argv += ["--max_new_tokens", 12]
+                argv += ["--max_new_tokens", 16]
             program(*argv)
-            found[name] = accuracy(out / "ckpt_last.pt", place / "held.jsonl", place / "eval")
+            found[name] = accuracy(
+                out / "ckpt_last.pt", place / "held.jsonl", place / "eval", check="exact"
+            )
         figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         print(f"seed {seed}: {figures}", flush=True)
 
