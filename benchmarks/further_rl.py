@@ -243,7 +243,7 @@ def distill(args):
     chats = [{"prompt": row["prompt"], "response": f"{row['answer']}"} for row in taught]
     write(place / "taught.jsonl", chats)
     write(place / "text.jsonl", [{"text": f"{r['prompt']} {r['response']}"} for r in chats])
-    program("prep", "--text_path", place / "text.jsonl", "--vocab_size", 300, *PREP, place / "data")
+    program("prep", "--text_path", place / "text.jsonl", *PREP, place / "data")
     for name, layers, width in (("teacher", 4, 128), ("student", 2, 64)):
         shape = ["--n_layer", layers, "--d_model", width, "--n_head", 4, "--seq_len", 48]
         base = ["train", "--data_dir", place / "data", "--out_dir", place / f"base_{name}"]
