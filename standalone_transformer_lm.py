@@ -10182,7 +10182,9 @@ SPIKE_Z = 8.0  # robust deviations above the median, from which a figure is a sp
 
 SPIKE_FLOOR = 0.05  # of the median: a deviation is at least so large
 
-SPIKE_RISE = 0.1  # of the loss: what rises by less harms no model, however small its loss was
+SPIKE_RISE = 0.1  # of the loss: what rises by less is no spike, however small the loss was
+
+FAULT_RISE = 0.5  # of the loss: what rises by less comes back, as where a warm-up begins anew
 
 FAULT_WINDOW = 100  # steps in which skipped steps are counted together
 
@@ -10208,8 +10210,8 @@ class StepFigures(typing.NamedTuple):
 class StepFault(typing.NamedTuple):
     """A step that was skipped, or a spike, and by how many deviations it stands out.
 
-    `window` is the number of steps for which it counts towards going back: 0 for a spike of the
-    gradient alone, which clipping has made harmless.
+    `window` is the number of steps for which it counts towards going back: 0 for a small spike, and
+    for one of the gradient alone, which clipping has made harmless.
     """
 
     figures: StepFigures
@@ -10255,7 +10257,8 @@ class FaultWatch:
         losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
         z, rise = robust_z(one.loss, losses), one.loss - float(np.median(losses))
         if z > SPIKE_Z and rise > SPIKE_RISE:
-            return StepFault(one, "spike", max(z, robust_z(one.norm, norms)), SPIKE_FAULT_WINDOW)
+            window = SPIKE_FAULT_WINDOW if rise > FAULT_RISE else 0
+            return StepFault(one, "spike", max(z, robust_z(one.norm, norms)), window)
         z = robust_z(one.norm, norms)
         if z > SPIKE_Z:
             return StepFault(one, "spike", z, 0)

@@ -272,7 +272,8 @@ def distill(args):
         for name, (command, *flags) in ways.items():
             out = place / f"{command}{len(flags)}_{seed}"
             argv = [command, "--ckpt", start, "--data", place / "answers.jsonl", *flags]
-            argv += ["--out_dir", out, "--time", args.times[2], "--seed", seed, *SFT, *CPU]
+            argv += ["--out_dir", out, "--time", args.times[2], "--lr", 1e-3, "--seed", seed]
+            argv += [*SFT, *CPU]
             if command == "distill":
                 argv += ["--max_new_tokens", 16]
             program(*argv)
@@ -286,7 +287,7 @@ def distill(args):
 PREP = ["--val_split", 0.05, "--overwrite", "--out_dir"]
 SFT = "--batch_size 64 --val_split 0 --eval_interval 1000000 --pack 0".split()
 CPU = ["--device", "cpu"]
-TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["4m", "1m", "2m"]}
+TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["150s", "6s", "60s"]}
 
 
 def main():

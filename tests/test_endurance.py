@@ -187,6 +187,14 @@ def test_a_loss_that_stays_high_goes_back():
     assert watch.too_many(121) is None
 
 
+def test_a_loss_near_0_may_rise_where_a_warm_up_begins_anew():
+    """As sft does on rows that it knew by heart: 0.003 to 0.3, and back."""
+    watch = lm.FaultWatch()
+    watch.look(far_off(step, 0.003) for step in range(40))
+    assert len(watch.look(far_off(step, 0.3) for step in range(40, 60))) == 20
+    assert watch.too_many(60) is None
+
+
 def test_small_losses_may_rise_by_little():
     watch = lm.FaultWatch()
     watch.look(far_off(step, 0.001 + step % 3 / 1e4) for step in range(100))
