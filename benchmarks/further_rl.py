@@ -237,7 +237,7 @@ def sorting(count, seed):
 def distill(args):
     place = args.scratch
     rows = sorting(13_000, 0)
-    held, asked, taught = rows[:300], rows[300:2300], rows[2300:]
+    held, asked, taught = rows[:300], rows[300:500], rows[2300:]
     write(place / "held.jsonl", held)
     write(place / "asked.jsonl", asked)
     chats = [{"prompt": row["prompt"], "response": f"{row['answer']}"} for row in taught]
@@ -287,7 +287,7 @@ def distill(args):
 PREP = ["--val_split", 0.05, "--overwrite", "--out_dir"]
 SFT = "--batch_size 64 --val_split 0 --eval_interval 1000000 --pack 0".split()
 CPU = ["--device", "cpu"]
-TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["150s", "6s", "60s"]}
+TIMES = {"tools": ["3m", "4m", "5m"], "code": ["5m"], "distill": ["150s", "6s", "40s"]}
 
 
 def main():
