@@ -5219,8 +5219,10 @@ def command_of(kind: str) -> str:
     return kind.partition(" ")[0]
 
 
+ON_OWN_ANSWERS = "distill on own answers"
+
 # Those that answer in the chat format.
-TAUGHT_KINDS = ("sft", "distill", "dpo", "grpo", "imported chat")
+TAUGHT_KINDS = ("sft", "distill", ON_OWN_ANSWERS, "dpo", "grpo", "imported chat")
 
 Row = tuple[list[Turns], object]  # conversations judged together, and what is known of them
 
@@ -8053,9 +8055,9 @@ WARMUP = 0.05, 100  # of the steps, and steps at most, where no flag says it
 
 def tuning_rate(width: int, kind: str, adapters: bool) -> float:
     """AdamW's peak learning rate for training a model further: 2e-5 at a width of 4,096 in sft, as
-    Llama 2's and Zephyr's authors have it, and 3e-3 at 128 (benchmarks/RESULTS.md); preferences
-    and rewards a tenth of that; adapters ten times as much (Schulman et al. 2025, "LoRA without
-    regret")."""
+    Llama 2's and Zephyr's authors have it, and 3e-3 at 128 (benchmarks/RESULTS.md); preferences,
+    rewards and a student's own answers a tenth of that; adapters ten times as much (Schulman et al.
+    2025, "LoRA without regret")."""
     rate = 3e-3 * (128 / width) ** 1.45
     if kind not in ("sft", "distill", ON_TEXT):
         rate /= 10
@@ -11928,12 +11930,24 @@ class Workers:
 CODE_MEMORY = 1 << 30  # bytes that a program under test may use
 
 
+SHUT_OFF = r"""
+mount -t tmpfs -o size=64m tmpfs "$0" || exit 125
+if [ -d /dev/shm ]; then mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 125; fi
+while read -r _ place _ options _; do
+  place=$(printf %b "$place")
+  case "$place" in "$0" | /dev/shm) continue ;; esac
+  kept=
+  for flag in nosuid nodev noexec; do
+    case ",$options," in *",$flag,"*) kept=$kept,$flag ;; esac
+  done
+  mount -o "remount,bind,ro$kept" "$place" || exit 125
+done < /proc/self/mounts
+cd "$0" && exec unshare --user --mount "$@"
+"""  # every mount is read-only, /dev and /proc too, which a second namespace cannot undo
+
 SANDBOX = [  # namespaces of its own: no network, other processes unseen, and all end together
     *"unshare --user --map-root-user --net --ipc --pid --mount --fork --kill-child".split(),
-    "--mount-proc",
-    "sh",
-    "-c",
-    'mount -t tmpfs -o size=64m tmpfs "$0" && mount -o remount,bind,ro / && cd "$0" && exec "$@"',
+    *("--mount-proc", "sh", "-c", SHUT_OFF),
 ]
 
 
@@ -17265,7 +17279,9 @@ def cmd_distill(
     text, own = distill.data_dir, distill.on_policy > 0
     if text and (tune.data or task.task):
         raise UserError("--data_dir and --data or --task are both given", "keep one of them")
-    kind = ON_TEXT if text else "distill"
+    kind = "distill"
+    if text or own:
+        kind = ON_TEXT if text else ON_OWN_ANSWERS
     packs = sft.pack and not own and not text
     groups = (task, distill, sft)
     tuning = Tuning(kind, run, tune, lora, optim, device, *groups, text=text, doc_mask=packs)

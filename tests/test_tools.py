@@ -589,6 +589,43 @@ def test_equal_programs_run_once(monkeypatch):
 
 # ---- Hostile programs ----
 
+
+@pytest.mark.skipif(not lm.has_namespaces(), reason="this system gives no namespaces")
+def test_no_mount_can_be_written_to_nor_made_so():
+    """Not the root alone: whoever runs as root owns what is in /dev, /proc and /sys too."""
+    places = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
+    assert {"/", "/proc", "/dev"} <= places
+    writes = f"""
+import os, subprocess
+def writable(place):
+    try:
+        open(place + "/hostile-canary", "w").close()
+        return True
+    except OSError:
+        return False
+places = {sorted(places - {"/dev/shm"})!r}
+assert not [place for place in places if writable(place)], places
+for place in places:
+    subprocess.run(["mount", "-o", "remount,bind,rw", place])
+    subprocess.run(["unshare", "--user", "--map-root-user", "--mount",
+                    "mount", "-o", "remount,bind,rw", place])
+    subprocess.run(["umount", "-l", place])
+assert not [place for place in places if writable(place)], places
+for path in ("/proc/sys/kernel/hostname", "/proc/sysrq-trigger", "/dev/mem"):
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+        raise SystemExit(path)
+    except OSError:
+        pass
+open("/dev/null", "w").write("x")
+assert len(os.urandom(2)) == 2
+open("own", "w").write("x")
+"""
+    ran = lm.run_program(writes, [""], 20.0)
+    assert ran.passed == 1, ran.output
+    assert not [place for place in places if (Path(place) / "hostile-canary").exists()]
+
+
 QUICK = [  # each may be written in many ways
     "import os\nos._exit({n})",
     "raise SystemExit({n})",
@@ -602,7 +639,8 @@ QUICK = [  # each may be written in many ways
     "open('big', 'wb').write(bytes((32 + {n}) << 20))",
     "open('/etc/passwd', 'a').write('{n}')",
     "open('/tmp/hostile-{n}', 'w').write('x')",
-    "import shutil\nshutil.rmtree('/', ignore_errors=True)  # {n}\nraise ValueError",
+    "open('/dev/hostile-{n}', 'w').write('x')",
+    "open('/proc/sys/kernel/hostname', 'w').write('hostile-{n}')",
     "import socket\nsocket.create_connection(('127.0.0.1', 1 + {n}), 0.2)",
     "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{n}', timeout=0.2)",
     "import subprocess\nsubprocess.run(['kill', '-9', '-1'])  # {n}",
