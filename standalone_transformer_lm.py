@@ -1871,7 +1871,6 @@ class RolloutSettings:
         "",
         "FILE.py:CLASS of an environment of several turns: reset(row) gives messages, step(text) "
         "an observation, a reward, and whether it is done",
-        basic=True,
     )
     max_turns: int = setting(4, TURNS_HELP, least=1)
     share_prompts: bool = setting(
