@@ -8488,10 +8488,11 @@ def context_of(config: dict, rope: dict) -> int:
 
 def judges(config: dict) -> bool:
     """Whether config.json is of a reward model: one score, and no other head."""
-    names = config.get("architectures") or []
+    names, labels = config.get("architectures"), config.get("id2label")
+    names = names if isinstance(names, list) else []
     scores = any(str(name).endswith("ForSequenceClassification") for name in names)
-    if scores and len(config.get("id2label") or {"0": ""}) != 1:
-        refuse_config([f"it is a classifier of {len(config['id2label'])} labels, not of one"])
+    if scores and isinstance(labels, dict) and len(labels) != 1:
+        refuse_config([f"it is a classifier of {len(labels)} labels, not of one"])
     return scores
 
 
