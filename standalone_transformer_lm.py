@@ -7055,6 +7055,7 @@ class Decoder:
         return chosen - scores.logsumexp(1)
 
 
+@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: list[list[int]],

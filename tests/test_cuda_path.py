@@ -399,9 +399,9 @@ def test_a_mixture_asks_each_part_once_a_step(monkeypatch):
     asked = []
 
     class Part(lm.Windows):
-        def samples(self, numbers):
+        def places(self, numbers):
             asked.append(len(numbers))
-            return super().samples(numbers)
+            return super().places(numbers)
 
     parts = [Part(np.arange(900) + 1000 * i, 8, 1) for i in range(3)]
     mixture = lm.Mixture(parts, [0.5, 0.3, 0.2])

@@ -25,8 +25,6 @@ for name in ("fork", "killpg", "setsid", "sched_getaffinity", "statvfs", "mkfifo
     delattr(os, name)
 here = sys.platform
 sys.platform = "win32"
-from test_convert import convert
-
 import standalone_transformer_lm as lm
 assert lm.START_METHOD == "spawn"
 sys.platform = here  # as multiprocessing needs it

@@ -676,7 +676,7 @@ def test_200_hostile_programs_cost_only_themselves(tmp_path):
     passwords = Path("/etc/passwd").read_bytes()
     alive = len([*Path("/proc").glob("[0-9]*")])
     # Each is asked for what it does not do: what a hostile program gives is 0.
-    scores = lm.CodeReward(2.0).score([("", texts[place], row) for place in order])
+    scores = lm.CodeReward(5.0).score([("", texts[place], row) for place in order])
     for place, score in zip(order, scores, strict=True):
         assert score == float(place >= len(hostile)), texts[place]
     assert {path.name for path in Path("/tmp").glob("hostile-*")} == before
