@@ -10258,14 +10258,15 @@ class FaultWatch:
         if len(self.before) < SPIKE_LEAST:
             return None
         losses, norms = ([getattr(o, key) for o in self.before] for key in ("loss", "norm"))
-        z, rise = robust_z(one.loss, losses), one.loss - float(np.median(losses))
-        if z > SPIKE_Z and rise > SPIKE_RISE:
-            window = SPIKE_FAULT_WINDOW if rise > FAULT_RISE else 0
-            return StepFault(one, "spike", max(z, robust_z(one.norm, norms)), window)
-        z = robust_z(one.norm, norms)
-        if z > SPIKE_Z:
-            return StepFault(one, "spike", z, 0)
-        return None
+        by_loss, by_norm = robust_z(one.loss, losses), robust_z(one.norm, norms)
+        rise = one.loss - float(np.median(losses))
+        high = by_loss > SPIKE_Z and rise > SPIKE_RISE
+        if not high and by_norm <= SPIKE_Z:
+            return None
+        window = 0
+        if high and rise > FAULT_RISE:
+            window = SPIKE_FAULT_WINDOW
+        return StepFault(one, "spike", max(by_loss, by_norm), window)
 
     def too_many(self, step: int) -> StepFault | None:
         """The first of more than FAULTS_MOST in the last steps, or None."""
@@ -11941,7 +11942,12 @@ while read -r _ place _ options _; do
   for flag in nosuid nodev noexec; do
     case ",$options," in *",$flag,"*) kept=$kept,$flag ;; esac
   done
-  mount -o "remount,bind,ro$kept" "$place" || exit 125
+  mount -o "remount,bind,ro$kept" "$place"  # fails where another mount hides it
+done < /proc/self/mounts
+while read -r _ place _; do
+  place=$(printf %b "$place")
+  case "$place" in "$0" | /dev/shm) continue ;; esac
+  if [ -w "$place" ]; then exit 125; fi
 done < /proc/self/mounts
 cd "$0" && exec unshare --user --mount "$@"
 """  # every mount is read-only, /dev and /proc too, which a second namespace cannot undo
@@ -12104,7 +12110,7 @@ def run_python(code: str) -> str:
     return output[:TOOL_OUTPUT] or "(nothing was printed)"
 
 
-TOOLS = {  # name: (what it does with its argument, the argument's name, for the model's prompt)
+TOOLS = {  # name: (what it does with its argument, what a call names the argument)
     "calculator": (calculate, "expression"),
     "python": (run_python, "code"),
 }
@@ -15936,6 +15942,28 @@ class Tuning:
         network.load_state_dict(weights, strict=False)
         return network if divides(self.run, self.machine) else network.to(self.machine.device)
 
+    def can_pack(self) -> bool:
+        """Whether conversations can be packed, for which a token has to begin each; says where
+        not."""
+        if self.tokenizer.opening:
+            return True
+        self.config = replace(self.config, doc_mask=False)
+        say("conversations are not packed, as no token of this tokenizer begins one")
+        return False
+
+    def sampled(self, sft: SftSettings) -> Callable[[Transformer], list[dict]] | None:
+        """What answers the first held-out questions, where there are any."""
+        questions = self.questions[: sft.samples]
+        if not questions:
+            return None
+        return functools.partial(
+            sample_answers,
+            tokenizer=self.tokenizer,
+            questions=questions,
+            most=sft.sample_tokens,
+            machine=self.machine,
+        )
+
     def adapters(self) -> dict:
         """What a checkpoint of adapters says of itself and its base."""
         return {
@@ -17176,24 +17204,13 @@ def cmd_sft(
     device: DeviceSettings,
 ) -> int:
     tuning = Tuning("sft", run, tune, lora, optim, device, task, sft, doc_mask=sft.pack)
-    pack = sft.pack and bool(tuning.tokenizer.opening)
-    if sft.pack and not pack:
-        tuning.config = replace(tuning.config, doc_mask=False)
-        say("conversations are not packed, as no token of this tokenizer begins one")
+    pack = sft.pack and tuning.can_pack()
     train, val = tuning.parts(
         lambda row: ([conversation(row)], None),
         example,
         lambda groups, _, seq_len, seed: Chats([one for (one,) in groups], seq_len, seed, pack),
     )
-    samples = None
-    if questions := tuning.questions[: sft.samples]:
-        samples = functools.partial(
-            sample_answers,
-            tokenizer=tuning.tokenizer,
-            questions=questions,
-            most=sft.sample_tokens,
-            machine=tuning.machine,
-        )
+    samples = tuning.sampled(sft)
     return tuning.start(tuning.network(), train, val, pretrain_loss, samples=samples)
 
 
@@ -17289,10 +17306,7 @@ def cmd_distill(
     machine, most = tuning.machine, distill.max_new_tokens
     if text:
         tuning.config = replace(tuning.config, doc_mask=tuning.original.doc_mask)
-    elif packs and not tuning.tokenizer.opening:
-        packs = False
-        tuning.config = replace(tuning.config, doc_mask=False)
-        say("conversations are not packed, as no token of this tokenizer begins one")
+    packs = packs and tuning.can_pack()
     if own and most >= tuning.config.seq_len:
         raise UserError(
             f"--max_new_tokens {most} leaves a question no room in a context of "
@@ -17304,15 +17318,6 @@ def cmd_distill(
         train, val = distill_on_text(distill, tuning)
     else:
         train, val = distill_on_rows(distill, tuning, packs)
-    samples = None
-    if questions := tuning.questions[: sft.samples]:
-        samples = functools.partial(
-            sample_answers,
-            tokenizer=tuning.tokenizer,
-            questions=questions,
-            most=sft.sample_tokens,
-            machine=machine,
-        )
     network, make = tuning.network(), Trainer
     if own:
         settings = RolloutSettings(
@@ -17328,6 +17333,7 @@ def cmd_distill(
         f"parameters): {distill.measure} divergence"
     )
     loss = functools.partial(distill_loss, teacher=teacher, settings=distill)
+    samples = tuning.sampled(sft)
     return tuning.start(network, train, val, loss, DISTILL_METRICS, make, samples=samples)
 
 

@@ -1,6 +1,9 @@
 """Tools and environments: what they answer, and how answers of several turns are learned from."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -624,6 +627,28 @@ open("own", "w").write("x")
     ran = lm.run_program(writes, [""], 20.0)
     assert ran.passed == 1, ran.output
     assert not [place for place in places if (Path(place) / "hostile-canary").exists()]
+
+
+@pytest.mark.skipif(
+    not lm.has_namespaces() or os.geteuid() != 0, reason="only root mounts over a mount"
+)
+def test_a_mount_that_another_hides_does_not_open_the_sandbox(tmp_path):
+    """As binfmt_misc is on most systems, below the /proc that the sandbox gets."""
+    place = tmp_path / "a b"
+    (place / "c d").mkdir(parents=True)
+    program = f"""import sys
+sys.path.insert(0, {str(Path(lm.__file__).parent)!r})
+import standalone_transformer_lm as lm
+assert lm.has_namespaces()
+assert lm.run_program("open('own', 'w')", [""], 20.0).passed == 1
+assert lm.run_program("open({str(place / "x")!r}, 'w')", [""], 20.0).passed == 0
+"""
+    (tmp_path / "program.py").write_text(program)
+    script = """mount -t tmpfs x /proc/sys/fs/binfmt_misc
+mount -t tmpfs y "$1/c d" && mount -t tmpfs z "$1" && exec "$2" "$3" """
+    command = ["unshare", "-m", "sh", "-c", script, "sh", place, sys.executable]
+    done = subprocess.run([*command, tmp_path / "program.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 QUICK = [  # each may be written in many ways
