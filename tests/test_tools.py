@@ -1,5 +1,6 @@
 """Tools and environments: what they answer, and how answers of several turns are learned from."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -687,6 +688,19 @@ SLOW = [
 ]
 
 
+def descendants():
+    """The processes that this one, or any of those, began."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = path.read_text().rpartition(")")[2].split()
+            parents[int(path.parent.name)] = int(fields[1])
+    found, more = set(), {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in more} - found:
+        found |= more
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not lm.has_namespaces(), reason="this system gives no namespaces")
 def test_200_hostile_programs_cost_only_themselves(tmp_path):
@@ -699,12 +713,11 @@ def test_200_hostile_programs_cost_only_themselves(tmp_path):
     assert len(hostile) > 200
     before = {path.name for path in Path("/tmp").glob("hostile-*")}
     passwords = Path("/etc/passwd").read_bytes()
-    alive = len([*Path("/proc").glob("[0-9]*")])
+    alive = descendants()
     # Each is asked for what it does not do: what a hostile program gives is 0.
     scores = lm.CodeReward(5.0).score([("", texts[place], row) for place in order])
     for place, score in zip(order, scores, strict=True):
         assert score == float(place >= len(hostile)), texts[place]
     assert {path.name for path in Path("/tmp").glob("hostile-*")} == before
     assert Path("/etc/passwd").read_bytes() == passwords
-    time.sleep(0.5)
-    assert len([*Path("/proc").glob("[0-9]*")]) <= alive + 5
+    assert descendants() <= alive
